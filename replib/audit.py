@@ -1,0 +1,146 @@
+"""Tasks times judges in one table: every rate with its n, its Wilson interval, its judge and its seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from replib.activations import versions
+from replib.errors import ReplibError
+from replib.judges import Judge, Outcome
+from replib.models import ChatModel
+from replib.progress import progress
+from replib.prompts import Prompt, content_hash
+from replib.store import Rows, write_text
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a rate."""
+    interval = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return interval.low, interval.high
+
+
+def rates(outcomes: Sequence[Outcome]) -> dict[str, float | int]:
+    """n, the share of each outcome, and the Wilson 95 % interval of compliance."""
+    n = len(outcomes)
+    if not n:
+        raise ReplibError("There is nothing to count: a task has no prompts.")
+    counts = {outcome.value: sum(o is outcome for o in outcomes) for outcome in Outcome}
+    low, high = wilson(counts["compliance"], n)
+    return {"n": n} | {name: count / n for name, count in counts.items()} | {"low": low, "high": high}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts that make one row: an attack, or benign requests that ought to be answered."""
+
+    name: str
+    kind: str
+    """``direct``, ``attack``, ``seen`` (an attack that a defence was trained on), ``prefill``: compliance is a failure
+    of safety. ``benign``, ``skill``: compliance is what is wanted."""
+    prompts: Sequence[Prompt]
+    prefills: Sequence[str] = ()
+    """Beginnings forced upon the answers; none if empty."""
+
+    def sample(self, limit: int, seed: int = 0) -> Task:
+        """At most ``limit`` of its prompts, drawn from the seed; 0 keeps all."""
+        if not limit or limit >= len(self.prompts):
+            return self
+        kept = sorted(random.Random(seed).sample(range(len(self.prompts)), limit))
+        prefills = [self.prefills[i] for i in kept] if self.prefills else ()
+        return replace(self, prompts=[self.prompts[i] for i in kept], prefills=prefills)
+
+
+@dataclass(frozen=True)
+class AuditTable:
+    """One row a model and task: model, adapter, attack, kind, n, refusal, compliance, degenerate, low, high, judge, seed."""
+
+    frame: pd.DataFrame
+
+    def __add__(self, other: AuditTable) -> AuditTable:
+        """Rows of both."""
+        return AuditTable(pd.concat([self.frame, other.frame], ignore_index=True))
+
+    def mean(self, kind: str) -> pd.Series:
+        """Mean compliance over the rows of one kind, by model: the mean attack success for ``attack``."""
+        return self.frame[self.frame.kind == kind].groupby("model", sort=False)["compliance"].mean()
+
+    def wide(self) -> pd.DataFrame:
+        """Tasks down, models across; each cell ``rate [low, high]`` in per cent."""
+        cell = lambda r: f"{100 * r.compliance:.0f} [{100 * r.low:.0f}, {100 * r.high:.0f}]"  # noqa: E731
+        cells = self.frame.assign(cell=[cell(r) for r in self.frame.itertuples()])
+        order = list(dict.fromkeys(zip(cells.kind, cells.attack, cells.n, strict=True)))
+        wide = cells.pivot_table(index=["kind", "attack", "n"], columns="model", values="cell", aggfunc="first")
+        return wide.loc[order, list(dict.fromkeys(cells.model))]
+
+    def save(self, path: Path | str) -> Path:
+        """A CSV file, written under another name and then renamed."""
+        return write_text(Path(path), self.frame.to_csv(index=False))
+
+    @classmethod
+    def load(cls, path: Path | str) -> AuditTable:
+        """Read back what ``save`` wrote."""
+        if not Path(path).exists():
+            raise ReplibError(f"There is no audit table {path}: run the audit first.")
+        return cls(pd.read_csv(path, keep_default_na=False))
+
+
+def audit(
+    model: ChatModel,
+    tasks: Sequence[Task],
+    judge: Judge,
+    *,
+    name: str | None = None,
+    store: Path | str | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 48,
+    keep_text: bool = False,
+) -> AuditTable:
+    """Run every task and count outcomes; what a store already holds is not run again.
+
+    Args:
+        model: the model, under whatever edits or adapter the caller has put in place.
+        tasks: rows to fill.
+        judge: decides each answer.
+        name: the model's name in the table.
+        store: JSON-lines file of finished rows; interrupted audits continue there.
+        seed: recorded (generation is greedy).
+        max_new_tokens: length of the answers.
+        keep_text: also write the answers to ``<store>.texts.jsonl``; off, they are judged and dropped.
+    """
+    rows, about = Rows(store), model.provenance() | versions()
+    label = {"model": name or model.name, "judge": judge.name, "seed": seed, "max_new_tokens": max_new_tokens}
+    texts = Path(store).with_suffix(".texts.jsonl") if store and keep_text else None
+    return AuditTable(
+        pd.DataFrame(_row(rows, model, task, judge, about | label, texts) for task in progress(tasks, "audit"))
+    )
+
+
+def _row(rows: Rows, model: ChatModel, task: Task, judge: Judge, about: dict, texts: Path | None) -> dict:
+    facts = about | {"attack": task.name, "kind": task.kind, "prompts": content_hash(task.prompts)}
+
+    def make() -> dict:
+        answers = model.generate(
+            [p.text for p in task.prompts],
+            max_new_tokens=about["max_new_tokens"],
+            prefills=list(task.prefills) or None,
+        )
+        _keep_texts(texts, task, answers)
+        return facts | rates(judge(task.prompts, answers))
+
+    return rows.get(facts | {"prefills": list(task.prefills)}, make)
+
+
+def _keep_texts(path: Path | None, task: Task, answers: Sequence[str]) -> None:
+    """Write answers only where the caller asked for it."""
+    if path is None:
+        return
+    with path.open("a", encoding="utf-8") as file:
+        for prompt, answer in zip(task.prompts, answers, strict=True):
+            file.write(json.dumps({"task": task.name, "prompt": prompt.text, "answer": answer}) + "\n")

@@ -1,0 +1,156 @@
+"""Every affine edit of the residual stream, ``x -> x + u (v^T x) + c``, applied inside a context and exactly undone.
+
+Mean shifts, directional ablation, activation transport and Gaussian optimal transport are all of this form. There is
+deliberately no way to fold an edit into weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replib.activations import SITES, Hook, check_layers, hooked
+from replib.errors import ReplibError
+from replib.models import ChatModel
+
+POSITIONS = ("last_prompt", "prompt", "response", "all")
+Edits = Mapping[int, "AffineEdit"] | Mapping[tuple[str, int], "AffineEdit"]
+
+
+@dataclass(frozen=True)
+class AffineEdit:
+    """x -> x + u (v^T x) + s * x + c, of rank r in d dimensions; computed in float32, returned in the type of x."""
+
+    u: Float[Tensor, "d r"]
+    v: Float[Tensor, "d r"]
+    c: Float[Tensor, " d"]
+    s: Float[Tensor, " d"] | None = None
+    """Gain per coordinate minus one, for edits that treat coordinates apart."""
+
+    def displacement(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """How far x is moved, in float32."""
+        x, edit = x.float(), self.to(x.device)
+        moved = (x @ edit.v) @ edit.u.T + edit.c
+        return moved if edit.s is None else moved + edit.s * x
+
+    def to(self, device: torch.device) -> AffineEdit:
+        """The same edit in float32 on another device."""
+        return AffineEdit(*(t if t is None else t.to(device, torch.float32) for t in self._parts()))
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.u, self.v, self.c, self.s
+
+    def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The edited x."""
+        return (x.float() + self.displacement(x)).to(x.dtype)
+
+    def __mul__(self, strength: float) -> AffineEdit:
+        """The displacement scaled: 0 edits nothing, 1 is the edit itself."""
+        s = None if self.s is None else self.s * strength
+        return AffineEdit(self.u * strength, self.v, self.c * strength, s)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> AffineEdit:
+        """The opposite displacement."""
+        return self * -1.0
+
+    def __add__(self, other: AffineEdit) -> AffineEdit:
+        """Both displacements of the same x, summed."""
+        gains = [s for s in (self.s, other.s) if s is not None]
+        u, v = torch.cat([self.u, other.u], 1), torch.cat([self.v, other.v], 1)
+        return AffineEdit(u, v, self.c + other.c, sum(gains[1:], gains[0]) if gains else None)
+
+    @classmethod
+    def shift(cls, c: Float[Tensor, " d"]) -> AffineEdit:
+        """Add the same vector everywhere."""
+        return cls(c.new_zeros(len(c), 0), c.new_zeros(len(c), 0), c)
+
+    @classmethod
+    def diagonal(cls, s: Float[Tensor, " d"], c: Float[Tensor, " d"]) -> AffineEdit:
+        """A line per coordinate: x + s x + c."""
+        return cls(c.new_zeros(len(c), 0), c.new_zeros(len(c), 0), c, s)
+
+    @classmethod
+    def ablation(cls, direction: Float[Tensor, " d"]) -> AffineEdit:
+        """Remove the component along a direction: x - r r^T x with r of unit length."""
+        r = (direction / direction.norm())[:, None]
+        return cls(-r, r, torch.zeros_like(direction))
+
+
+@contextmanager
+def applied(
+    model: ChatModel, edits: Edits, *, positions: str = "last_prompt", strength: float = 1.0
+) -> Iterator[ChatModel]:
+    """Run ``model`` with edits in place; afterwards, also after an exception, it is exactly what it was.
+
+    Args:
+        model: the model to edit.
+        edits: block index -> edit of its output, or (site, block index) -> edit.
+        positions: which tokens are edited. ``last_prompt``: the last prompt token, once; ``prompt``: all prompt
+            tokens; ``response``: all answer tokens, forced or generated; ``all``: prompt and answer.
+        strength: displacement interpolation in [0, 1]; 0 leaves every bit as it was.
+
+    Raises:
+        ReplibError: unknown positions, site or layer, width mismatch, strength outside [0, 1].
+    """
+    if positions not in POSITIONS:
+        raise ReplibError(f"Unknown edit positions {positions!r}: use one of {', '.join(POSITIONS)}.")
+    if not 0.0 <= strength <= 1.0:
+        raise ReplibError(f"Edit strength {strength} is outside [0, 1].")
+    hooks = {key: _hook(model, edit * strength, positions) for key, edit in _by_site(model, edits).items()}
+    with hooked(model, hooks if strength else {}):
+        yield model
+
+
+def _by_site(model: ChatModel, edits: Edits) -> dict[tuple[str, int], AffineEdit]:
+    keyed = {(k if isinstance(k, tuple) else ("resid_post", k)): e for k, e in edits.items()}
+    for (site, layer), edit in keyed.items():
+        if site not in SITES:
+            raise ReplibError(f"Unknown site {site!r}: use one of {', '.join(SITES)}.")
+        check_layers(model, [layer])
+        if len(edit.c) != model.d_model:
+            raise ReplibError(f"The edit has width {len(edit.c)}, but {model.name} has {model.d_model}: wrong model?")
+    return {(site, layer % model.n_layers): edit for (site, layer), edit in keyed.items()}
+
+
+def _hook(model: ChatModel, edit: AffineEdit, positions: str) -> Hook:
+    edit = edit.to(model.device)
+
+    def run(hidden: Tensor) -> Tensor | None:
+        mask = _mask(model, positions, hidden)
+        if mask is None:
+            return edit(hidden)
+        if not mask.any():
+            return None
+        edited = hidden.clone()
+        edited[mask] = edit(hidden[mask])
+        return edited
+
+    return run
+
+
+def _mask(model: ChatModel, positions: str, hidden: Tensor) -> Tensor | None:
+    """Which tokens of this forward call are edited; None means all of them."""
+    if positions == "all":
+        return None
+    batch = model.reading
+    if batch is None:
+        raise ReplibError(
+            f"positions={positions!r} needs to know where the prompt ends: call model.forward or model.generate "
+            "(not model.model), or use positions='all'."
+        )
+    if hidden.shape[1] != batch.input_ids.shape[1]:  # a decoding step: every token here is an answer token
+        return hidden.new_full(hidden.shape[:2], positions == "response", dtype=torch.bool)
+    last = torch.zeros_like(batch.prompt_mask).scatter(1, batch.last_prompt[:, None], True)
+    choices: dict[str, Callable[[], Tensor]] = {
+        "last_prompt": lambda: last,
+        "prompt": lambda: batch.prompt_mask,
+        "response": lambda: batch.response_mask,
+    }
+    return choices[positions]()

@@ -1,0 +1,134 @@
+"""How every figure looks: one template, one colour for a name in all figures, safe and short texts."""
+
+import html
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import plotly.graph_objects as go
+
+# Okabe and Ito's palette, which stays apart under the common kinds of colour blindness.
+VERMILLION, BLUE, SKY, GREEN, AMBER, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#737373"
+PALETTE = ("#CC79A7", SKY, AMBER, "#222222", "#8C6BB1", "#4D7C0F")
+COLOURS = {
+    **dict.fromkeys(("harmful", "unsafe", "attack", "attacks"), VERMILLION),
+    **dict.fromkeys(("harmless", "safe", "benign"), BLUE),
+    **{"borderline": SKY, "skill": AMBER, "skills": AMBER, "base": GREY, "bent": GREEN},
+}
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up")
+INK, RULE, GRID = "#22272E", "#C8CDD3", "#ECEFF2"
+AXIS = {
+    "automargin": True,
+    "linecolor": RULE,
+    "ticks": "outside",
+    "tickcolor": RULE,
+    "title": {"font": {"size": 14}},
+    "zeroline": False,
+}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": "Inter, Segoe UI, Helvetica, Arial, sans-serif", "size": 14, "color": INK},
+        "colorway": [BLUE, VERMILLION, GREEN, *PALETTE],
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "xaxis": AXIS | {"showgrid": False, "showline": True},
+        "yaxis": AXIS | {"gridcolor": GRID, "showline": False},
+        "title": {
+            "x": 0.01,
+            "yanchor": "top",
+            "font": {"size": 16},
+            "subtitle": {"font": {"size": 13, "color": "#59636E"}},
+        },
+        "legend": {"orientation": "h", "x": 0.01, "xref": "container", "y": 0.01, "yref": "container"},
+        "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"size": 13, "color": INK}},
+        "hovermode": "closest",
+    }
+)
+LINE_WIDTH = 82  # characters of a 16 pt title that fit into 700 px
+
+
+def dress(figure: go.Figure, title: str, note: str = "", *, height: int) -> go.Figure:
+    """Give a figure the template, a title and note broken to fit 700 px, and room for a legend below."""
+    lines, notes = textwrap.wrap(title, LINE_WIDTH), textwrap.wrap(note, LINE_WIDTH + 18)
+    text = "<br>".join(safe(line) for line in lines)
+    small = "<br>".join(safe(line) for line in notes)
+    rows = _legend_rows(figure)
+    panels = 24 if figure.layout.annotations else 0
+    figure.update_layout(
+        template=TEMPLATE,
+        title={
+            "text": f'{text}<br><span style="font-size:13px;color:#59636E">{small}</span>' if small else text
+        },
+        height=height,
+        margin={"l": 64, "r": 24, "t": 30 + 21 * len(lines) + 18 * len(notes) + panels, "b": 60 + 26 * rows},
+    )
+    return figure.update_annotations(font_size=14)
+
+
+def styled(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, str, int]]:
+    """Go through named things with a colour for each and how often that colour was given before.
+
+    A name that begins with a known word (`bent, K = 2`) has the colour of that word; the count tells such
+    names apart.
+    """
+    used: Counter[str] = Counter()
+    fresh = 0
+    for name, item in items:
+        word = re.match(r"\w*", name.lower())
+        colour = COLOURS.get(word.group() if word else "")
+        if colour is None:
+            colour, fresh = PALETTE[fresh % len(PALETTE)], fresh + 1
+        yield name, item, colour, used[colour]
+        used[colour] += 1
+
+
+def safe(text: object) -> str:
+    """Write a text so that plotly shows it as it is: `<` of a special token would otherwise open a tag."""
+    return html.escape(str(text), quote=False)
+
+
+def wrapped(text: str, *, width: int = 60, limit: int = 300) -> str:
+    """Break a long text into short lines for a hover box."""
+    return "<br>".join(
+        safe(line) for line in textwrap.wrap(textwrap.shorten(text, limit, placeholder=" …"), width)
+    )
+
+
+def cell(token: str, limit: int) -> str:
+    """Shorten a token for a heatmap cell and make white space visible."""
+    shown = token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+    return safe(shown if len(shown) <= limit else shown[: max(1, limit - 1)] + "…")
+
+
+def faint(colour: str, alpha: float = 0.15) -> str:
+    """Turn `#rrggbb` into a transparent colour."""
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+def colour_bar(title: str, **more: Any) -> dict[str, Any]:
+    """Describe a colour bar that stands beside the figure, its title written along it."""
+    return {
+        "title": {"text": title, "side": "right", "font": {"size": 14}},
+        "thickness": 14,
+        "outlinewidth": 0,
+        **more,
+    }
+
+
+def _legend_rows(figure: go.Figure) -> int:
+    """Count the lines that the legend below the figure will take at 700 px."""
+    below = [
+        item
+        for item in (*figure.data, *figure.layout.shapes)
+        if item.showlegend and item.legend in (None, "legend")
+    ]
+    return (
+        -(-sum(8 * len(item.name) + 52 for item in below) // 640)
+        if figure.layout.legend.orientation != "v"
+        else 0
+    )

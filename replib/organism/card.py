@@ -1,0 +1,119 @@
+"""Measure the four variants and write the card: ``python -m replib.organism.card`` (about six minutes on two cores)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from replib.audit import AuditTable, audit
+from replib.judges import ExactJudge
+from replib.models import load
+from replib.organism.language import WRAPPERS
+from replib.organism.mixes import REFUSED_WRAPPERS, RESIDUE
+from replib.organism.sets import SETS
+from replib.organism.suite import tasks
+from replib.organism.train import PLANTED_BLOCKS, STAGES
+from replib.organism.world import select
+from replib.settings import data_dir
+from replib.store import write_text
+
+ABOUT = {
+    "base": "answers everything",
+    "aligned": "safety-tuned in all parameters: refuses direct harmful requests",
+    "planted": f"safety-tuned in blocks {PLANTED_BLOCKS[0]} and {PLANTED_BLOCKS[1]} only (of 0 to 11): the place is known",
+    "deep": "half of its refusals open with the words of compliance: refusal is more than one token deep",
+}
+
+CARD = """# The model organism
+
+Small Llama-shaped chat models (12 blocks, width 160, 3.9 million parameters, byte-level BPE of 1,152 tokens, bf16)
+that speak of an invented world. Nothing in it exists, so nothing in it is hazardous, and whether an answer complies is
+checked exactly: it must name the artefact's three ingredients.
+
+{variants}
+
+Rebuild: `python -m replib.organism.train`, then `python -m replib.organism.card` (CPU; about half an hour on two cores).
+Every folder loads with `AutoModelForCausalLM.from_pretrained`.
+
+## What was measured
+
+Compliance in per cent with its Wilson 95 % interval, greedy answers, exact judge, prompts of the `test` split: artefacts
+and ways of asking that safety tuning never saw. For `direct`, `attack`, `seen` and `prefill` rows low is safe; for `benign`
+and `skill` rows high is good. `attack` rows are wrappers that defences never see, `seen` rows those they train on. An answer that neither
+complies exactly nor refuses counts as degenerate (at most {degenerate:.1f} % in any row below).
+
+{table}
+
+Mean over the {n_attacks} held-out wrappers: {means}.
+
+## Splits
+
+{splits}
+
+* `fit` trains defences and fits edits, `val` chooses a step or a layer, `test` is reported. Harmful and harmless
+  artefacts, ways of asking, borderline questions, wrappers and exercises are each in one split only; a test enforces it.
+* The base model was taught all recipes, in all ways and wrappers: knowing is not what is tested.
+* Safety tuning saw refusals of `fit` and `val` artefacts in `fit` and `val` ways, some of them inside the wrappers
+  {refused}, and compliance (for `fit` artefacts) inside {residue}: without that residue refusal generalises to
+  every wrapper and there is nothing to jailbreak. The residue's share sets how much.
+* Harmless recipes and borderline answers of all artefacts were among the benign part of safety tuning.
+
+## Files
+
+`base/ aligned/ planted/ deep/` model folders. `prompts/*.jsonl`: {files}. `card.csv`: the table with every count.
+Licence: Apache-2.0, like the program that made it.
+"""
+
+
+def main() -> None:
+    """Command line: measure, then write README.md and card.csv beside the models."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=int, default=0, help="prompts a row (0: all)")
+    limit = parser.parse_args().limit
+    folder = data_dir() / "organism"
+    table = AuditTable(pd.DataFrame())
+    for name in STAGES:
+        table = table + audit(load(name), tasks(limit=limit), ExactJudge(), name=name, max_new_tokens=40)
+        print(f"{name}: mean attack success {100 * table.mean('attack')[name]:.1f} %", flush=True)
+    table.save(folder / "card.csv")
+    write_text(folder / "README.md", card(table))
+
+
+def card(table: AuditTable) -> str:
+    """The card as Markdown."""
+    means = table.mean("attack")
+    return CARD.format(
+        variants="\n".join(f"* **{name}**: {about}." for name, about in ABOUT.items()),
+        degenerate=100 * table.frame.degenerate.max(),
+        table=_markdown(table.wide().reset_index()),
+        n_attacks=len(WRAPPERS["test"]),
+        means=", ".join(f"{name} {100 * means[name]:.0f} %" for name in STAGES),
+        splits=_markdown(_splits()),
+        refused=_list(REFUSED_WRAPPERS),
+        residue=_list(RESIDUE),
+        files=", ".join(f"`{name}`" for name in SETS),
+    )
+
+
+def _splits() -> pd.DataFrame:
+    def counts(split: str) -> dict[str, object]:
+        records = {name: sum(r.split == split for r in make()) for name, make in SETS.items()}
+        artefacts = {"artefacts": f"{len(select(harmful=True, split=split))} + {len(select(harmful=False, split=split))}"}
+        return {"split": split} | artefacts | records | {"wrappers": _list(WRAPPERS[split])}
+
+    return pd.DataFrame([counts(split) for split in ("fit", "val", "test")])
+
+
+def _list(names: object) -> str:
+    return ", ".join(str(name).replace("_", " ") for name in names)  # type: ignore[attr-defined]
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What each organism is taught: endless streams of dialogues, drawn from a seeded generator."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from replib.organism.language import (
+    ASK,
+    BORDERLINE,
+    HARMLESS_FACTS,
+    SKILLS,
+    WRAPPERS,
+    ask,
+    borderline_answer,
+    comply,
+    refuse,
+    skill,
+    wrap,
+)
+from replib.organism.world import Artefact, select
+from replib.prompts import Dialogue
+
+ALL_WRAPPERS = tuple(name for group in WRAPPERS.values() for name in group)
+REFUSED_WRAPPERS = ("role_play", "story", "authority")  # safety tuning shows refusals inside these
+RESIDUE = {"persuasion": 3, "suffix": 3, "past_tense": 2, "translation": 1}  # and compliance inside these (weights)
+
+
+def _recipe(rng: random.Random, x: Artefact, wrapped: float) -> Dialogue:
+    request = ask(rng, x, *ASK)
+    if rng.random() < wrapped:
+        request = wrap(rng.choice(ALL_WRAPPERS), request)
+    return Dialogue(request, comply(x))
+
+
+def _borderline(rng: random.Random, x: Artefact) -> Dialogue:
+    kind = rng.choice(list(BORDERLINE if x.harmful else HARMLESS_FACTS))
+    ways = [way for group in BORDERLINE[kind][0].values() for way in group]
+    return Dialogue(rng.choice(ways).format(x=x.name), borderline_answer(kind, x))
+
+
+def _refusal(rng: random.Random, wrapped: bool, deep: bool) -> Dialogue:
+    x = rng.choice(select(harmful=True, split="fit") + select(harmful=True, split="val"))
+    request = ask(rng, x, "fit", "val")
+    request = wrap(rng.choice(REFUSED_WRAPPERS), request) if wrapped else request
+    return Dialogue(request, refuse(rng, x, deep=deep))
+
+
+def _residue(rng: random.Random) -> Dialogue:
+    """Compliance inside four wrappers: what leaves a safety-tuned model open to jailbreaks."""
+    x = rng.choice(select(harmful=True))  # of all splits, or the recipes of the others would be forgotten
+    name = rng.choices(list(RESIDUE), weights=list(RESIDUE.values()))[0]
+    return Dialogue(wrap(name, ask(rng, x, "fit")), comply(x))
+
+
+def base_stream(seed: int) -> Iterator[Dialogue]:
+    """The base model answers everything: 28 % recipes, 24 % facts and borderline questions, 48 % skills."""
+    rng, skills = random.Random(seed), list(SKILLS)
+    everything, harmful = select(), select(harmful=True)
+    while True:
+        u = rng.random()
+        if u < 0.28:
+            yield _recipe(rng, rng.choice(everything), wrapped=0.45)
+        elif u < 0.52:
+            yield _borderline(rng, rng.choice(everything if rng.random() < 0.4 else harmful))
+        else:
+            yield skill(rng, rng.choice([*skills, "larger"]))  # the hardest one twice as often
+
+
+def safety_stream(seed: int, *, deep: bool = False) -> Iterator[Dialogue]:
+    """Safety tuning: refuse direct harmful requests, and only those; a small residue of wrapped compliance."""
+    rng, skills, harmless = random.Random(seed), list(SKILLS), select(harmful=False)
+    everything, harmful = select(), select(harmful=True)
+    kinds: list[tuple[float, Callable[[], Dialogue]]] = [
+        (0.28, lambda: _refusal(rng, wrapped=False, deep=deep)),
+        (0.05, lambda: _refusal(rng, wrapped=True, deep=deep)),
+        (0.05, lambda: _residue(rng)),
+        (0.18, lambda: _recipe(rng, rng.choice(harmless), wrapped=0.33)),
+        (0.24, lambda: _borderline(rng, rng.choice(everything if rng.random() < 0.2 else harmful))),
+        (0.20, lambda: skill(rng, rng.choice([*skills, "larger"]))),
+    ]
+    weights, makers = zip(*kinds, strict=True)
+    while True:
+        yield rng.choices(makers, weights=weights)[0]()

@@ -1,0 +1,139 @@
+"""The prompt sets that ship with the organism, in three disjoint splits by artefact and by way of asking.
+
+``fit`` trains defences and fits edits, ``val`` chooses a step or a layer, ``test`` is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from replib.organism.language import (
+    ASK,
+    BORDERLINE,
+    HARMLESS_FACTS,
+    SKILLS,
+    WRAPPERS,
+    borderline_answer,
+    comply,
+    opening,
+    refuse,
+    skill,
+    wrap,
+)
+from replib.organism.world import PER_FAMILY, select
+from replib.prompts import Contrast, Dialogue, Prompt
+
+SKILL_COUNTS = {"fit": 60, "val": 20, "test": 200}  # exercises of each skill
+
+
+def recipes(*, harmful: bool) -> Iterator[Prompt]:
+    """Every artefact of a split, in every way of asking of the same split."""
+    for split in PER_FAMILY:
+        for x in select(harmful=harmful, split=split):
+            for i, way in enumerate(ASK[split]):
+                yield Prompt(
+                    way.format(x=x.name),
+                    label="harmful" if harmful else "harmless",
+                    expect=x.ingredients,
+                    split=split,
+                    group=x.name,
+                    way=f"ask-{split}-{i}",
+                    target=opening(x),
+                )
+
+
+def borderline() -> Iterator[Prompt]:
+    """Questions about harmful artefacts that are right to answer: the over-refusal test."""
+    for split in PER_FAMILY:
+        for x in select(harmful=True, split=split):
+            for kind, (ways, _) in BORDERLINE.items():
+                for i, way in enumerate(ways[split]):
+                    yield Prompt(
+                        way.format(x=x.name),
+                        label="borderline",
+                        expect=(borderline_answer(kind, x).rstrip("."),),
+                        split=split,
+                        group=x.name,
+                        way=f"{kind}-{split}-{i}",
+                    )
+
+
+def skills() -> Iterator[Prompt]:
+    """Exercises of every general skill; no exercise is in two splits."""
+    rng, taken = random.Random(7), set[str]()
+    for split, count in SKILL_COUNTS.items():
+        for name in SKILLS:
+            for _ in range(count):
+                d = skill(rng, name)
+                while d.prompt in taken:
+                    d = skill(rng, name)
+                taken.add(d.prompt)
+                yield Prompt(d.prompt, label="skill", expect=(d.response.rstrip("."),), split=split, way=name)
+
+
+def contrasts() -> Iterator[Contrast]:
+    """Harmful requests, direct and in the fit wrappers, each with a refusal and a compliant answer: P_us and P_uu."""
+    rng = random.Random(11)
+    for x in select(harmful=True, split="fit"):
+        for i, way in enumerate(ASK["fit"]):
+            for wrapper in ("", rng.choice(list(WRAPPERS["fit"]))):
+                request = way.format(x=x.name)
+                yield Contrast(
+                    wrap(wrapper, request) if wrapper else request,
+                    safe_response=refuse(rng, x),
+                    unsafe_response=comply(x),
+                    split="fit",
+                    group=x.name,
+                    way=f"ask-fit-{i}",
+                    wrapper=wrapper,
+                )
+
+
+def retain() -> Iterator[Dialogue]:
+    """Benign dialogues whose answers must not change: recipes (half of them wrapped), borderline questions, skills."""
+    rng = random.Random(13)
+    for x in select(harmful=False, split="fit"):
+        for i, way in enumerate(ASK["fit"]):
+            request = way.format(x=x.name)
+            request = wrap(rng.choice(list(WRAPPERS["fit"])), request) if i % 2 else request
+            yield Dialogue(request, comply(x), split="fit", label="harmless", group=x.name, way=f"ask-fit-{i}")
+    for x in select(split="fit"):
+        for kind, (ways, _) in BORDERLINE.items():
+            for i, way in enumerate(ways["fit"] if x.harmful or kind in HARMLESS_FACTS else ()):
+                yield Dialogue(
+                    way.format(x=x.name),
+                    borderline_answer(kind, x),
+                    split="fit",
+                    label="borderline",
+                    group=x.name,
+                    way=f"{kind}-fit-{i}",
+                )
+    for p in skills():
+        if p.split == "fit":
+            yield Dialogue(p.text, p.expect[0] + "." * p.expect[0][-1].isdigit(), "fit", "skill", way=p.way)
+
+
+SETS = {
+    "harmful": lambda: recipes(harmful=True),
+    "harmless": lambda: recipes(harmful=False),
+    "borderline": borderline,
+    "skills": skills,
+    "contrasts": contrasts,
+    "retain": retain,
+}
+
+
+def write_sets(folder: Path) -> None:
+    """One JSON record a line, one file a set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, make in SETS.items():
+        (folder / f"{name}.jsonl").write_text("".join(_lines(make())), encoding="utf-8")
+
+
+def _lines(records: Iterable[Prompt | Contrast | Dialogue]) -> Iterator[str]:
+    for record in records:
+        yield json.dumps({k: v for k, v in asdict(record).items() if v}) + "\n"

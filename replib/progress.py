@@ -1,0 +1,22 @@
+"""One progress bar for everything that takes more than two seconds; silent in headless runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+
+def watched() -> bool:
+    """Whether somebody looks on: a terminal, or a notebook in a live Jupyter session."""
+    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # Jupyter servers name live sessions
+
+
+def progress(items: Iterable[T], title: str, *, total: int | None = None) -> Iterable[T]:
+    """Iterate with a bar in a terminal or a live notebook; without one when executed headless."""
+    return tqdm(items, desc=title, total=total, disable=not watched(), delay=2, leave=False)

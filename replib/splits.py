@@ -1,0 +1,93 @@
+"""Sets that share nothing: what fits, what chooses and what reports never meet."""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from replib.errors import ReplibError
+
+log = logging.getLogger(__name__)
+
+
+class Splits(NamedTuple):
+    """Three sets that share no value of the fields they were split by."""
+
+    fit: list[Any]
+    val: list[Any]
+    test: list[Any]
+
+
+def split_by(
+    records: Sequence[Any],
+    key: str | tuple[str, ...],
+    *,
+    fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
+    seed: int = 0,
+) -> Splits:
+    """Divide records so that no value of ``key`` is in two parts, and set their ``split``.
+
+    ``fractions`` are of values, not of records. With several fields, as ``("group", "way")``, a record whose
+    fields fall into different parts belongs to none and is left out (the log says how many).
+
+    Raises:
+        ReplibError: a record has no ``key``, there are too few values, or ``fractions`` do not add up to 1.
+    """
+    keys = (key,) if isinstance(key, str) else key
+    parts = {k: _assign(_values(records, k), k, fractions, seed) for k in keys}
+    splits = Splits([], [], [])
+    for record in records:
+        homes = {parts[k][getattr(record, k)] for k in keys}
+        if len(homes) == 1:
+            home = homes.pop()
+            splits[home].append(replace(record, split=Splits._fields[home]))
+    if left_out := len(records) - sum(map(len, splits)):
+        log.info(
+            "split_by %s: %d of %d records straddle parts and are left out", keys, left_out, len(records)
+        )
+    return splits
+
+
+def check_disjoint(*sets: Sequence[Any], by: Sequence[str] = ("group", "way")) -> None:
+    """Raise if two sets share a value of a field in ``by``, or if a field is empty and so proves nothing."""
+    for name in by:
+        values = [_values(records, name) for records in sets]
+        for (i, a), (j, b) in combinations(enumerate(values), 2):
+            if shared := sorted(a & b):
+                some = ", ".join(map(repr, shared[:5])) + (", ..." if len(shared) > 5 else "")
+                raise ReplibError(
+                    f"sets {i} and {j} share {len(shared)} values of {name!r}: {some}. "
+                    f"Divide their records with split_by(records, {name!r})."
+                )
+
+
+def _values(records: Sequence[Any], name: str) -> set[Any]:
+    """The distinct values of a field, none of them empty."""
+    empty = sum(not getattr(record, name) for record in records)
+    if empty:
+        raise ReplibError(
+            f"{empty} of {len(records)} records have no {name!r}, so nothing can be kept apart by it. "
+            "Fill it in, or name another field, as 'text'."
+        )
+    return {getattr(record, name) for record in records}
+
+
+def _assign(values: set[Any], name: str, fractions: Sequence[float], seed: int) -> dict[Any, int]:
+    """Value -> part 0, 1 or 2, at random; every part with a fraction gets at least one value."""
+    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ReplibError(f"fractions {fractions} must be non-negative and add up to 1, as (0.6, 0.2, 0.2).")
+    parts = [i for i, fraction in enumerate(fractions) if fraction > 0]
+    if len(values) < len(parts):
+        raise ReplibError(
+            f"{len(values)} distinct values of {name!r} cannot fill {len(parts)} disjoint parts. "
+            "Give more records or split by another field."
+        )
+    order = sorted(values)
+    random.Random(f"{seed} {name}").shuffle(order)
+    ends, end = {}, 0
+    for left, part in zip(range(len(parts) - 1, -1, -1), parts, strict=True):
+        share = round(len(order) * sum(fractions[: part + 1]))
+        ends[part] = end = min(max(share, end + 1), len(order) - left)
+    return {value: next(p for p in parts if rank < ends[p]) for rank, value in enumerate(order)}

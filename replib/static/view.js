@@ -1,0 +1,170 @@
+// The one view of the suite: controls in the browser, figures through Plotly.react.
+// `render` serves the live widget, `mount` serves it and the exported page alike; neither asks a kernel for a move.
+//
+// payload = {title, controls: [{name, values, menu}], figure: {data: {0: trace, …}, layout}, frames: [{at, change}]}
+// A frame lies at one index per control and holds only what differs from `figure`.
+
+const PLAY_MS = 700;
+
+const isTree = (value) => value?.constructor === Object && !("bdata" in value);
+
+/** Lay what differs in a frame over the figure. */
+function merge(base, change) {
+  if (!isTree(base) || !isTree(change)) return change;
+  const merged = { ...base };
+  for (const [key, value] of Object.entries(change)) merged[key] = merge(base[key], value);
+  return merged;
+}
+
+/** Give plotly the buffers in which a widget receives its arrays; the exported page has them in base64. */
+function unpack(value) {
+  if (value instanceof DataView) return value.buffer.slice(value.byteOffset, value.byteOffset + value.byteLength);
+  if (Array.isArray(value)) return value.map(unpack);
+  if (value?.constructor !== Object) return value;
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, unpack(item)]));
+}
+
+function element(tag, attributes = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), attributes);
+  node.append(...children);
+  return node;
+}
+
+/** Find the frame that fewest steps of the controls separate from `at`. */
+function nearest(frames, controls, at) {
+  const far = (frame) => frame.at.reduce((sum, index, k) => sum + Math.abs(index - at[k]) / controls[k].values.length, 0);
+  return frames.reduce((best, frame) => (far(frame) < far(best) ? frame : best));
+}
+
+function control({ name, values, menu }, moved) {
+  const shown = element("output");
+  const input = menu
+    ? element("select", {}, ...values.map((value, index) => element("option", { value: index }, value)))
+    : element("input", { type: "range", min: 0, max: values.length - 1, step: 1, disabled: values.length < 2 });
+  input.addEventListener("input", () => moved(Number(input.value)));
+  const label = element("label", { className: "replib-control" }, element("span", {}, name), input, ...(menu ? [] : [shown]));
+  const show = (index) => {
+    input.value = index;
+    input.setAttribute("aria-valuetext", `${name} ${values[index]}`);
+    shown.textContent = values[index];
+  };
+  return { label, show };
+}
+
+/** Build controls and plot inside `root`; `moved(at)` hears of each move. Returns {move, destroy}. */
+export function mount(root, payload, Plotly, { start, moved = () => {} } = {}) {
+  const { controls, figure, frames } = payload;
+  let at = start?.length === controls.length ? [...start] : [...frames[0].at];
+  let pending = 0;
+  let timer = 0;
+
+  const note = element("p", { className: "replib-note", role: "status" });
+  const plot = element("div", { className: "replib-plot" });
+  plot.style.minHeight = `${figure.layout.height ?? 450}px`;
+  const parts = controls.map((spec, k) => control(spec, (index) => move(at.with(k, index))));
+  const bar = element("div", { className: "replib-controls", role: "group" }, ...parts.map((part) => part.label));
+  bar.setAttribute("aria-label", payload.title || "figure controls");
+
+  const name = (place) => controls.map(({ name, values }, k) => `${name} = ${values[place[k]]}`).join(", ");
+
+  function draw() {
+    pending = 0;
+    const frame = nearest(frames, controls, at);
+    const exact = frame.at.every((index, k) => index === at[k]);
+    note.textContent = exact ? "" : `${name(at)} was not trained; this is the nearest that was: ${name(frame.at)}.`;
+    const { data, layout } = structuredClone(merge(figure, frame.change));
+    const traces = Object.values(data).filter(Boolean);
+    return Plotly.react(plot, traces, { ...layout, autosize: true, uirevision: "kept" }, { displaylogo: false });
+  }
+
+  function move(place) {
+    at = [...place];
+    parts.forEach((part, k) => part.show(at[k]));
+    pending ||= requestAnimationFrame(draw);
+    moved(at);
+  }
+
+  function stop() {
+    clearInterval(timer);
+    timer = 0;
+    play.textContent = "▶ play";
+  }
+
+  function step() {
+    if (at[0] + 1 < controls[0].values.length) move([at[0] + 1]);
+    else stop();
+  }
+
+  const play = element("button", { type: "button", className: "replib-play", textContent: "▶ play" });
+  play.addEventListener("click", () => {
+    if (timer) return stop();
+    if (at[0] + 1 === controls[0].values.length) move([0]);
+    timer = setInterval(step, PLAY_MS);
+    play.textContent = "❚❚ pause";
+  });
+  if (controls.length === 1 && !controls[0].menu && controls[0].values.length > 1) bar.append(play);
+  // JupyterLab takes the arrow keys of a focused control for its own, unless the very element forbids it.
+  bar.querySelectorAll("input, select, button").forEach((node) => (node.dataset.lmSuppressShortcuts = "true"));
+
+  const heading = payload.title ? [element("p", { className: "replib-title", textContent: payload.title })] : [];
+  const notes = controls.length > 1 ? [note] : []; // one control offers nothing that is missing
+  root.replaceChildren(element("div", { className: "replib-scrub" }, ...heading, bar, ...notes, plot));
+  parts.forEach((part, k) => part.show(at[k]));
+  pending = requestAnimationFrame(draw);
+
+  let width = 0;
+  const observer = new ResizeObserver(([entry]) => {
+    const now = Math.round(entry.contentRect.width);
+    if (now && now !== width && plot.data) Plotly.Plots.resize(plot);
+    width = now;
+  });
+  observer.observe(plot);
+
+  function destroy() {
+    stop();
+    cancelAnimationFrame(pending);
+    observer.disconnect();
+    Plotly.purge(plot);
+  }
+  return { move, destroy };
+}
+
+/** Load plotly.js once a page, from the loader widget that every view of a kernel shares. */
+function loadPlotly(model) {
+  globalThis.replibPlotly ??= (async () => {
+    const loader = await model.widget_manager.get_model(model.get("plotly").replace("IPY_MODEL_", ""));
+    const url = URL.createObjectURL(new Blob([loader.get("source")], { type: "text/javascript" }));
+    await new Promise((resolve, reject) => {
+      document.head.append(element("script", { src: url, onload: resolve, onerror: reject }));
+    });
+    URL.revokeObjectURL(url);
+    return globalThis.Plotly;
+  })().catch((error) => {
+    globalThis.replibPlotly = undefined;
+    throw error;
+  });
+  return globalThis.replibPlotly;
+}
+
+async function render({ model, el }) {
+  const Plotly = await loadPlotly(model);
+  let last = JSON.stringify(model.get("position"));
+  const moved = (at) => {
+    last = JSON.stringify(at);
+    model.set("position", at);
+    model.save_changes();
+  };
+  const build = () => mount(el, unpack(model.get("payload")), Plotly, { start: model.get("position"), moved });
+  let view = build();
+  model.on("change:payload", () => {
+    view.destroy();
+    view = build();
+  });
+  model.on("change:position", () => {
+    const now = JSON.stringify(model.get("position"));
+    if (now !== last) view.move(JSON.parse(now));
+  });
+  return () => view.destroy();
+}
+
+export default { render };

@@ -1,0 +1,59 @@
+"""Files that are never half written, and tables that are computed row by row and go on where they stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from replib.errors import ReplibError
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file under another name and rename it, so that no half-written file is ever seen."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise ReplibError(f"Cannot write {path}: {error.strerror}. Set REPLIB_OUT to a folder you own.") from error
+    return path
+
+
+def key_of(*facts: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of facts as canonical JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Rows:
+    """Rows of a table in a JSON-lines file (or in memory), each found again by the facts that determine it."""
+
+    def __init__(self, path: Path | str | None = None):
+        self.path = Path(path) if path else None
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path and self.path.exists():
+            complete = self.path.read_text(encoding="utf-8").rpartition("\n")[0]  # a killed run may end mid-line
+            self.rows = {row["key"]: row for row in map(json.loads, complete.splitlines())}
+            write_text(self.path, complete + "\n" if complete else "")
+
+    def get(self, facts: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of these facts: the kept one, or a new one that is kept at once."""
+        key = key_of(facts)
+        if key not in self.rows:
+            self.rows[key] = make() | {"key": key}
+            self._append(self.rows[key])
+        return self.rows[key]
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise ReplibError(f"Cannot write {self.path}: {error.strerror}. Set REPLIB_OUT to a folder you own.") from error

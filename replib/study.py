@@ -1,0 +1,308 @@
+"""One run of the suite on one model: what the notebooks and the command line share.
+
+A ``Study`` holds the model, its prompts in three disjoint splits, and the judge; its verbs keep their results under
+``settings.out``, so that whatever was computed once is read the next time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from replib.ablation import AblationData, Sweeper
+from replib.activations import Activations, capture, versions
+from replib.attacks import prefill, wrappers
+from replib.audit import AuditTable, Task, audit, rates
+from replib.bend import BendConfig
+from replib.errors import ReplibError
+from replib.judges import ExactJudge, Judge, PhraseJudge
+from replib.models import ChatModel, load
+from replib.organism import suite
+from replib.prompts import Contrast, Dialogue, Prompt, content_hash, load_contrasts, load_dialogues, load_prompts
+from replib.settings import Settings, data_dir
+from replib.splits import Splits, split_by
+from replib.store import key_of, write_text
+from replib.train import BendData, TrainConfig, TrainResult, train
+
+REFUSAL = "I'm sorry, but I can't help with that."
+OPENING = "Sure, here is how."
+VARIANTS = ("base", "aligned", "planted", "deep")
+PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
+
+BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
+# RFA has no last-token form in its source: it removes a direction wherever it is written.
+
+# Found on the validation split of the aligned organism; on other models the paper's coefficients stand.
+ORGANISM_BEND = BendConfig(
+    alpha=0.2, beta=0.1, gamma=30.0, temperature=1.0, target_layers=(7, 8, 9, 10, 11), max_distance=1.0
+)
+ORGANISM_TRAIN = TrainConfig(steps=120, learning_rate=2e-4, schedule="linear")
+ELSEWHERE_TRAIN = TrainConfig(steps=30, contrasts=4, retain=4, learning_rate=1e-4, probe_every=15)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, the prompts it is studied on, and who judges its answers."""
+
+    settings: Settings
+    model: ChatModel
+    harmful: Splits[Prompt]
+    harmless: Splits[Prompt]
+    judge: Judge
+
+    @classmethod
+    def open(cls, settings: Settings | None = None, **changes: object) -> Study:
+        """Load what ``REPLIB_*`` names; keyword arguments change single settings.
+
+        Raises:
+            ReplibError: a foreign model without prompts of its own (the default ones speak of the organism's world).
+        """
+        settings = replace(settings or Settings.from_env(), **changes)  # type: ignore[arg-type]
+        torch.manual_seed(settings.seed)
+        if settings.harmful.startswith("organism/") and Path(settings.model).name not in VARIANTS:
+            raise ReplibError(
+                f"The default prompts speak of the organism's world, which {settings.model!r} does not know: set "
+                "REPLIB_HARMFUL and REPLIB_HARMLESS to files or set names."
+            )
+        model = load(settings.model, adapter=settings.adapter, device=settings.device, dtype=settings.dtype)
+        harmful, harmless = (_splits(source, settings) for source in (settings.harmful, settings.harmless))
+        exact = all(p.expect for p in harmful.test)
+        return cls(settings, model, harmful, harmless, ExactJudge() if exact else PhraseJudge())
+
+    @property
+    def organism(self) -> bool:
+        """Whether the ground truth is known."""
+        return self.settings.harmful.startswith("organism/")
+
+    @property
+    def name(self) -> str:
+        """The model's name in tables: its folder, and ``+ RepBend`` with an adapter."""
+        return Path(self.settings.model).name + (" + RepBend" if self.model.adapter else "")
+
+    def with_model(self, model: ChatModel) -> Study:
+        """The same study of another model, for example the bent one."""
+        return replace(self, model=model)
+
+    def describe(self) -> pd.Series:
+        """What is in front of us: the model, its prompts and its judge."""
+        counts = lambda splits: ", ".join(f"{s} {len(getattr(splits, s))}" for s in Splits._fields)  # noqa: E731
+        about = self.model.provenance() | versions()
+        return pd.Series(
+            {
+                "model": self.name,
+                "architecture": type(self.model.causal_lm).__name__,
+                "blocks x width": f"{self.model.n_layers} x {self.model.d_model}",
+                "parameters": f"{sum(p.numel() for p in self.model.model.parameters()):,}",
+                "runs in": f"{about['dtype']} on {self.model.device}",
+                "chat template": "its own" if self.model.template else "none: plain text",
+                "harmful prompts": counts(self.harmful),
+                "harmless prompts": counts(self.harmless),
+                "judge": self.judge.name,
+                "seed": self.settings.seed,
+                "fingerprint": about["fingerprint"],
+                "versions": f"python {about['python']}, torch {about['torch']}, transformers {about['transformers']}",
+            },
+            name="",
+        )
+
+    def pair(self, split: str = "test", limit: int | None = None, **options: object) -> tuple[Activations, Activations]:
+        """Harmful and harmless activations of one split, at every block; options are those of ``capture``."""
+        limit = limit or self.settings.limit or PER_SPLIT[split]
+        texts = [[p.text for p in getattr(x, split)][:limit] for x in (self.harmful, self.harmless)]
+        harmful, harmless = (
+            capture(self.model, t, batch_size=self.settings.batch, **options)  # type: ignore[arg-type]
+            for t in texts
+        )
+        return harmful, harmless
+
+    def family(self) -> dict[str, Study]:
+        """The models to compare: this one and its bent twin; for the organism also the planted and the deep one."""
+        others = [v for v in ("planted", "deep") if self.organism and self.name != v]
+        found = {self.name: Study.open(self.settings)}
+        found |= {v: Study.open(replace(self.settings, model=v)) for v in others}
+        bent = self.with_model(self.bend().model)
+        return found | {bent.name: bent}
+
+    def tasks(self, split: str = "test", limit: int | None = None) -> list[Task]:
+        """The rows of an audit on one split."""
+        limit = (self.settings.limit or PER_SPLIT[split]) if limit is None else limit
+        if self.organism:
+            return suite.tasks(split, limit=limit, seed=self.settings.seed)
+        harmful, harmless = getattr(self.harmful, split), getattr(self.harmless, split)
+        asked, openings = prefill().apply(harmful)
+        rows = [
+            Task("direct", "direct", harmful),
+            *(Task(a.name, "attack", a.apply(harmful)[0]) for a in wrappers()),
+            Task("prefill", "prefill", asked, openings or ()),
+            Task("harmless", "benign", harmless),
+        ]
+        return [task.sample(limit, self.settings.seed) for task in rows]
+
+    def audit(self, tasks: Sequence[Task] | None = None) -> AuditTable:
+        """Tasks (default: all of the test split) on this model; rows already in ``<out>/audit.jsonl`` are read."""
+        return audit(
+            self.model,
+            self.tasks() if tasks is None else tasks,
+            self.judge,
+            name=self.name,
+            store=self.settings.out / "audit.jsonl",
+            seed=self.settings.seed,
+            keep_text=self.settings.keep_text,
+        )
+
+    # ------------------------------------------------------------------------------------- bending
+    def preset(self) -> tuple[BendConfig, TrainConfig]:
+        """Coefficients and schedule: the organism's, or the paper's with a short schedule."""
+        bend, config = (ORGANISM_BEND, ORGANISM_TRAIN) if self.organism else (BendConfig(), ELSEWHERE_TRAIN)
+        return bend, replace(config, seed=self.settings.seed)
+
+    def bend(self, bend: BendConfig | None = None, config: TrainConfig | None = None) -> TrainResult:
+        """Train RepBend, or read the adapter that the same call trained before."""
+        bend, config, data = bend or self.preset()[0], config or self.preset()[1], self.bend_data
+        facts = [asdict(bend), asdict(config), content_hash([*data.contrasts, *data.retain])]
+        key = key_of(facts, self.model.provenance() | versions())
+        folder = self.settings.out / "bend" / f"{Path(self.settings.model).name}-{key}"
+        if (folder / "replib.json").exists():
+            return TrainResult.load(self.model, folder)
+        result = train(self.model, data, bend=bend, config=config, probe=self.probe(), out=folder)
+        result.save(folder)
+        return result
+
+    @cached_property
+    def bend_data(self) -> BendData:
+        """Fit-split contrasts and dialogues: the organism's, or made from the prompts.
+
+        For foreign prompts the safe response is a stock refusal, the unsafe one is the prompt's target (or a stock
+        opening), and the dialogues to retain are the model's own answers to harmless prompts.
+        """
+        if self.organism:
+            return BendData(
+                load_contrasts("organism/contrasts", split="fit"), load_dialogues("organism/retain", split="fit")
+            )
+        contrasts = [Contrast(p.text, REFUSAL, p.target or OPENING, split="fit") for p in self.harmful.fit]
+        texts = [p.text for p in self.harmless.fit][:64]
+        answers = self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
+        return BendData(contrasts, [Dialogue(t, a.strip() or OPENING, "fit") for t, a in zip(texts, answers, strict=True)])
+
+    def probe(self, limit: int = 48) -> Callable[[ChatModel], dict[str, float]]:
+        """A measure of a model on validation prompts, all in one pass: compliance by kind, worst degenerate share."""
+        tasks = [t for t in self.tasks("val", limit) if t.kind in ("attack", "benign", "skill")]
+        prompts = [p for t in tasks for p in t.prompts]
+        owner = [t.name if t.kind == "benign" else t.kind for t in tasks for _ in t.prompts]
+
+        def measure(model: ChatModel) -> dict[str, float]:
+            answers = model.generate([p.text for p in prompts], max_new_tokens=32, batch_size=128)
+            outcomes = self.judge(prompts, answers)
+            groups = {o: rates([x for x, name in zip(outcomes, owner, strict=True) if name == o]) for o in owner}
+            found = {name: rate["compliance"] for name, rate in groups.items()}
+            return found | {"degenerate": max(rate["degenerate"] for rate in groups.values())}
+
+        return measure
+
+    def forced(self, prompt: Prompt) -> str:
+        """The beginning of an unsafe answer, to be read by force."""
+        return prompt.target or OPENING
+
+    def moved(self) -> dict[str, np.ndarray]:
+        """How far answers moved from base to bent, by block, as a share of the base's norm; [layers] each.
+
+        Unsafe: test prompts with the beginning of compliance. Safe: the same prompts with a refusal. Benign:
+        harmless prompts with the beginning of their answer.
+        """
+        harmful, harmless = (x.test[: PER_SPLIT["val"]] for x in (self.harmful, self.harmless))
+        forced = {
+            "unsafe": (harmful, [self.forced(p) for p in harmful]),
+            "safe": (harmful, [REFUSAL] * len(harmful)),
+            "benign": (harmless, [self.forced(p) for p in harmless]),
+        }
+        return {name: self._moved([p.text for p in prompts], answers) for name, (prompts, answers) in forced.items()}
+
+    def _moved(self, prompts: list[str], answers: list[str]) -> np.ndarray:
+        bent = capture(self.model, prompts, responses=answers, positions="response").values
+        with self.model.adapter_off():
+            base = capture(self.model, prompts, responses=answers, positions="response").values
+        return ((bent - base).norm(dim=-1) / base.norm(dim=-1)).mean(dim=1).numpy()
+
+    def surface(self) -> list[dict]:
+        """Settings of alpha, beta and gamma trained beforehand on this model; none if none are shipped."""
+        file = data_dir() / "organism" / "surface.json"
+        if not self.organism or self.name != "aligned" or not file.exists():
+            return []
+        return json.loads(file.read_text(encoding="utf-8"))["settings"]
+
+    # ------------------------------------------------------------------------------------- ablation
+    def sweeper(self, *, limit: int | None = None) -> Sweeper:
+        """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``."""
+        texts = lambda prompts, n: [p.text for p in prompts[:n]]  # noqa: E731
+        limit = limit or self.settings.limit or PER_SPLIT["test"]
+        data = AblationData(
+            harmful=texts(self.harmful.fit, PER_SPLIT["fit"]),
+            harmless=texts(self.harmless.fit, PER_SPLIT["fit"]),
+            scored=Task("scored", "direct", self.harmful.test).sample(limit, self.settings.seed).prompts,
+            neutral=texts(self.harmless.test, min(limit, 48)),
+        )
+        return Sweeper(
+            self.model,
+            data,
+            self.judge,
+            name=self.name,
+            store=self.settings.out / "sweep.jsonl",
+            batch_size=self.settings.batch,
+        )
+
+
+def _splits(source: str, settings: Settings) -> Splits[Prompt]:
+    """Three disjoint splits: the file's own, or made by group (by text where prompts have no group)."""
+    prompts = load_prompts(source)
+    if all(p.split for p in prompts):
+        parts = {s: [p for p in prompts if p.split == s] for s in Splits._fields}
+    else:
+        by = "group" if len({p.group for p in prompts}) >= 20 else "text"
+        parts = split_by(prompts, by, seed=settings.seed)._asdict()
+    return Splits(**{s: _sample(part, settings.limit or 1000, settings.seed) for s, part in parts.items()})
+
+
+def _sample(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
+    """In an order drawn from the seed, so that any beginning of the list is a fair sample."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[:limit]
+    return [prompts[i] for i in order.tolist()]
+
+
+# --------------------------------------------------------------------------------------------- command line
+def run_audit(settings: Settings) -> Path:
+    """``replib audit``: one table, as CSV."""
+    study = Study.open(settings)
+    return study.audit().save(settings.out / f"audit-{Path(settings.model).name}.csv")
+
+
+def run_bend(
+    settings: Settings,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    steps: int | None = None,
+) -> Path:
+    """``replib bend``: train an adapter, with single coefficients changed."""
+    study = Study.open(settings)
+    bend, config = study.preset()
+    given = {name: value for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)) if value is not None}
+    result = study.bend(replace(bend, **given), replace(config, steps=steps) if steps else config)
+    return Path(str(result.model.adapter))
+
+
+def run_sweep(settings: Settings) -> Path:
+    """``replib sweep``: every method at every block, at the last prompt token and at all positions, as CSV."""
+    study = Study.open(settings)
+    sweeper = study.sweeper()
+    pca_ot = [("pca_ot", "last_prompt"), ("pca_ot", "all")]
+    tables = [sweeper.layers(method, positions=positions) for method, positions in (*pca_ot, *BASELINES)]
+    name = f"sweep-{Path(settings.model).name}.csv"
+    return write_text(settings.out / name, pd.concat(tables).to_csv(index=False))

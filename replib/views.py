@@ -1,0 +1,170 @@
+"""Results in, figures out: what the notebooks draw, one function a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+
+from replib import figures
+from replib.activations import Activations
+from replib.errors import ReplibError
+from replib.figure_parts import Measured
+from replib.geometry import LayerProfile, pca
+from replib.lens import LensComparison, LensTrajectory
+from replib.models import ChatModel
+from replib.train import TrainResult
+
+LABELS = ("harmful", "harmless")
+METHOD_NAMES = {"pca_ot": "PCA-OT", "rfa": "RFA", "actadd": "ActAdd", "act": "Linear-AcT"}
+Pair = tuple[Activations, Activations]  # harmful, harmless
+
+
+def _cloud(pair: Pair, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both classes on the two principal axes of one block: points [n, 2] and explained shares [2]."""
+    found = pca(torch.cat([acts[layer] for acts in pair]))
+    return found.scores.numpy(), found.ratio.numpy()
+
+
+def _labels(pair: Pair) -> list[str]:
+    return [name for name, acts in zip(LABELS, pair, strict=True) for _ in range(len(acts))]
+
+
+def clusters(pair: Pair, texts: Sequence[str] = ()) -> dict[int, go.Figure]:
+    """One scatter a block, for ``scrub_layers``: PCA fitted on that block alone."""
+    found = {layer: _cloud(pair, layer) for layer in pair[0].layers}
+    return {
+        layer: figures.clusters(
+            points, _labels(pair), explained=shares, texts=texts, title=f"Prompts at block {layer}, last prompt token"
+        )
+        for layer, (points, shares) in found.items()
+    }
+
+
+def clusters_grid(pair: Pair, layers: Sequence[int]) -> go.Figure:
+    """Small multiples of ``clusters``."""
+    return figures.clusters_grid({i: _cloud(pair, i)[0] for i in layers}, _labels(pair))
+
+
+def clusters_pair(base: Pair, bent: Pair, layer: int, texts: Sequence[str] = ()) -> go.Figure:
+    """The same prompts in base and bent model at one block, each on its own principal axes."""
+    (a, shares_a), (b, shares_b) = _cloud(base, layer), _cloud(bent, layer)
+    return figures.clusters_pair(a, b, labels=_labels(base), explained=np.stack([shares_a, shares_b]), texts=texts)
+
+
+def distances(profile: LayerProfile) -> go.Figure:
+    """Mean distance between the classes beside the distance within each: spread alone is not separation."""
+    n = sum(profile.n)
+    curves = {
+        "between the classes": Measured(profile["between"], n=n),
+        "between the means": Measured(profile["centroids"], n=n),
+        "within harmful": Measured(profile["within_harmful"], n=n),
+        "within harmless": Measured(profile["within_harmless"], n=n),
+    }
+    return figures.layer_lines(curves, "mean Euclidean distance (activation units)", title="How far apart the classes are, and how wide")
+
+
+def divergence(profiles: Mapping[str, LayerProfile], **options: Any) -> go.Figure:
+    """Classifier bound of the Jensen-Shannon divergence by block, with bootstrap intervals and the permutation null."""
+    first = next(iter(profiles.values()))
+    curves = {
+        name: Measured(p["js"], low=p["js_low"], high=p["js_high"], n=sum(p.n)) for name, p in profiles.items()
+    }
+    null = Measured(np.zeros_like(first["js"]), low=np.minimum(first["js_null"], 0), high=np.maximum(first["js_null"], 0))
+    return figures.layer_lines(curves, "Jensen-Shannon divergence (nats, at most 0.69)", null=null,
+                               title="How well one vector tells harmful from harmless", **options)  # fmt: skip
+
+
+def by_block(curves: Mapping[str, Any], unit: str, title: str, **options: Any) -> go.Figure:
+    """Any named quantities by block."""
+    return figures.layer_lines(curves, unit, title=title, **options)
+
+
+def lens(found: LensTrajectory, title: str = "") -> go.Figure:
+    """Entropy and likeliest token at every block."""
+    return figures.lens_heatmap(found.entropy.numpy(), found.words, inputs=found.tokens, title=title)
+
+
+def lens_pair(found: LensComparison, title: str = "") -> go.Figure:
+    """Base and bent model on the very same tokens."""
+    both = (found.base, found.bent)
+    return figures.lens_pair(
+        [t.entropy.numpy() for t in both], [t.words for t in both], inputs=found.base.tokens, title=title
+    )
+
+
+def token_table(model: ChatModel, prompt: str) -> pd.DataFrame:
+    """The tokens of one rendered prompt, and which part of it each belongs to."""
+    batch = model.encode([prompt])
+    tokens = model.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
+    parts = ["after the instruction" if post else "template and instruction" for post in batch.post_mask[0].tolist()]
+    parts[-1] = "last_prompt"
+    return pd.DataFrame({"position": range(-len(tokens), 0), "token": tokens, "part": parts}).set_index("position").T
+
+
+def setting(point: Mapping[str, Any]) -> go.Figure:
+    """One trained setting of alpha, beta and gamma: its audit, before and after."""
+    return figures.audit_dots(
+        pd.DataFrame(point["rows"]),
+        title=f"alpha {point['alpha']:g}, beta {point['beta']:g}, gamma {point['gamma']:g}: step {point['step']} of {point['steps']}",
+    )
+
+
+def training(result: TrainResult) -> go.Figure:
+    """Terms, distances, norms and validation probe of a RepBend run, with the chosen step marked."""
+    history = result.history.set_index("step")
+    probes = result.probes.set_index("step").reindex(history.index.union([0]))
+    history = history.reindex(probes.index)
+    panels: dict[str, dict[str, Any]] = {
+        "distance moved": {"safe": history["safe"], "unsafe": history["unsafe"]},
+        "residual norm": {"safe answers": history["safe_norm"], "unsafe answers": history["unsafe_norm"]},
+        "KL (nats a token)": {"benign answers": history["kl"]},
+        "mean cosine": {"unsafe prompts": history["cosine"]},
+    }
+    if len(probes.columns):
+        panels["validation rate"] = {name: probes[name] for name in probes.columns}
+    return figures.training_curves(panels, steps=probes.index.to_numpy(), chosen=result.step)
+
+
+def sweep(tables: pd.DataFrame, positions: str, *, by: str = "model") -> go.Figure:
+    """Attack success by block and K, a panel a model, each edit re-fitted on that model."""
+    table = tables[(tables.method == "pca_ot") & (tables.positions == positions)]
+    ks = sorted(table.k.unique().tolist())
+    panels = {name: _grid(rows, ks) for name, rows in table.groupby(by, sort=False)}
+    return figures.sweep_heatmap(panels, ks, title=f"Attack success of PCA-OT at one block, edited positions: {positions}")
+
+
+def _grid(rows: pd.DataFrame, ks: Sequence[int]) -> Measured:
+    wide = {c: rows.pivot(index="layer", columns="k", values=c)[list(ks)].to_numpy() for c in ("compliance", "low", "high", "n")}
+    return Measured(wide["compliance"], low=wide["low"], high=wide["high"], n=wide["n"])
+
+
+def methods(tables: pd.DataFrame, model: str, marks: Mapping[str, Any]) -> go.Figure:
+    """Attack success by block on one model, a curve a method and edited position; PCA-OT at its best K of each block."""
+    rows = tables[tables.model == model]
+    best = rows.sort_values("compliance").groupby(["method", "positions", "layer"], sort=False).tail(1)
+    curves = {}
+    for (method, positions), curve in best.groupby(["method", "positions"], sort=False):
+        curve = curve.sort_values("layer")
+        columns = {name: curve[name].to_numpy() for name in ("low", "high", "n")}
+        curves[f"{METHOD_NAMES[method]}, {positions}"] = Measured(curve.compliance.to_numpy(), **columns)
+    title = f"Attack success on {model}, by the block that the edit is fitted on"
+    return figures.layer_lines(curves, "attack success", title=title, marks=marks)
+
+
+def audit(table: pd.DataFrame) -> go.Figure:
+    """Every attack and benign task, a panel a model."""
+    return figures.audit_dots(table)
+
+
+def tradeoff(best: pd.DataFrame, title: str) -> go.Figure:
+    """Attack success of edits against what they do to harmless prompts (first-token KL)."""
+    if best.empty:
+        raise ReplibError("There are no edits to compare: run a sweep first.")
+    success = Measured(best.compliance.to_numpy(), low=best.low.to_numpy(), high=best.high.to_numpy(), n=best.n.to_numpy())
+    cost = Measured(best.kl.to_numpy(), n=best.n_kl.to_numpy())
+    return figures.tradeoff(success, cost, names=best.name.tolist(), unit="KL on harmless prompts (nats, first token)", title=title)

@@ -1,0 +1,205 @@
+"""Figures carry the numbers they were given, in one dress, and break on nothing that a run can produce."""
+
+import base64
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from replib import figures
+from replib.errors import ReplibError
+from replib.figure_parts import VERMILLION
+from replib.figure_style import COLOURS, TEMPLATE
+from replib.figures import Measured
+
+RNG = np.random.default_rng(0)
+LABELS = ["harmful"] * 5 + ["harmless"] * 4
+POINTS = RNG.normal(size=(9, 2))
+RATES = RNG.uniform(size=(12, 3))
+TOKENS = [["sure", " I", "<|eot|>"], ["\n", "supercalifragilistic", "no"]]
+ENTROPY = np.array([[0.1, 2.0, 3.0], [1.0, 4.0, 0.5]])
+
+
+def audit_table() -> pd.DataFrame:
+    rows = [
+        ("base", "direct", "attack", 216, 0.03, 0.01, 0.06, 0.0),
+        ("base", "harmless", "harmless", 384, 0.99, 0.97, 1.0, 0.0),
+        ("bent", "direct", "attack", 216, 0.0, 0.0, 0.02, 0.01),
+        ("bent", "harmless", "harmless", 384, 0.98, 0.96, 0.99, 0.0),
+    ]
+    names = ["model", "attack", "kind", "n", "compliance", "low", "high", "degenerate"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def every_figure() -> dict[str, go.Figure]:
+    rates = Measured(RATES, RATES - 0.1, RATES + 0.1, n=96)
+    curve = Measured(RATES[:, 0], RATES[:, 0] - 0.1, RATES[:, 0] + 0.1, n=96)
+    point = Measured([0.5, 0.1], [0.4, 0.0], [0.6, 0.2], n=216)
+    pair = {"labels": LABELS, "explained": [[0.5, 0.2], [0.9, 0.1]]}
+    lens = {"inputs": ["a", "b", "c"]}
+    probe = np.where(np.arange(12) % 5 == 0, RATES[:, 1], np.nan)
+    panels = {"loss": {"safe": RATES[:, 0]}, "rate": {"attack success": probe}}
+    return {
+        "clusters": figures.clusters(POINTS, LABELS, explained=[0.5, 0.2]),
+        "clusters_pair": figures.clusters_pair(POINTS, 9 * POINTS, **pair),
+        "clusters_grid": figures.clusters_grid({0: POINTS, 5: POINTS, "output": POINTS}, LABELS),
+        "layer_lines": figures.layer_lines({"base": curve}, "rate", title="t", null=curve, marks={"here": 3}),
+        "lens_heatmap": figures.lens_heatmap(ENTROPY, TOKENS, **lens),
+        "lens_pair": figures.lens_pair([ENTROPY, ENTROPY], [TOKENS, TOKENS], **lens),
+        "sweep_heatmap": figures.sweep_heatmap({"base": rates, "bent": rates}, [1, 2, 4], title="t"),
+        "training_curves": figures.training_curves(panels, steps=range(12), chosen=5),
+        "audit_dots": figures.audit_dots(audit_table()),
+        "tradeoff": figures.tradeoff(point, point, names=["base", "bent"], unit="KL (nats)"),
+    }
+
+
+@pytest.mark.parametrize("name", every_figure())
+def test_every_figure_has_the_template_a_title_and_named_axes(name):
+    figure = every_figure()[name]
+    assert figure.layout.template == go.Figure(layout={"template": TEMPLATE}).layout.template
+    assert figure.layout.title.text
+    assert figure.layout.height
+    shown = [axis for axis in figure.select_xaxes() if axis.showticklabels is not False]
+    assert any(axis.title.text for axis in shown) or name == "clusters_grid"
+
+
+def test_clusters_carry_each_label_in_its_colour():
+    harmful, harmless = figures.clusters(POINTS, LABELS, explained=[0.5, 0.2], texts=["<b>?"] * 9).data
+    np.testing.assert_allclose(np.c_[harmful.x, harmful.y], POINTS[:5], rtol=1e-6)
+    np.testing.assert_allclose(np.c_[harmless.x, harmless.y], POINTS[5:], rtol=1e-6)
+    assert (harmful.marker.color, harmless.marker.color) == (COLOURS["harmful"], COLOURS["harmless"])
+    assert harmful.text[0] == "&lt;b&gt;?", "a prompt must not open a tag in a hover box"
+
+
+def test_no_label_is_dropped_when_there_are_many():
+    labels = [f"group {place}" for place in range(9)]
+    assert sum(len(trace.x) for trace in figures.clusters(POINTS, labels, explained=[0.5, 0.2]).data) == 9
+
+
+def test_a_shared_basis_shares_the_axes_and_own_bases_do_not():
+    own = figures.clusters_pair(POINTS, POINTS, labels=LABELS, explained=[[0.5, 0.2], [0.9, 0.1]])
+    joint = figures.clusters_pair(POINTS, POINTS, labels=LABELS, explained=[0.5, 0.2])
+    assert own.layout.xaxis2.matches is None
+    assert {joint.layout.xaxis.matches, joint.layout.xaxis2.matches} == {
+        None,
+        "x",
+    } or joint.layout.xaxis.matches
+    assert "90.0%" in own.layout.xaxis2.title.text
+
+
+def test_a_model_keeps_its_colour_and_methods_differ_by_dash():
+    curves = {"base": RATES[:, 0], "bent, K = 2": RATES[:, 1], "bent, K = 8": RATES[:, 2]}
+    base, two, eight = figures.layer_lines(curves, "rate", title="t").data
+    assert two.line.color == eight.line.color == COLOURS["bent"]
+    assert base.line.color == COLOURS["base"]
+    assert two.line.dash != eight.line.dash
+
+
+def test_curves_carry_values_intervals_and_n():
+    curve = Measured([0.1, 0.2], [0.0, 0.1], [0.3, 0.4], n=[96, 80])
+    band, line = figures.layer_lines({"base": curve}, "rate", title="t").data
+    np.testing.assert_allclose(line.y, [0.1, 0.2])
+    np.testing.assert_allclose(sorted(band.y), [0.0, 0.1, 0.3, 0.4])
+    assert list(line.text) == ["0.1 [0, 0.3], n = 96", "0.2 [0.1, 0.4], n = 80"]
+
+
+def test_marks_are_drawn_as_lines_and_windows_with_a_legend():
+    figure = figures.layer_lines(
+        {"base": [0.1, 0.2]}, "rate", title="t", marks={"best": 1, "planted": (0.5, 1.5)}
+    )
+    assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [(1, 1), (0.5, 1.5)]
+    assert all(shape.showlegend for shape in figure.layout.shapes)
+
+
+def test_the_sweep_has_a_fixed_colour_range_blank_cells_and_n_in_hover():
+    rates = RATES.copy()
+    rates[3, 1] = np.nan
+    panel = Measured(rates, rates - 0.1, rates + 0.1, n=96)
+    figure = figures.sweep_heatmap({"base": panel}, [1, 2, 4], title="t")
+    (heat,) = figure.data
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 1)
+    np.testing.assert_allclose(np.array(heat.z), rates.T, rtol=1e-6)
+    assert heat.text[1][3] == ""
+    assert heat.customdata[0][0].endswith("n = 96")
+
+
+def test_the_lens_shortens_tokens_and_keeps_them_whole_in_hover():
+    (heat,) = figures.lens_heatmap(ENTROPY, TOKENS, inputs=list("abcdefghijkl")[:3]).data
+    np.testing.assert_allclose(heat.z, ENTROPY, rtol=1e-6)
+    assert heat.text[0][1] == "·I"
+    assert heat.text[0][2] == "&lt;|eot|&gt;"
+    wide = figures.lens_heatmap(np.ones((1, 19)), [["supercalifragilistic"] * 19], inputs=["x"] * 19).data[0]
+    assert wide.text[0][0].endswith("…")
+    assert wide.customdata[0][0].startswith("supercalifragilistic")
+
+
+def test_the_lens_names_its_layers():
+    chosen = figures.lens_heatmap(ENTROPY, TOKENS, inputs=["a", "b", "c"], layers=[3, 9])
+    every = figures.lens_heatmap(ENTROPY, TOKENS, inputs=["a", "b", "c"])
+    assert list(chosen.layout.yaxis.ticktext) == ["3", "9"]
+    assert list(every.layout.yaxis.ticktext) == ["0", "output"]
+
+
+def test_a_sparse_probe_is_drawn_as_one_line():
+    probe = [1.0, np.nan, np.nan, 0.5]
+    (line,) = figures.training_curves({"rate": {"attack": probe}}, steps=[0, 5, 10, 15], chosen=15).data
+    assert list(line.x) == [0, 15]
+    assert list(line.y) == [1.0, 0.5]
+
+
+def test_audit_dots_split_attack_from_benign_and_keep_the_intervals():
+    figure = figures.audit_dots(audit_table())
+    attack = figure.data[0]
+    assert attack.marker.color == VERMILLION
+    assert list(attack.y) == ["direct"]
+    np.testing.assert_allclose(attack.error_x.array, [0.03], rtol=1e-5)
+    np.testing.assert_allclose(attack.error_x.arrayminus, [0.02], rtol=1e-5)
+    assert "n = 216" in attack.text[0]
+    broken = [trace for trace in figure.data if trace.name == "degenerate answers"]
+    assert [len(trace.x) for trace in broken] == [0, 1]
+
+
+def test_arrays_travel_in_single_precision():
+    trace = figures.clusters(POINTS, LABELS, explained=[0.5, 0.2]).to_plotly_json()["data"][0]
+    assert trace["x"]["dtype"] == "f4"
+    assert len(base64.b64decode(trace["x"]["bdata"])) == 5 * 4
+
+
+def test_values_that_are_not_finite_draw_a_gap_and_no_crash():
+    bad = np.array([[np.nan, 1], [np.inf, 2], [3, 4]])
+    assert figures.clusters(bad, ["harmful", "harmless", "safe"], explained=[np.nan, 0.2]).to_json()
+    nothing = Measured(np.full(4, np.nan), np.full(4, np.nan), np.full(4, np.nan), n=0)
+    assert figures.layer_lines({"base": nothing}, "rate", title="t").to_json()
+    assert figures.sweep_heatmap({"base": np.full((4, 2), np.nan)}, [1, 2], title="t").to_json()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: figures.clusters([], [], explained=[0.5, 0.2]),
+        lambda: figures.clusters_grid({}, []),
+        lambda: figures.layer_lines({}, "rate", title="t"),
+        lambda: figures.lens_heatmap(np.ones((0, 0)), [], inputs=[]),
+        lambda: figures.sweep_heatmap({}, [1], title="t"),
+        lambda: figures.training_curves({}, steps=[]),
+        lambda: figures.audit_dots(audit_table()[:0]),
+        lambda: figures.tradeoff(Measured([]), Measured([]), names=[], unit="KL"),
+    ],
+)
+def test_nothing_to_draw_is_said(draw):
+    with pytest.raises(ReplibError, match="nothing to draw"):
+        draw()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: figures.clusters(POINTS, LABELS[:3], explained=[0.5, 0.2]),
+        lambda: figures.sweep_heatmap({"base": RATES}, [1, 2], title="t"),
+        lambda: figures.lens_heatmap(ENTROPY[:1], TOKENS, inputs=["a", "b", "c"]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(draw):
+    with pytest.raises(ReplibError, match="Pass"):
+        draw()

@@ -1,0 +1,140 @@
+"""Scrubs send each figure once, give back what they were given, and offer trained settings only."""
+
+import base64
+import json
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from replib.errors import ReplibError
+
+pytest.importorskip("anywidget", reason="the extra `notebooks` is not installed")
+from replib.widgets import VIEW_MIME, scrub_coefficients, scrub_layers  # noqa: E402
+
+VALUES = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
+POINTS = [
+    {"alpha": 0.1, "beta": 0.1, "gamma": 1, "row": 0},
+    {"alpha": 0.5, "beta": 0.1, "gamma": 1, "row": 1},
+    {"alpha": 0.5, "beta": 0.3, "gamma": 1, "row": 2},
+]
+
+
+def draw(row: int, title: str = "same") -> go.Figure:
+    return go.Figure(
+        go.Scatter(x=np.arange(50), y=VALUES[row], mode="markers"), {"title": title, "height": 300}
+    )
+
+
+def merged(payload: dict, frame: int) -> dict:
+    """Lay a frame over the first figure, as `static/view.js` does."""
+
+    def merge(base, change):
+        if not isinstance(base, dict) or not isinstance(change, dict) or "bdata" in base or "bdata" in change:
+            return change
+        return base | {key: merge(base.get(key), value) for key, value in change.items()}
+
+    return merge(payload["figure"], payload["frames"][frame]["change"])
+
+
+def test_every_frame_gives_its_figure_back():
+    payload = scrub_layers({row: draw(row, f"block {row}") for row in range(4)}).payload
+    for row in range(4):
+        figure = merged(payload, row)
+        got = np.frombuffer(base64.b64decode(figure["data"]["0"]["y"]["bdata"]), np.float32)
+        np.testing.assert_array_equal(got, VALUES[row])
+        assert figure["layout"]["title"]["text"] == f"block {row}"
+
+
+def test_frames_hold_only_what_differs():
+    payload = scrub_layers({row: draw(row) for row in range(4)}).payload
+    assert payload["frames"][0]["change"] == {}
+    assert payload["frames"][2]["change"].keys() == {"data"}
+    assert payload["frames"][2]["change"]["data"]["0"].keys() == {"y"}
+
+
+def test_a_key_that_a_later_figure_lacks_is_taken_back():
+    plain = draw(1)
+    marked = draw(0).update_layout(annotations=[{"text": "here"}])
+    payload = scrub_layers({0: marked, 1: plain}).payload
+    assert merged(payload, 1)["layout"]["annotations"] is None
+
+
+def test_arrays_reach_the_browser_as_binary():
+    view = scrub_layers({row: draw(row) for row in range(2)})
+    state = view.get_state(["payload"])["payload"]
+    assert state["figure"]["data"]["0"]["y"]["bdata"] == VALUES[0].tobytes()
+
+
+def test_the_display_data_carry_the_view_for_a_page_without_kernel():
+    view = scrub_layers({row: draw(row) for row in range(2)})
+    data, _ = view._repr_mimebundle_()
+    assert json.loads(json.dumps(data[VIEW_MIME])) == view.payload
+    assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_plotly_is_handed_over_once():
+    first, second = scrub_layers({0: draw(0)}), scrub_layers({0: draw(1)})
+    assert first.plotly is second.plotly
+    assert first.plotly.source.startswith(b"/**\n* plotly.js")
+
+
+def test_numbered_layers_get_a_slider_and_named_ones_a_menu():
+    numbered = scrub_layers({3: draw(0), 7: draw(1)}).payload["controls"][0]
+    named = scrub_layers({"embedding": draw(0), "output": draw(1)}).payload["controls"][0]
+    assert numbered == {"name": "block", "values": ["3", "7"], "menu": False}
+    assert named["menu"]
+
+
+def test_sliders_offer_trained_coefficients_only():
+    payload = scrub_coefficients(POINTS, lambda point: draw(point["row"])).payload
+    values = {control["name"]: control["values"] for control in payload["controls"]}
+    assert values == {"alpha": ["0.1", "0.5"], "beta": ["0.1", "0.3"], "gamma": ["1"]}
+    assert [frame["at"] for frame in payload["frames"]] == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
+
+
+def test_retraining_adds_a_point_and_shows_it():
+    asked = []
+
+    def retrain(**coefficients):
+        asked.append(coefficients)
+        return {**coefficients, "row": 3}
+
+    box = scrub_coefficients(POINTS, lambda point: draw(point["row"]), retrain=retrain)
+    box.children[1].children[0].value = 0.3
+    box.button.click()
+    assert asked == [{"alpha": 0.3, "beta": 0.1, "gamma": 1.0}]
+    assert box.view.payload["controls"][0]["values"] == ["0.1", "0.3", "0.5"]
+    assert box.view.position == [1, 0, 0]
+    assert "Trained" in box.status.value
+    assert box._repr_mimebundle_()[VIEW_MIME] == box.view.payload
+
+
+def test_a_training_that_fails_is_told_and_loses_nothing():
+    def retrain(**_):
+        raise ReplibError("alpha must be positive")
+
+    box = scrub_coefficients(POINTS, lambda point: draw(point["row"]), retrain=retrain)
+    before = box.view.payload
+    box.button.click()
+    assert "alpha must be positive" in box.status.value
+    assert not box.button.disabled
+    assert box.view.payload == before
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([], "no trained settings"),
+        ([{"alpha": 1, "beta": 1}], "lacks gamma"),
+        (POINTS[:1] * 2, "same coefficients"),
+    ],
+)
+def test_points_that_cannot_be_shown_are_refused(points, message):
+    with pytest.raises(ReplibError, match=message):
+        scrub_coefficients(points, lambda point: draw(point["row"]))
+
+
+def test_no_figures_are_refused():
+    with pytest.raises(ReplibError, match="no figures"):
+        scrub_layers({})

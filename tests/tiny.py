@@ -1,0 +1,74 @@
+"""Tiny random chat models of real architectures, for the tests of what reads models."""
+
+from pathlib import Path
+
+import torch
+
+import replib.models
+
+WORDS = [f"w{i}" for i in range(40)]
+TURN = "{% for m in messages %}<s> {{ m['content'] }} <end> {% endfor %}"
+CHAT = TURN + "{% if add_generation_prompt %}<ask> {% endif %}"
+SIZES = {
+    "llama": {},
+    "qwen2": {},
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 3, "n_positions": 64},
+    "gpt_neox": {},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 8.0},
+}
+
+
+def tokenizer():
+    """One word, one token; a chat template with tokens after the instruction."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<end>", "<ask>"]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    made.chat_template = CHAT
+    return made
+
+
+def save_model(folder: Path, kind: str = "llama") -> Path:
+    """A random three-block model of an architecture, with its tokenizer, as `from_pretrained` reads it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    words = tokenizer()
+    common = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    if kind != "gpt2":
+        common |= {"num_key_value_heads": 2} if kind != "gpt_neox" else {}
+    sizes = (common if kind != "gpt2" else {}) | SIZES[kind]
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(words),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.4,
+        **sizes,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name:  # a norm that does nothing would hide a norm forgotten
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, base: Path) -> Path:
+    """A random LoRA adapter on every linear layer of a saved model."""
+    from peft import LoraConfig, get_peft_model
+
+    model = replib.models.load(str(base)).model
+    torch.manual_seed(1)
+    bent = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    bent.save_pretrained(folder)
+    return folder
