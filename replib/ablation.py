@@ -1,7 +1,8 @@
 """Fit edits that ablate refusal, and sweep them over layers: Gaussian transport beside the one-direction baselines.
 
-Sources: PCA-OT (arXiv 2603.04355), RFA and ActAdd (arXiv 2406.11717), Linear-AcT (arXiv 2410.23054). The full text of the
-first was not available to us: K, the edited positions and the rule that selects layers are switches here, not its choices.
+Sources: PCA-OT (arXiv 2603.04355), RFA and ActAdd (arXiv 2406.11717), Linear-AcT (arXiv 2410.23054). The full text of
+the first was not available to us: K, the edited positions and the rule that selects layers are switches here, not its
+choices.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class AblationData:
             if not getattr(self, name):
                 raise ReplibError(f"No {name} prompts: an ablation needs both classes to fit and prompts to score.")
         if shared := {p.text for p in self.scored} & set(self.harmful):
-            raise ReplibError(f"{len(shared)} scored prompts were used to fit, for example {min(shared)!r}: split them.")
+            raise ReplibError(
+                f"{len(shared)} scored prompts were used to fit, for example {min(shared)!r}: split them."
+            )
 
     def hashes(self) -> dict[str, str]:
         """What identifies the four lists in a table."""
@@ -95,7 +98,7 @@ def fit_edit(
 
 
 def linear_act(source: Float[Tensor, "n d"], target: Float[Tensor, "m d"]) -> AffineEdit:
-    """Linear-AcT (arXiv 2410.23054, eq. 7): omega, beta by least squares between sorted samples, coordinate by coordinate.
+    """Linear-AcT (arXiv 2410.23054): gain and bias by least squares between sorted samples, one coordinate at a time.
 
     Unequal sample sizes are met on the quantiles of the smaller one; a constant coordinate is only shifted.
     """
@@ -117,7 +120,7 @@ def fit_edits(
     k: int = 2,
     positions: str = "last_prompt",
 ) -> SiteEdits:
-    """Edits at several blocks, each fitted with the earlier ones active, so that it meets what it will be applied to."""
+    """Edits at several blocks, each fitted with the earlier ones active: it meets what it will be applied to."""
     edits: SiteEdits = {}
     for layer in sorted(check_layers(model, layers)):
         with applied(model, edits, positions=positions) if edits else nullcontext():
@@ -154,7 +157,9 @@ class Sweeper:
     @cached_property
     def fitted(self) -> tuple[Activations, Activations]:
         """Harmful and harmless activations at every block, read once."""
-        harmful, harmless = (capture(self.model, x, batch_size=self.batch_size) for x in (self.data.harmful, self.data.harmless))
+        harmful, harmless = (
+            capture(self.model, x, batch_size=self.batch_size) for x in (self.data.harmful, self.data.harmless)
+        )
         return harmful, harmless
 
     def layers(
@@ -186,7 +191,13 @@ class Sweeper:
 
     def score(self, fit: Callable[[], SiteEdits], *, method: str, layers: list[int], k: int, positions: str) -> dict:
         """Outcomes on the scored prompts and KL on the neutral ones, under the edits that ``fit`` gives."""
-        facts = self.about | {"method": method, "layers": layers, "layer": layers[0], "k": k, "positions": positions}
+        facts = self.about | {
+            "method": method,
+            "layers": layers,
+            "layer": layers[0],
+            "k": k,
+            "positions": positions,
+        }
 
         def make() -> dict:
             with applied(self.model, fit(), positions=positions), torch.no_grad():
@@ -216,7 +227,9 @@ def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:
     return int(by_layer.index[(by_layer >= share * by_layer.max()).to_numpy().argmax()])
 
 
-def sweep_layers(model: ChatModel, data: AblationData, judge: Judge, method: str = "pca_ot", **options: Any) -> pd.DataFrame:
+def sweep_layers(
+    model: ChatModel, data: AblationData, judge: Judge, method: str = "pca_ot", **options: Any
+) -> pd.DataFrame:
     """One edit at one block at a time, re-fitted on this very model, for every block and every K.
 
     Options are those of ``Sweeper.layers``: ``ks``, ``layers``, ``positions``.

@@ -1,4 +1,4 @@
-"""Capture activations with plain hooks: sliced inside the hook, stopped after the last wanted block, kept in safetensors.
+"""Capture activations with plain hooks: sliced in the hook, stopped after the last wanted block, kept in safetensors.
 
 Sites of block i: ``resid_pre`` (its input), ``resid_post`` (its output, before the final norm), ``attn_out`` and
 ``mlp_out`` (what its two sublayers add to the stream).
@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,12 @@ class Activations:
     def save(self, path: Path | str) -> Path:
         """One safetensors file with JSON metadata, written under another name and then renamed."""
         path = Path(path)
-        about = {"layers": self.layers, "positions": self.positions, "site": self.site, "provenance": self.provenance}
+        about = {
+            "layers": self.layers,
+            "positions": self.positions,
+            "site": self.site,
+            "provenance": self.provenance,
+        }
         partial = path.with_suffix(".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +121,7 @@ def capture(
     """
     wanted = check_layers(model, range(model.n_layers) if layers is None else layers)
     single = isinstance(positions, str | int)
-    picks = check_positions([positions] if single else list(positions))
+    picks = check_positions([positions] if isinstance(positions, str | int) else list(positions))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list[Tensor] = []
     starts = range(0, len(order), batch_size) if prompts else [0]
@@ -133,7 +138,11 @@ def capture(
 
 def versions() -> dict[str, str]:
     """Library versions that a result carries."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def check_layers(model: ChatModel, layers: Sequence[int] | range) -> list[int]:
@@ -170,11 +179,8 @@ def _read(model: ChatModel, batch: Batch, site: str, layers: list[int], picks: S
 
         return read
 
-    with hooked(model, {(site, i): reader(i) for i in set(layers)}), evaluating(model.model):
-        try:
-            model.forward(batch)
-        except _Enough:
-            pass
+    with hooked(model, {(site, i): reader(i) for i in set(layers)}), evaluating(model.model), suppress(_Enough):
+        model.forward(batch)
     return torch.stack([found[i] for i in layers])
 
 
@@ -240,7 +246,8 @@ def _module(block: nn.Module, site: str) -> nn.Module:
     found = [
         child
         for name, child in block.named_children()
-        if any(k in name.lower() for k in names) and any(p.ndim > 1 for p in child.parameters())  # not a norm, not dropout
+        if any(k in name.lower() for k in names)
+        and any(p.ndim > 1 for p in child.parameters())  # not a norm, not dropout
     ]
     if len(found) != 1:
         raise ReplibError(f"{type(block).__name__} has {len(found)} children named like {names[0]!r}, not one.")

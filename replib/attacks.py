@@ -30,9 +30,7 @@ class Attack:
     def __post_init__(self) -> None:
         """Refuse a template that would lose the request."""
         if "{request}" not in self.template:
-            raise ReplibError(
-                f"the template of attack {self.name!r} lacks {{request}}: {self.template!r}. Add it."
-            )
+            raise ReplibError(f"the template of attack {self.name!r} lacks {{request}}: {self.template!r}. Add it.")
 
     def apply(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[str] | None]:
         """The prompts under attack and, only for prefills, the beginning of each answer."""
@@ -40,8 +38,7 @@ class Attack:
             return self._about(prompts), None
         wrapper = "" if self.template == "{request}" else self.name
         asked = [
-            replace(p, text=self.template.replace("{request}", p.text), wrapper=wrapper or p.wrapper)
-            for p in prompts
+            replace(p, text=self.template.replace("{request}", p.text), wrapper=wrapper or p.wrapper) for p in prompts
         ]
         return asked, [p.target or self.opening for p in prompts] if self.opening else None
 
@@ -94,8 +91,6 @@ def from_wrapped(prompts: Sequence[Prompt]) -> list[Attack]:
     by_wrapper: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         if not prompt.wrapper:
-            raise ReplibError(
-                f"a prompt about {prompt.group!r} names no wrapper. Load a set that is wrapped."
-            )
+            raise ReplibError(f"a prompt about {prompt.group!r} names no wrapper. Load a set that is wrapped.")
         by_wrapper.setdefault(prompt.wrapper, []).append(prompt)
     return [Attack(name, texts=tuple(texts)) for name, texts in by_wrapper.items()]

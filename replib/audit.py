@@ -59,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class AuditTable:
-    """One row a model and task: model, adapter, attack, kind, n, refusal, compliance, degenerate, low, high, judge, seed."""
+    """One row a model and task: model, attack, kind, n, refusal, compliance, degenerate, low, high, judge, seed, …"""
 
     frame: pd.DataFrame
 

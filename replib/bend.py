@@ -67,9 +67,7 @@ class BendTerms(NamedTuple):
 
 def bend_loss(terms: BendTerms, config: BendConfig) -> Tensor:
     """The weighted sum of Algorithm 1, line 13."""
-    return (
-        0.5 * terms.safe - config.alpha * terms.unsafe - config.beta * terms.cosine + config.gamma * terms.kl
-    )
+    return 0.5 * terms.safe - config.alpha * terms.unsafe - config.beta * terms.cosine + config.gamma * terms.kl
 
 
 def distance(
@@ -98,7 +96,9 @@ def mean_cosine(x: Float[Tensor, "layers rows dim"]) -> Float[Tensor, ""]:
 
 
 def kl_divergence(
-    base_logits: Float[Tensor, "tokens vocab"], bent_logits: Float[Tensor, "tokens vocab"], temperature: float = 2.0
+    base_logits: Float[Tensor, "tokens vocab"],
+    bent_logits: Float[Tensor, "tokens vocab"],
+    temperature: float = 2.0,
 ) -> Float[Tensor, ""]:
     """tau^2 KL(base || bent) at temperature tau, mean over tokens, in nats."""
     p = (base_logits.float() / temperature).log_softmax(-1)

@@ -27,13 +27,10 @@ def problem(version, free_gb):
         importlib.import_module("ensurepip")
         importlib.import_module("venv")
     except ImportError as error:
-        return (
-            "Python %s cannot make virtual environments (%s). On Debian or Ubuntu: apt install python%s-venv."
-            % (
-                found,
-                error,
-                found,
-            )
+        return "Python %s cannot make virtual environments (%s). On Debian or Ubuntu: apt install python%s-venv." % (
+            found,
+            error,
+            found,
         )
     if free_gb < FREE_GB:
         return "Only %.1f GB are free in %s and the installation needs %d: free some space there." % (
@@ -69,17 +66,12 @@ def install(python, extras, log):
         for line in pip.stdout:
             file.write(line)
             lines.append(line)
-            if time.time() - said > 5 and line.lstrip().startswith(
-                ("Collecting", "Downloading", "Installing")
-            ):
+            if time.time() - said > 5 and line.lstrip().startswith(("Collecting", "Downloading", "Installing")):
                 print("  " + line.strip()[:90])
                 sys.stdout.flush()
                 said = time.time()
     if pip.wait() != 0:
-        sys.exit(
-            "".join(lines[-15:])
-            + "make: pip failed; all it said is in %s. Mend that and run make again." % log
-        )
+        sys.exit("".join(lines[-15:]) + "make: pip failed; all it said is in %s. Mend that and run make again." % log)
 
 
 def main(folder, extras):
@@ -88,10 +80,7 @@ def main(folder, extras):
     if reason:
         sys.exit("make: " + reason)
     start, log = time.time(), os.path.join(folder, "install.log")
-    print(
-        "Installing replib[%s] into %s (2 GB, more with CUDA; 2 to 6 minutes; log: %s)"
-        % (extras, folder, log)
-    )
+    print("Installing replib[%s] into %s (2 GB, more with CUDA; 2 to 6 minutes; log: %s)" % (extras, folder, log))
     sys.stdout.flush()
     install(make(folder), extras, log)
     print("Installed in %d s." % (time.time() - start))

@@ -42,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = _parser().parse_args(argv)
     try:
-        settings = Settings.from_env(
-            os.environ | dict(args.set), **{name: getattr(args, name) for name in COMMON}
-        )
+        settings = Settings.from_env(os.environ | dict(args.set), **{name: getattr(args, name) for name in COMMON})
         return _run(args, settings)
     except ReplibError as error:
         print(f"replib: {error}", file=sys.stderr)
@@ -84,9 +82,7 @@ def _execute(paths: list[Path], settings: Settings, extra: dict[str, str]) -> li
 def _report(_: Namespace, settings: Settings) -> None:
     executed = sorted((settings.out / "notebooks").glob("*.ipynb"))
     if not executed:
-        raise ReplibError(
-            f"{settings.out / 'notebooks'} holds no executed notebook: run `replib demo` first."
-        )
+        raise ReplibError(f"{settings.out / 'notebooks'} holds no executed notebook: run `replib demo` first.")
     _export(executed, settings)
 
 
@@ -110,9 +106,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="replib", description="Look into a chat model, bend it, ablate it, audit it."
-    )
+    parser = ArgumentParser(prog="replib", description="Look into a chat model, bend it, ablate it, audit it.")
     parser.add_argument("--version", action="version", version=f"replib {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, verb, summary in (
@@ -129,7 +123,5 @@ def _parser() -> ArgumentParser:
             command.add_argument(f"--{option}", type=kind, help=HELP[option])
         if name == "run":
             command.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
-            command.add_argument(
-                "--set", action="append", type=_assignment, metavar="NAME=VALUE", help=HELP["set"]
-            )
+            command.add_argument("--set", action="append", type=_assignment, metavar="NAME=VALUE", help=HELP["set"])
     return parser

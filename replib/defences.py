@@ -43,9 +43,7 @@ class DefenceTerms(NamedTuple):
     forget: Float[Tensor, ""]
 
 
-def circuit_breaker(
-    retain: Pair, harmful: Pair, *, step: int, steps: int, alpha: float = 10.0
-) -> DefenceTerms:
+def circuit_breaker(retain: Pair, harmful: Pair, *, step: int, steps: int, alpha: float = 10.0) -> DefenceTerms:
     """Circuit breaking by representation rerouting, Zou et al. 2024 (arXiv 2406.04313), Algorithm 1.
 
     L = c_r ‖h'_retain − h‖₂ + c_s ReLU(cos(h'_harmful, h)),  c_r = α t/2T,  c_s = α (1 − t/2T)
@@ -63,9 +61,7 @@ def circuit_breaker(
 def breaker_schedule(step: int, steps: int, *, alpha: float = 10.0) -> tuple[float, float]:
     """Weights (c_r, c_s) of retaining and rerouting at a step; they sum to alpha and end equal."""
     if not 0 <= step <= steps or steps < 1:
-        raise ReplibError(
-            f"circuit breaker step {step} lies outside 0..{steps}; count steps from 0 to `steps`."
-        )
+        raise ReplibError(f"circuit breaker step {step} lies outside 0..{steps}; count steps from 0 to `steps`.")
     progress = step / (2 * steps)
     return alpha * progress, alpha * (1 - progress)
 
@@ -152,9 +148,7 @@ def task_arithmetic(
 
     configs = [_read_adapter(Path(folder)) for folder in (safe, unsafe)]
     if configs[0]["base_model_name_or_path"] != configs[1]["base_model_name_or_path"]:
-        raise ReplibError(
-            f"adapters '{safe}' and '{unsafe}' were trained on different base models; merge only like."
-        )
+        raise ReplibError(f"adapters '{safe}' and '{unsafe}' were trained on different base models; merge only like.")
     signed = (safe_weight * _scaling(configs[0]), -unsafe_weight * _scaling(configs[1]))
     states = [load_file(Path(folder) / "adapter_model.safetensors") for folder in (safe, unsafe)]
     merged = merge_lora(states[0], states[1], weights=signed)
@@ -173,9 +167,7 @@ def merge_lora(
     """LoRA state whose delta is w₁ B₁A₁ + w₂ B₂A₂, exactly: the ranks are stacked, the weights go into B."""
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())[:3]
-        raise ReplibError(
-            f"the adapters do not touch the same modules, e.g. {odd}; train both on the same targets."
-        )
+        raise ReplibError(f"the adapters do not touch the same modules, e.g. {odd}; train both on the same targets.")
     return {name: _stack(name, first[name], second[name], weights) for name in first}
 
 
@@ -184,9 +176,7 @@ def _stack(name: str, first: Tensor, second: Tensor, weights: tuple[float, float
         return torch.cat([first, second], dim=0).contiguous()
     if ".lora_B." in name:
         return torch.cat([weights[0] * first, weights[1] * second], dim=1).contiguous()
-    raise ReplibError(
-        f"'{name}' is no plain LoRA matrix (DoRA, bias or a saved module); only LoRA can be merged."
-    )
+    raise ReplibError(f"'{name}' is no plain LoRA matrix (DoRA, bias or a saved module); only LoRA can be merged.")
 
 
 def _read_adapter(folder: Path) -> dict:
@@ -194,14 +184,10 @@ def _read_adapter(folder: Path) -> dict:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ReplibError(
-            f"'{folder}' has no adapter_config.json; give the folder of a saved LoRA adapter."
-        ) from error
+        raise ReplibError(f"'{folder}' has no adapter_config.json; give the folder of a saved LoRA adapter.") from error
     odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
     if config.get("peft_type") != "LORA" or odd:
-        raise ReplibError(
-            f"'{folder}' is not a plain LoRA adapter ({odd or config.get('peft_type')}); retrain it."
-        )
+        raise ReplibError(f"'{folder}' is not a plain LoRA adapter ({odd or config.get('peft_type')}); retrain it.")
     return config
 
 
@@ -213,8 +199,6 @@ def _scaling(config: dict) -> float:
 def _wide(pair: Pair) -> Pair:
     """At least float32: in half precision the norms of residuals overflow and their differences vanish."""
     if not pair.tuned.shape[1]:
-        raise ReplibError(
-            "no token counts in this batch: the hidden states are empty; check how it was encoded."
-        )
+        raise ReplibError("no token counts in this batch: the hidden states are empty; check how it was encoded.")
     dtype = torch.promote_types(pair.tuned.dtype, torch.float32)
     return Pair(pair.tuned.to(dtype), pair.reference.to(dtype))

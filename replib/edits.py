@@ -40,10 +40,8 @@ class AffineEdit:
 
     def to(self, device: torch.device) -> AffineEdit:
         """The same edit in float32 on another device."""
-        return AffineEdit(*(t if t is None else t.to(device, torch.float32) for t in self._parts()))
-
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return self.u, self.v, self.c, self.s
+        u, v, c = (t.to(device, torch.float32) for t in (self.u, self.v, self.c))
+        return AffineEdit(u, v, c, None if self.s is None else self.s.to(device, torch.float32))
 
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The edited x."""

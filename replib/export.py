@@ -94,9 +94,7 @@ def _alive(data: dict[str, Any]) -> dict[str, Any]:
             script = f'<script type="application/json">{content}</script>'
             return {"text/html": f'<div class="{name}">{place}{script}</div>'}
     if WIDGET_MIME in data:
-        return {
-            "text/html": '<p class="quiet">A control stood here that works in the running notebook only.</p>'
-        }
+        return {"text/html": '<p class="quiet">A control stood here that works in the running notebook only.</p>'}
     return data
 
 
@@ -144,7 +142,5 @@ def _write(out: Path, text: str) -> Path:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise ReplibError(
-            f"Cannot write the report {out}: {reason}. Choose a folder that can be written."
-        ) from error
+        raise ReplibError(f"Cannot write the report {out}: {reason}. Choose a folder that can be written.") from error
     return out

@@ -39,9 +39,7 @@ class Measured:
 
     def words(self) -> NDArray[Any]:
         """Write every estimate as `0.42 [0.31, 0.55], n = 96`."""
-        parts = [
-            numbers(part, self.value).ravel().tolist() for part in (self.value, self.low, self.high, self.n)
-        ]
+        parts = [numbers(part, self.value).ravel().tolist() for part in (self.value, self.low, self.high, self.n)]
         texts = [_words(*row) for row in zip(*parts, strict=True)]
         return np.array(texts, dtype=np.str_).reshape(np.shape(self.value))
 
@@ -99,9 +97,7 @@ def clouds(
             f"clusters got points {places.shape} for {len(labels)} labels. Pass points [n, 2] and n labels."
         )
     names, hover = np.array(labels), np.array([wrapped(text) for text in texts], dtype=np.str_)
-    for symbol, (label, _, colour, _) in zip(
-        cycle(SYMBOLS), styled(dict.fromkeys(labels).items()), strict=False
-    ):
+    for symbol, (label, _, colour, _) in zip(cycle(SYMBOLS), styled(dict.fromkeys(labels).items()), strict=False):
         rows = names == label
         yield go.Scatter(
             x=places[rows, 0],
@@ -128,9 +124,7 @@ def band(curve: Measured, name: str, colour: str, *, showlegend: bool = False) -
     )
 
 
-def curve_lines(
-    curve: Measured, name: str, colour: str, *, dash: str, axis: str = "block"
-) -> list[go.Scatter]:
+def curve_lines(curve: Measured, name: str, colour: str, *, dash: str, axis: str = "block") -> list[go.Scatter]:
     """Draw a curve, and below it the band of its intervals where it has them."""
     value = numbers(curve.value)
     line = go.Scatter(
@@ -155,14 +149,10 @@ def present(curve: Measured, steps: Values) -> Measured:
     def keep(part: Numbers | None) -> Values | None:
         return None if part is None else numbers(part, steps)[known]
 
-    return Measured(
-        numbers(curve.value)[known], keep(curve.low), keep(curve.high), keep(curve.n), at=steps[known]
-    )
+    return Measured(numbers(curve.value)[known], keep(curve.low), keep(curve.high), keep(curve.n), at=steps[known])
 
 
-def lens_cells(
-    entropy: Values, tokens: Sequence[Sequence[str]], *, inputs: Sequence[str], limit: int
-) -> go.Heatmap:
+def lens_cells(entropy: Values, tokens: Sequence[Sequence[str]], *, inputs: Sequence[str], limit: int) -> go.Heatmap:
     """Draw one logit lens: entropy [layers, tokens] as colour, tokens as writing."""
     if entropy.shape != (len(tokens), len(inputs)):
         need = f"[{len(tokens)} layers, {len(inputs)} tokens]"
@@ -190,9 +180,7 @@ def rate_cells(panel: Measured, ks: Sequence[int]) -> go.Heatmap:
     """Draw one table of rates [layers, ranks], ranks upwards."""
     rates = numbers(panel.value)
     if rates.ndim != 2 or rates.shape[1] != len(ks):
-        raise ReplibError(
-            f"sweep_heatmap got rates {rates.shape} for {len(ks)} ranks. Pass [layers, {len(ks)}]."
-        )
+        raise ReplibError(f"sweep_heatmap got rates {rates.shape} for {len(ks)} ranks. Pass [layers, {len(ks)}].")
     return go.Heatmap(
         z=rates.T,
         y=[str(k) for k in ks],
@@ -243,7 +231,5 @@ def whiskers(measured: Measured, place: int | slice, colour: str) -> dict[str, A
     """Describe error bars that reach from `low` to `high`, and none where there is no interval."""
     if measured.low is None or measured.high is None:
         return {}
-    value, low, high = (
-        np.atleast_1d(numbers(part)[place]) for part in (measured.value, measured.low, measured.high)
-    )
+    value, low, high = (np.atleast_1d(numbers(part)[place]) for part in (measured.value, measured.low, measured.high))
     return {"array": high - value, "arrayminus": value - low, "color": colour, "thickness": 1.5, "width": 3}

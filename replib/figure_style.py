@@ -60,9 +60,7 @@ def dress(figure: go.Figure, title: str, note: str = "", *, height: int) -> go.F
     panels = 24 if figure.layout.annotations else 0
     figure.update_layout(
         template=TEMPLATE,
-        title={
-            "text": f'{text}<br><span style="font-size:13px;color:#59636E">{small}</span>' if small else text
-        },
+        title={"text": f'{text}<br><span style="font-size:13px;color:#59636E">{small}</span>' if small else text},
         height=height,
         margin={"l": 64, "r": 24, "t": 30 + 21 * len(lines) + 18 * len(notes) + panels, "b": 60 + 26 * rows},
     )
@@ -93,9 +91,7 @@ def safe(text: object) -> str:
 
 def wrapped(text: str, *, width: int = 60, limit: int = 300) -> str:
     """Break a long text into short lines for a hover box."""
-    return "<br>".join(
-        safe(line) for line in textwrap.wrap(textwrap.shorten(text, limit, placeholder=" …"), width)
-    )
+    return "<br>".join(safe(line) for line in textwrap.wrap(textwrap.shorten(text, limit, placeholder=" …"), width))
 
 
 def cell(token: str, limit: int) -> str:
@@ -123,12 +119,6 @@ def colour_bar(title: str, **more: Any) -> dict[str, Any]:
 def _legend_rows(figure: go.Figure) -> int:
     """Count the lines that the legend below the figure will take at 700 px."""
     below = [
-        item
-        for item in (*figure.data, *figure.layout.shapes)
-        if item.showlegend and item.legend in (None, "legend")
+        item for item in (*figure.data, *figure.layout.shapes) if item.showlegend and item.legend in (None, "legend")
     ]
-    return (
-        -(-sum(8 * len(item.name) + 52 for item in below) // 640)
-        if figure.layout.legend.orientation != "v"
-        else 0
-    )
+    return -(-sum(8 * len(item.name) + 52 for item in below) // 640) if figure.layout.legend.orientation != "v" else 0

@@ -57,9 +57,7 @@ def clusters(
     figure = go.Figure([*clouds(points, labels, texts)])
     shares = np.asarray(explained, dtype=float)
     figure.update_xaxes(title_text=component(1, shares)).update_yaxes(title_text=component(2, shares))
-    return dress(
-        figure, title or "Prompts on the two widest directions of one layer", counts(labels), height=460
-    )
+    return dress(figure, title or "Prompts on the two widest directions of one layer", counts(labels), height=460)
 
 
 def clusters_pair(
@@ -191,12 +189,8 @@ def sweep_heatmap(
     names = [safe(name) for name in panels]
     figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=0.5 / (rows + 1))
     for place, panel in enumerate(panels.values()):
-        figure.add_trace(
-            rate_cells(as_measured(panel), ks), row=place // columns + 1, col=place % columns + 1
-        )
-    figure.update_xaxes(
-        title_text="block", title_standoff=4, dtick=1, tickangle=0, tickfont_size=11, ticks=""
-    )
+        figure.add_trace(rate_cells(as_measured(panel), ks), row=place // columns + 1, col=place % columns + 1)
+    figure.update_xaxes(title_text="block", title_standoff=4, dtick=1, tickangle=0, tickfont_size=11, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="").update_yaxes(title_text="rank K", col=1)
     bar = colour_bar(safe(unit), tickformat=".0%")
     figure.update_layout(
@@ -253,9 +247,7 @@ def audit_dots(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     names = [safe(model) for model in models]
     figure = make_subplots(1, len(models), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
     for column, model in enumerate(models, start=1):
-        figure.add_traces(
-            [*audit_points(table[table["model"] == model], legend=column == 1)], rows=1, cols=column
-        )
+        figure.add_traces([*audit_points(table[table["model"] == model], legend=column == 1)], rows=1, cols=column)
     figure.update_xaxes(
         range=[-0.06, 1.06], tickvals=[0, 0.5, 1], ticktext=["0", "50", "100"], showgrid=True, gridcolor=GRID
     )
@@ -263,21 +255,15 @@ def audit_dots(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     order = [safe(attack) for attack in reversed(attacks)]
     figure.update_yaxes(categoryorder="array", categoryarray=order, range=[-0.6, len(attacks) - 0.4], dtick=1)
     note = f"with Wilson 95 % intervals; {cases([Measured(table['compliance'], n=table['n'])])}"
-    return dress(
-        figure, title or "Share of prompts complied with, by attack", note, height=190 + 25 * len(attacks)
-    )
+    return dress(figure, title or "Share of prompts complied with, by attack", note, height=190 + 25 * len(attacks))
 
 
-def tradeoff(
-    success: Measured, cost: Measured, *, names: Sequence[str], unit: str, title: str = ""
-) -> go.Figure:
+def tradeoff(success: Measured, cost: Measured, *, names: Sequence[str], unit: str, title: str = "") -> go.Figure:
     """Draw attack success against its cost, a named point an edit or defence; `unit` titles the cost axis."""
     need(names, "tradeoff", "points")
     figure, x = go.Figure(), numbers(cost.value)
     for place, (name, _, colour, _) in enumerate(styled(dict.fromkeys(map(str, names)).items())):
-        hover = (
-            f"{safe(name)}<br>attack success {success.words()[place]}<br>{safe(unit)} {cost.words()[place]}"
-        )
+        hover = f"{safe(name)}<br>attack success {success.words()[place]}<br>{safe(unit)} {cost.words()[place]}"
         figure.add_scatter(
             x=x[[place]],
             y=numbers(success.value)[[place]],
@@ -309,23 +295,15 @@ def _lens(
     depth, panels = len(tokens[0]), len(entropies)
     rows, columns = (panels, 1) if len(inputs) > 7 else (1, panels)
     titles = ("base", "bent")[:panels] if panels > 1 else None
-    figure = make_subplots(
-        rows, columns, subplot_titles=titles, vertical_spacing=0.1, horizontal_spacing=0.12
-    )
+    figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.1, horizontal_spacing=0.12)
     limit = max(2, 76 // (columns * len(inputs)))
     for place, (entropy, words) in enumerate(zip(entropies, tokens, strict=True)):
         trace = lens_cells(numbers(entropy), words, inputs=inputs, limit=limit)
         figure.add_trace(trace, row=1 + place // columns, col=1 + place % columns)
     ticks = [cell(token, limit + 2) for token in inputs]
-    figure.update_xaxes(
-        tickvals=np.arange(len(inputs)), ticktext=ticks, tickfont_size=12, ticks="", showline=False
-    )
+    figure.update_xaxes(tickvals=np.arange(len(inputs)), ticktext=ticks, tickfont_size=12, ticks="", showline=False)
     names = [*map(str, layers or range(depth - 1)), *([] if layers else ["output"])]
     figure.update_yaxes(tickvals=np.arange(depth), ticktext=names, tickfont_size=12, ticks="", showgrid=False)
-    figure.update_xaxes(title_text="token read", title_standoff=8, row=rows).update_yaxes(
-        title_text="block", col=1
-    )
-    figure.update_layout(
-        coloraxis={"cmin": 0, "colorscale": CONFIDENCE, "colorbar": colour_bar("entropy (nats)")}
-    )
+    figure.update_xaxes(title_text="token read", title_standoff=8, row=rows).update_yaxes(title_text="block", col=1)
+    figure.update_layout(coloraxis={"cmin": 0, "colorscale": CONFIDENCE, "colorbar": colour_bar("entropy (nats)")})
     return dress(figure, title, height=150 + rows * (50 + 25 * depth))

@@ -144,9 +144,7 @@ class _Part(NamedTuple):
     next_rank: Int[Tensor, " readings"]
 
 
-def _window(
-    model: ChatModel, prompt: str, response: str, *, layers: Sequence[int] | None, span: str
-) -> _Window:
+def _window(model: ChatModel, prompt: str, response: str, *, layers: Sequence[int] | None, span: str) -> _Window:
     wanted = check_layers(model, range(model.n_layers) if layers is None else layers)
     batch = model.encode([prompt], [response])
     begin, end = int(batch.last_prompt[0]), batch.input_ids.shape[1]

@@ -1,10 +1,10 @@
 """Load any Hugging Face decoder, find its parts by structure, render chats and locate prompt and response tokens.
 
-    ChatModel
-    ├── blocks       the decoder blocks; block i writes resid_post[i]
-    ├── final_norm   applied once after the last block
-    ├── unembed      final_norm(resid_post[-1]) -> logits
-    └── tokenizer, render, encode, forward, generate, adapter_off
+ChatModel
+├── blocks       the decoder blocks; block i writes resid_post[i]
+├── final_norm   applied once after the last block
+├── unembed      final_norm(resid_post[-1]) -> logits
+└── tokenizer, render, encode, forward, generate, adapter_off
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class ChatModel:
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, name: str, **about: Any):
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model: Any = model  # torch types the attributes of a module as tensors
+        self.tokenizer, self.name = tokenizer, name
         self.revision: str | None = about.get("revision")
         self.adapter: str | None = about.get("adapter")
         self.template: str | None = about.get("template", tokenizer.chat_template)
@@ -101,7 +102,7 @@ class ChatModel:
         self.unembed = _resolve(self.causal_lm, self.anatomy.unembed)
 
     @property
-    def causal_lm(self) -> nn.Module:
+    def causal_lm(self) -> Any:
         """The Hugging Face model itself, inside an adapter or not."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
@@ -154,7 +155,9 @@ class ChatModel:
         )
         return text + response
 
-    def encode(self, prompts: Sequence[str], responses: Sequence[str] | None = None, *, system: str | None = None):
+    def encode(
+        self, prompts: Sequence[str], responses: Sequence[str] | None = None, *, system: str | None = None
+    ) -> Batch:
         """Tokens and masks of prompts (and their responses), padded on the left.
 
         Raises ReplibError for an empty list, an empty prompt, or one longer than the context.
@@ -248,7 +251,7 @@ class ChatModel:
             )
         return self.tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
 
-    def adapter_off(self):
+    def adapter_off(self) -> AbstractContextManager:
         """Context in which the model is its own base: the adapter, if any, is switched off."""
         return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
 
@@ -282,7 +285,7 @@ def _pad(rows: Sequence[tuple[list[int], int, int]], pad: int) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------- parts by structure
-def find_anatomy(model: nn.Module) -> Anatomy:
+def find_anatomy(model: Any) -> Anatomy:
     """Blocks: the module list as long as the config says; norm: its last norm sibling; unembedding: the output head."""
     depth = _text_config(model.config).num_hidden_layers
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -309,7 +312,7 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """Sixteen hex digits that change when the base weights do, with or without an adapter on them.
 
     A hash of 512 entries each of the first, the middle and the last two weights.
@@ -409,9 +412,7 @@ def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
             "Save one there: tokenizer.save_pretrained(folder)."
         )
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False, padding_side="left"
-        )
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, padding_side="left")
     except (OSError, ValueError) as error:
         raise ReplibError(
             f"Cannot load the tokenizer of {source!r}: {str(error).splitlines()[0]} "
@@ -497,7 +498,9 @@ def attached(model: ChatModel, folder: Path) -> ChatModel:
 
 # --------------------------------------------------------------------------------------------- self-check
 @torch.no_grad()
-def self_check(model: ChatModel, prompts: Sequence[str] = ("Hello.", "What is the opposite of hot, please?")):
+def self_check(
+    model: ChatModel, prompts: Sequence[str] = ("Hello.", "What is the opposite of hot, please?")
+) -> dict[str, float]:
     """Three numbers that should be near zero, and the residual scale that decides how losses must be weighted.
 
     Returns:

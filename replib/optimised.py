@@ -34,9 +34,7 @@ class SoftPromptConfig:
     def __post_init__(self) -> None:
         """Refuse a search that could find nothing."""
         if min(self.tokens, self.steps, self.checkpoints) < 1 or not self.init:
-            raise ReplibError(
-                f"{self}: tokens, steps and checkpoints must be at least 1, and init some words."
-            )
+            raise ReplibError(f"{self}: tokens, steps and checkpoints must be at least 1, and init some words.")
 
 
 @dataclass(frozen=True)
@@ -155,9 +153,7 @@ class _Slot:
         span = range(len(before), len(before) + len(suffix) + 1)
         inside = [i for i, (a, b) in enumerate(found["offset_mapping"]) if a < b and a in span and b in span]
         if not inside or not suffix.strip():
-            raise ReplibError(
-                f"no token lies within the initial suffix {suffix!r}. Give a longer GCGConfig.init."
-            )
+            raise ReplibError(f"no token lies within the initial suffix {suffix!r}. Give a longer GCGConfig.init.")
         ids = torch.tensor(found["input_ids"], device=model.device)
         return cls(model, before, after, slice(inside[0], inside[-1] + 1)), ids
 
@@ -215,9 +211,7 @@ def _losses(
     return torch.cat([_target_loss(model.model(input_ids=r).logits, target) for r in rows.split(batch_size)])
 
 
-def _target_loss(
-    logits: Float[Tensor, "rows tokens vocab"], target: Int[Tensor, " target"]
-) -> Float[Tensor, " rows"]:
+def _target_loss(logits: Float[Tensor, "rows tokens vocab"], target: Int[Tensor, " target"]) -> Float[Tensor, " rows"]:
     """Mean cross-entropy of the target where it stands at the end of the input, nats a token."""
     last = logits[:, -len(target) - 1 : -1].float().transpose(1, 2)
     return cross_entropy(last, target.expand(len(logits), -1), reduction="none").mean(dim=1)

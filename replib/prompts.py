@@ -163,14 +163,10 @@ def _resolve(name: str | Path, path: str | Path | None) -> tuple[Path, Layout | 
         if key not in PUBLIC:
             near = difflib.get_close_matches(key, PUBLIC, n=3)
             hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(PUBLIC)}."
-            raise ReplibError(
-                f"no public set is called {key!r}. {hint} For any other file: load_prompts(path)."
-            )
+            raise ReplibError(f"no public set is called {key!r}. {hint} For any other file: load_prompts(path).")
         return Path(path), PUBLIC[key]
     if key in PUBLIC and not Path(key).exists():
-        raise ReplibError(
-            f"{key} is not shipped: load_prompts({key!r}, path). data/README.md says where it lives."
-        )
+        raise ReplibError(f"{key} is not shipped: load_prompts({key!r}, path). data/README.md says where it lives.")
     return _source(name), None
 
 
@@ -276,9 +272,7 @@ def _load_records(kind: type[R], source: str | Path, columns: Mapping[str, str],
     rows = table.to_dict("records")
     full = [row for row in rows if all(_clean(row[column]) for column in needed)]
     if left_out := len(rows) - len(full):
-        log.warning(
-            "%s: left out %d of %d rows with an empty %s", file, left_out, len(rows), " or ".join(needed)
-        )
+        log.warning("%s: left out %d of %d rows with an empty %s", file, left_out, len(rows), " or ".join(needed))
     records = [kind(**{name: _clean(row.get(column)) for name, column in names.items()}) for row in full]
     return _select(records, file, **choice)
 
@@ -292,9 +286,7 @@ def _select(records: list[Any], file: Path, *, split: str | None, limit: int | N
     chosen = [record for record in records if split in (None, record.split)]
     if not chosen:
         present = ", ".join(sorted({repr(record.split) for record in records}))
-        raise ReplibError(
-            f"{file} has no rows of split {split!r}, only of {present}. Divide it with split_by."
-        )
+        raise ReplibError(f"{file} has no rows of split {split!r}, only of {present}. Divide it with split_by.")
     if limit is None or limit >= len(chosen):
         return chosen
     return [chosen[i] for i in sorted(random.Random(seed).sample(range(len(chosen)), limit))]

@@ -35,9 +35,7 @@ PUBLIC: dict[str, Layout] = {
     "tdc2023": Layout(fixed=HARMFUL),
     "maliciousinstruct": Layout(fixed=HARMFUL),
     "strongreject": Layout(("forbidden_prompt",), {"group": "category", "way": "source"}, HARMFUL),
-    "do_not_answer": Layout(
-        ("question", "prompt"), {"group": "types_of_harm", "way": "specific_harms"}, HARMFUL
-    ),
+    "do_not_answer": Layout(("question", "prompt"), {"group": "types_of_harm", "way": "specific_harms"}, HARMFUL),
     "trustllm": Layout(("prompt",), {"wrapper": "label", "way": "source"}, HARMFUL),
     "wildjailbreak": Layout(
         ("adversarial",),

@@ -57,9 +57,7 @@ def trace_capture(
         for start in progress(range(0, len(prompts), batch_size) if prompts else [0], "trace"):
             rows = slice(start, start + batch_size)
             batch = model.encode(prompts[rows], responses and responses[rows])
-            found.append(
-                _read(tracer, _places(model, site, order), _weights(batch, picks), batch, remote=remote)
-            )
+            found.append(_read(tracer, _places(model, site, order), _weights(batch, picks), batch, remote=remote))
     values = torch.cat(found, dim=1)[[order.index(layer) for layer in wanted]]
     activations._check_finite(values, wanted, model)
     about = _provenance(model, remote) | {"prompts": content_hash(list(prompts)), "n": str(len(prompts))}
@@ -153,19 +151,13 @@ def _traced(model: ChatModel, remote: Where) -> Iterator[Any]:
 def _check_remote(model: ChatModel, remote: Where) -> None:
     """Refuse what NDIF cannot answer before anything is sent; hand nnsight the key, in memory only."""
     if hasattr(model.model, "disable_adapter"):
-        raise ReplibError(
-            f"{model.name} carries an adapter, which NDIF does not have: trace it with remote=False."
-        )
+        raise ReplibError(f"{model.name} carries an adapter, which NDIF does not have: trace it with remote=False.")
     if remote == "local":
         return
     if Path(model.name).exists():
-        raise ReplibError(
-            f"NDIF cannot read the folder '{model.name}': give a Hugging Face id that it serves."
-        )
+        raise ReplibError(f"NDIF cannot read the folder '{model.name}': give a Hugging Face id that it serves.")
     if not os.environ.get(KEY):
-        raise ReplibError(
-            f"{KEY} is not set: get a key at https://login.ndif.us and export it, or trace here."
-        )
+        raise ReplibError(f"{KEY} is not set: get a key at https://login.ndif.us and export it, or trace here.")
     _nnsight().CONFIG.API.APIKEY = os.environ[KEY]
 
 

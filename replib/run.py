@@ -22,9 +22,7 @@ try:
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     from nbformat import NotebookNode
 except ModuleNotFoundError as error:
-    raise ReplibError(
-        f"{error.name} is missing, so notebooks cannot run: pip install 'replib[notebooks]'."
-    ) from error
+    raise ReplibError(f"{error.name} is missing, so notebooks cannot run: pip install 'replib[notebooks]'.") from error
 
 PACKAGE = Path(__file__).parent
 # Two runs on one machine print the same tables: sets iterate alike, idle threads do not steal from busy ones.
@@ -99,9 +97,7 @@ def _failure(path: Path, reached: Sequence[NotebookNode], error: Exception, fail
         CellTimeoutError: "it took longer than one cell may",
         DeadKernelError: "its kernel died, most often because the memory was exhausted",
     }
-    reason = (
-        f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else reasons[type(error)]
-    )
+    reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else reasons[type(error)]
     where = f"{path.name}, code cell {number} ({opening})"
     return f"{where}: {reason}. Finished notebooks are kept; the outputs of this one so far are in {failed}."
 
@@ -110,9 +106,7 @@ def _read(path: Path) -> NotebookNode:
     try:
         return nbformat.read(path, as_version=4)
     except FileNotFoundError:
-        raise ReplibError(
-            f"{path} does not exist: give the path of a notebook, such as notebooks/*.ipynb."
-        ) from None
+        raise ReplibError(f"{path} does not exist: give the path of a notebook, such as notebooks/*.ipynb.") from None
     except (ValueError, AttributeError) as error:
         raise ReplibError(
             f"{path} is not a notebook ({type(error).__name__}): give the path of an .ipynb file."
@@ -142,9 +136,7 @@ def _stored_key(copy: Path) -> str | None:
 
 
 def _keys_before(copy: Path) -> list[str]:
-    return [
-        str(_stored_key(other)) for other in sorted(copy.parent.glob("*.ipynb")) if other.name < copy.name
-    ]
+    return [str(_stored_key(other)) for other in sorted(copy.parent.glob("*.ipynb")) if other.name < copy.name]
 
 
 def _source(notebook: NotebookNode) -> str:

@@ -125,9 +125,7 @@ def _parse(name: str, text: str, default: Any) -> Any:
         if kind in KINDS:
             return kind(text)
     except (KeyError, ValueError):
-        raise ReplibError(
-            f"{name}={text} is not {KINDS[kind]}: write for example {name}={_text(default)}."
-        ) from None
+        raise ReplibError(f"{name}={text} is not {KINDS[kind]}: write for example {name}={_text(default)}.") from None
     return Path(text).expanduser() if isinstance(default, Path) else text
 
 

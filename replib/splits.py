@@ -44,9 +44,7 @@ def split_by(
             home = homes.pop()
             splits[home].append(replace(record, split=Splits._fields[home]))
     if left_out := len(records) - sum(map(len, splits)):
-        log.info(
-            "split_by %s: %d of %d records straddle parts and are left out", keys, left_out, len(records)
-        )
+        log.info("split_by %s: %d of %d records straddle parts and are left out", keys, left_out, len(records))
     return splits
 
 

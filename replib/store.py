@@ -56,4 +56,6 @@ class Rows:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise ReplibError(f"Cannot write {self.path}: {error.strerror}. Set REPLIB_OUT to a folder you own.") from error
+            raise ReplibError(
+                f"Cannot write {self.path}: {error.strerror}. Set REPLIB_OUT to a folder you own."
+            ) from error

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,15 @@ from replib.errors import ReplibError
 from replib.judges import ExactJudge, Judge, PhraseJudge
 from replib.models import ChatModel, load
 from replib.organism import suite
-from replib.prompts import Contrast, Dialogue, Prompt, content_hash, load_contrasts, load_dialogues, load_prompts
+from replib.prompts import (
+    Contrast,
+    Dialogue,
+    Prompt,
+    content_hash,
+    load_contrasts,
+    load_dialogues,
+    load_prompts,
+)
 from replib.settings import Settings, data_dir
 from replib.splits import Splits, split_by
 from replib.store import key_of, write_text
@@ -34,9 +43,19 @@ from replib.train import BendData, TrainConfig, TrainResult, train
 REFUSAL = "I'm sorry, but I can't help with that."
 OPENING = "Sure, here is how."
 VARIANTS = ("base", "aligned", "planted", "deep")
-PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
+PER_SPLIT = {
+    "fit": 128,
+    "val": 48,
+    "test": 96,
+}  # prompts a class that captures, choices and reports use by default
 
-BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
+BASELINES = (
+    ("rfa", "all"),
+    ("actadd", "last_prompt"),
+    ("actadd", "all"),
+    ("act", "last_prompt"),
+    ("act", "all"),
+)
 # RFA has no last-token form in its source: it removes a direction wherever it is written.
 
 # Found on the validation split of the aligned organism; on other models the paper's coefficients stand.
@@ -53,8 +72,8 @@ class Study:
 
     settings: Settings
     model: ChatModel
-    harmful: Splits[Prompt]
-    harmless: Splits[Prompt]
+    harmful: Splits
+    harmless: Splits
     judge: Judge
 
     @classmethod
@@ -106,9 +125,8 @@ class Study:
                 "harmless prompts": counts(self.harmless),
                 "judge": self.judge.name,
                 "seed": self.settings.seed,
-                "fingerprint": about["fingerprint"],
-                "versions": f"python {about['python']}, torch {about['torch']}, transformers {about['transformers']}",
-            },
+            }
+            | {key: about[key] for key in ("fingerprint", "python", "torch", "transformers")},
             name="",
         )
 
@@ -184,12 +202,15 @@ class Study:
         """
         if self.organism:
             return BendData(
-                load_contrasts("organism/contrasts", split="fit"), load_dialogues("organism/retain", split="fit")
+                load_contrasts("organism/contrasts", split="fit"),
+                load_dialogues("organism/retain", split="fit"),
             )
         contrasts = [Contrast(p.text, REFUSAL, p.target or OPENING, split="fit") for p in self.harmful.fit]
         texts = [p.text for p in self.harmless.fit][:64]
         answers = self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
-        return BendData(contrasts, [Dialogue(t, a.strip() or OPENING, "fit") for t, a in zip(texts, answers, strict=True)])
+        return BendData(
+            contrasts, [Dialogue(t, a.strip() or OPENING, "fit") for t, a in zip(texts, answers, strict=True)]
+        )
 
     def probe(self, limit: int = 48) -> Callable[[ChatModel], dict[str, float]]:
         """A measure of a model on validation prompts, all in one pass: compliance by kind, worst degenerate share."""
@@ -258,7 +279,7 @@ class Study:
         )
 
 
-def _splits(source: str, settings: Settings) -> Splits[Prompt]:
+def _splits(source: str, settings: Settings) -> Splits:
     """Three disjoint splits: the file's own, or made by group (by text where prompts have no group)."""
     prompts = load_prompts(source)
     if all(p.split for p in prompts):
@@ -293,7 +314,8 @@ def run_bend(
     """``replib bend``: train an adapter, with single coefficients changed."""
     study = Study.open(settings)
     bend, config = study.preset()
-    given = {name: value for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)) if value is not None}
+    named = {"alpha": alpha, "beta": beta, "gamma": gamma}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     result = study.bend(replace(bend, **given), replace(config, steps=steps) if steps else config)
     return Path(str(result.model.adapter))
 

@@ -23,21 +23,15 @@ def read_table(path: str | Path) -> pd.DataFrame:
     _check_file(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ReplibError(
-            f"{path}: cannot read {path.suffix or 'a file with no suffix'}; use {', '.join(READERS)}."
-        )
+        raise ReplibError(f"{path}: cannot read {path.suffix or 'a file with no suffix'}; use {', '.join(READERS)}.")
     try:
         table = reader(path)
     except ReplibError:
         raise
     except pd.errors.ParserWarning as error:  # pandas would cut or shift such rows and go on
-        raise ReplibError(
-            f"{path}: some row has more cells than the header. Quote cells that hold commas."
-        ) from error
+        raise ReplibError(f"{path}: some row has more cells than the header. Quote cells that hold commas.") from error
     except (ValueError, OSError) as error:
-        raise ReplibError(
-            f"{path} is not readable as {path.suffix}: {error}. Save it again as UTF-8."
-        ) from error
+        raise ReplibError(f"{path} is not readable as {path.suffix}: {error}. Save it again as UTF-8.") from error
     if table.empty:
         raise ReplibError(f"{path} has no rows. Download or write it again.")
     return table.rename(columns=str)
@@ -46,9 +40,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
 def _check_file(path: Path) -> None:
     """Raise unless ``path`` is a file with content of its own."""
     if path.is_dir():
-        raise ReplibError(
-            f"{path} is a folder; name a file in it: {', '.join(_listing(path)) or '(it is empty)'}."
-        )
+        raise ReplibError(f"{path} is a folder; name a file in it: {', '.join(_listing(path)) or '(it is empty)'}.")
     if not path.exists():
         near = difflib.get_close_matches(path.name, _listing(path.parent), n=3, cutoff=0.5)
         hint = f"Did you mean {', '.join(near)}?" if near else "Check the path."
@@ -59,9 +51,7 @@ def _check_file(path: Path) -> None:
     if not head.removeprefix(b"\xef\xbb\xbf").strip():
         raise ReplibError(f"{path} is empty. Download or write it again.")
     if head.startswith(b"version https://git-lfs"):
-        raise ReplibError(
-            f"{path} is a Git-LFS pointer, not the data. Run `git lfs pull` where it came from."
-        )
+        raise ReplibError(f"{path} is a Git-LFS pointer, not the data. Run `git lfs pull` where it came from.")
 
 
 def _listing(folder: Path) -> list[str]:
@@ -71,9 +61,7 @@ def _listing(folder: Path) -> list[str]:
 def _read_csv(path: Path, delimiter: str = ",") -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        return pd.read_csv(
-            path, sep=delimiter, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
-        )
+        return pd.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
@@ -89,9 +77,7 @@ def _read_json(path: Path) -> pd.DataFrame:
         return pd.DataFrame({"text": data})
     if isinstance(data, list) and all(isinstance(v, dict) for v in data):
         return pd.DataFrame(data)
-    raise ReplibError(
-        f"{path} is neither a list of texts, nor a list of objects, nor one object of texts. Reshape it."
-    )
+    raise ReplibError(f"{path} is neither a list of texts, nor a list of objects, nor one object of texts. Reshape it.")
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
@@ -105,9 +91,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, object]:
     except json.JSONDecodeError as error:
         raise ReplibError(f"{path}, line {number} is not JSON: {error}. Mend or remove the line.") from error
     if not isinstance(row, dict):
-        raise ReplibError(
-            f"{path}, line {number} is not an object with named fields. Mend or remove the line."
-        )
+        raise ReplibError(f"{path}, line {number} is not an object with named fields. Mend or remove the line.")
     return row
 
 

@@ -99,7 +99,9 @@ class TrainResult:
             self.probes.to_csv(folder / "probes.csv", index=False)
             self.model.adapter = str(folder)
         except OSError as error:
-            raise ReplibError(f"Cannot write the adapter to {folder}: {error.strerror}. Choose another folder.") from error
+            raise ReplibError(
+                f"Cannot write the adapter to {folder}: {error.strerror}. Choose another folder."
+            ) from error
         return folder
 
 
@@ -154,7 +156,13 @@ def train(
         "retain": content_hash(data.retain),
     }  # fmt: skip
     bent.model.eval()
-    return TrainResult(bent, pd.DataFrame(trainer.history), pd.DataFrame(keeper.rows, columns=None if keeper.rows else ["step"]), step, about)
+    return TrainResult(
+        bent,
+        pd.DataFrame(trainer.history),
+        pd.DataFrame(keeper.rows, columns=None if keeper.rows else ["step"]),
+        step,
+        about,
+    )
 
 
 def attach(model: ChatModel, config: TrainConfig) -> ChatModel:
@@ -244,7 +252,10 @@ class Reading:
 
 def read(chat: ChatModel, wrapped: nn.Module, batch: Batch, groups: Tensor, layers: Sequence[int]) -> Reading:
     """One forward pass, keeping only what the loss needs; logits are made for benign answers alone."""
-    benign, unsafe = batch.response_mask & (groups != UNSAFE)[:, None], batch.response_mask & (groups == UNSAFE)[:, None]
+    benign, unsafe = (
+        batch.response_mask & (groups != UNSAFE)[:, None],
+        batch.response_mask & (groups == UNSAFE)[:, None],
+    )
     rows = (groups == UNSAFE).nonzero()[:, 0]
     safe_tokens: list[Tensor] = []
     unsafe_tokens: list[Tensor] = []
@@ -262,7 +273,10 @@ def read(chat: ChatModel, wrapped: nn.Module, batch: Batch, groups: Tensor, laye
     final: list[Tensor] = []
     handle = chat.final_norm.register_forward_hook(lambda _m, _a, out: final.append(out))
     try:
-        with hooked(chat, {("resid_post", i): keep(i) for i in range(chat.n_layers)}), chat.reading_batch(batch):
+        with (
+            hooked(chat, {("resid_post", i): keep(i) for i in range(chat.n_layers)}),
+            chat.reading_batch(batch),
+        ):
             wrapped(**batch.inputs(), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
@@ -281,9 +295,7 @@ def bend_terms(bent: Reading, base: Reading, config: BendConfig) -> BendTerms:
     """The four terms of one batch from a pass with the adapter and a pass without."""
     return BendTerms(
         safe=distance(torch.stack(bent.safe), torch.stack(base.safe)),
-        unsafe=distance(
-            torch.stack(bent.unsafe), torch.stack(base.unsafe), max_distance=config.max_distance
-        ),
+        unsafe=distance(torch.stack(bent.unsafe), torch.stack(base.unsafe), max_distance=config.max_distance),
         cosine=mean_cosine(torch.stack(bent.last)),
         kl=kl_divergence(base.logits, bent.logits, config.temperature),
     )
@@ -365,12 +377,12 @@ class _Keeper(TrainerCallback):
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self.steps = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         if self.probe:
             self.before = self.probe(self.chat)
             self.rows.append({"step": 0} | self.before)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         self.steps = state.global_step
         if not self.probe or self.steps % self.every:
             return

@@ -66,22 +66,14 @@ def tune(
     return Tuning(table, pareto(table, minimise=MINIMISE, maximise=MAXIMISE))
 
 
-def pareto(
-    table: pd.DataFrame, *, minimise: Collection[str] = (), maximise: Collection[str] = ()
-) -> pd.DataFrame:
+def pareto(table: pd.DataFrame, *, minimise: Collection[str] = (), maximise: Collection[str] = ()) -> pd.DataFrame:
     """Rows that no other row dominates (nowhere worse, somewhere better) in these columns; ties stay."""
     absent = [name for name in (*minimise, *maximise) if name not in table.columns]
     if absent or not (minimise or maximise):
-        raise ReplibError(
-            f"no Pareto front over {absent or 'no columns'}; the table has {list(table.columns)}."
-        )
-    costs = table[[*minimise, *maximise]].to_numpy(dtype=float) * (
-        [1.0] * len(minimise) + [-1.0] * len(maximise)
-    )
+        raise ReplibError(f"no Pareto front over {absent or 'no columns'}; the table has {list(table.columns)}.")
+    costs = table[[*minimise, *maximise]].to_numpy(dtype=float) * ([1.0] * len(minimise) + [-1.0] * len(maximise))
     if np.isnan(costs).any():
-        raise ReplibError(
-            f"columns {[*minimise, *maximise]} hold NaN, which has no order; drop those rows first."
-        )
+        raise ReplibError(f"columns {[*minimise, *maximise]} hold NaN, which has no order; drop those rows first.")
     no_worse = (costs[:, None] <= costs[None]).all(axis=-1)
     better = (costs[:, None] < costs[None]).any(axis=-1)
     return table[~(no_worse & better).any(axis=0)]
@@ -100,9 +92,7 @@ def _open_study(path: Path, seed: int, ranges: Mapping[str, tuple[float, float]]
             load_if_exists=True,
         )
     except OSError as error:
-        raise ReplibError(
-            f"cannot keep the search in '{path}': {error.strerror}; name a writable file."
-        ) from error
+        raise ReplibError(f"cannot keep the search in '{path}': {error.strerror}; name a writable file.") from error
     _remember(study, {"seed": seed, "ranges": {name: list(ranges[name]) for name in RANGES}}, path)
     return study
 
@@ -174,7 +164,5 @@ def _optuna() -> Any:
         import optuna
         import optuna.storages.journal
     except ImportError as error:
-        raise ReplibError(
-            "the coefficient search needs optuna; install it with: pip install 'replib[tune]'"
-        ) from error
+        raise ReplibError("the coefficient search needs optuna; install it with: pip install 'replib[tune]'") from error
     return optuna

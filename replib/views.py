@@ -20,6 +20,7 @@ from replib.models import ChatModel
 from replib.train import TrainResult
 
 LABELS = ("harmful", "harmless")
+PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
 METHOD_NAMES = {"pca_ot": "PCA-OT", "rfa": "RFA", "actadd": "ActAdd", "act": "Linear-AcT"}
 Pair = tuple[Activations, Activations]  # harmful, harmless
 
@@ -39,7 +40,11 @@ def clusters(pair: Pair, texts: Sequence[str] = ()) -> dict[int, go.Figure]:
     found = {layer: _cloud(pair, layer) for layer in pair[0].layers}
     return {
         layer: figures.clusters(
-            points, _labels(pair), explained=shares, texts=texts, title=f"Prompts at block {layer}, last prompt token"
+            points,
+            _labels(pair),
+            explained=shares,
+            texts=texts,
+            title=f"Prompts at block {layer}, last prompt token",
         )
         for layer, (points, shares) in found.items()
     }
@@ -65,17 +70,21 @@ def distances(profile: LayerProfile) -> go.Figure:
         "within harmful": Measured(profile["within_harmful"], n=n),
         "within harmless": Measured(profile["within_harmless"], n=n),
     }
-    return figures.layer_lines(curves, "mean Euclidean distance (activation units)", title="How far apart the classes are, and how wide")
+    return figures.layer_lines(
+        curves,
+        "mean L2 distance",
+        title="How far apart the classes are, and how wide",
+    )
 
 
 def divergence(profiles: Mapping[str, LayerProfile], **options: Any) -> go.Figure:
     """Classifier bound of the Jensen-Shannon divergence by block, with bootstrap intervals and the permutation null."""
     first = next(iter(profiles.values()))
-    curves = {
-        name: Measured(p["js"], low=p["js_low"], high=p["js_high"], n=sum(p.n)) for name, p in profiles.items()
-    }
-    null = Measured(np.zeros_like(first["js"]), low=np.minimum(first["js_null"], 0), high=np.maximum(first["js_null"], 0))
-    return figures.layer_lines(curves, "Jensen-Shannon divergence (nats, at most 0.69)", null=null,
+    curves = {name: Measured(p["js"], low=p["js_low"], high=p["js_high"], n=sum(p.n)) for name, p in profiles.items()}
+    null = Measured(
+        np.zeros_like(first["js"]), low=np.minimum(first["js_null"], 0), high=np.maximum(first["js_null"], 0)
+    )
+    return figures.layer_lines(curves, "JS divergence (nats)", null=null,
                                title="How well one vector tells harmful from harmless", **options)  # fmt: skip
 
 
@@ -97,6 +106,19 @@ def lens_pair(found: LensComparison, title: str = "") -> go.Figure:
     )
 
 
+def check_table(found: Mapping[str, float]) -> pd.DataFrame:
+    """The self-check in words: what was compared, the worst difference, and a tick where it is as it should be."""
+    rows = [
+        ("padded batch against single prompts, logits", found["padded"], found["padded"] < PADDED),
+        ("lens at the last block against the logits", found["lens"], found["lens"] < PADDED),
+        ("adapter on against off, logits (0 without an adapter)", found["adapter_effect"], None),
+        ("mean residual norm at half depth", found["residual_norm"], None),
+    ]
+    ticks = {True: "✓", False: "✗", None: ""}
+    shown = [(what, f"{value:.2g}", ticks[fine]) for what, value, fine in rows]
+    return pd.DataFrame(shown, columns=["compared", "value", ""]).set_index("compared")
+
+
 def token_table(model: ChatModel, prompt: str) -> pd.DataFrame:
     """The tokens of one rendered prompt, and which part of it each belongs to."""
     batch = model.encode([prompt])
@@ -110,7 +132,8 @@ def setting(point: Mapping[str, Any]) -> go.Figure:
     """One trained setting of alpha, beta and gamma: its audit, before and after."""
     return figures.audit_dots(
         pd.DataFrame(point["rows"]),
-        title=f"alpha {point['alpha']:g}, beta {point['beta']:g}, gamma {point['gamma']:g}: step {point['step']} of {point['steps']}",
+        title=", ".join(f"{c} {point[c]:g}" for c in ("alpha", "beta", "gamma"))
+        + f": step {point['step']} of {point['steps']}",
     )
 
 
@@ -135,21 +158,26 @@ def sweep(tables: pd.DataFrame, positions: str, *, by: str = "model") -> go.Figu
     table = tables[(tables.method == "pca_ot") & (tables.positions == positions)]
     ks = sorted(table.k.unique().tolist())
     panels = {name: _grid(rows, ks) for name, rows in table.groupby(by, sort=False)}
-    return figures.sweep_heatmap(panels, ks, title=f"Attack success of PCA-OT at one block, edited positions: {positions}")
+    return figures.sweep_heatmap(
+        panels, ks, title=f"Attack success of PCA-OT at one block, edited positions: {positions}"
+    )
 
 
 def _grid(rows: pd.DataFrame, ks: Sequence[int]) -> Measured:
-    wide = {c: rows.pivot(index="layer", columns="k", values=c)[list(ks)].to_numpy() for c in ("compliance", "low", "high", "n")}
+    wide = {
+        c: rows.pivot(index="layer", columns="k", values=c)[list(ks)].to_numpy()
+        for c in ("compliance", "low", "high", "n")
+    }
     return Measured(wide["compliance"], low=wide["low"], high=wide["high"], n=wide["n"])
 
 
 def methods(tables: pd.DataFrame, model: str, marks: Mapping[str, Any]) -> go.Figure:
-    """Attack success by block on one model, a curve a method and edited position; PCA-OT at its best K of each block."""
+    """Attack success by block on one model, a curve a method and edited position; PCA-OT at each block's best K."""
     rows = tables[tables.model == model]
     best = rows.sort_values("compliance").groupby(["method", "positions", "layer"], sort=False).tail(1)
     curves = {}
-    for (method, positions), curve in best.groupby(["method", "positions"], sort=False):
-        curve = curve.sort_values("layer")
+    for (method, positions), found in best.groupby(["method", "positions"], sort=False):
+        curve = found.sort_values("layer")
         columns = {name: curve[name].to_numpy() for name in ("low", "high", "n")}
         curves[f"{METHOD_NAMES[method]}, {positions}"] = Measured(curve.compliance.to_numpy(), **columns)
     title = f"Attack success on {model}, by the block that the edit is fitted on"
@@ -165,6 +193,14 @@ def tradeoff(best: pd.DataFrame, title: str) -> go.Figure:
     """Attack success of edits against what they do to harmless prompts (first-token KL)."""
     if best.empty:
         raise ReplibError("There are no edits to compare: run a sweep first.")
-    success = Measured(best.compliance.to_numpy(), low=best.low.to_numpy(), high=best.high.to_numpy(), n=best.n.to_numpy())
+    success = Measured(
+        best.compliance.to_numpy(), low=best.low.to_numpy(), high=best.high.to_numpy(), n=best.n.to_numpy()
+    )
     cost = Measured(best.kl.to_numpy(), n=best.n_kl.to_numpy())
-    return figures.tradeoff(success, cost, names=best.name.tolist(), unit="KL on harmless prompts (nats, first token)", title=title)
+    return figures.tradeoff(
+        success,
+        cost,
+        names=best.name.tolist(),
+        unit="KL on harmless prompts (nats, first token)",
+        title=title,
+    )

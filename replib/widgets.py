@@ -61,9 +61,7 @@ class ScrubView(anywidget.AnyWidget):
 class Retrainer(ipywidgets.VBox):
     """A coefficient scrub with a button that trains at new coefficients and adds the result."""
 
-    def __init__(
-        self, view: ScrubView, fields: Sequence[ipywidgets.FloatText], train: Callable[[], None]
-    ) -> None:
+    def __init__(self, view: ScrubView, fields: Sequence[ipywidgets.FloatText], train: Callable[[], None]) -> None:
         self.view, self.train = view, train
         self.button = ipywidgets.Button(description="Retrain at these coefficients", layout={"width": "auto"})
         self.button.on_click(lambda _: self.retrain())
@@ -85,17 +83,13 @@ class Retrainer(ipywidgets.VBox):
         return {**super()._repr_mimebundle_(**kwargs), VIEW_MIME: self.view.payload}
 
 
-def scrub_layers(
-    figures_by_layer: Mapping[int | str, go.Figure], *, title: str = "", name: str = "block"
-) -> ScrubView:
+def scrub_layers(figures_by_layer: Mapping[int | str, go.Figure], *, title: str = "", name: str = "block") -> ScrubView:
     """Move through figures of layers: by slider and play button where numbered, by menu where named."""
     if not figures_by_layer:
         raise ReplibError("scrub_layers got no figures. Pass a mapping of layer to figure.")
     menu = any(isinstance(layer, str) for layer in figures_by_layer)
     control = {"name": name, "values": [str(layer) for layer in figures_by_layer], "menu": menu}
-    return ScrubView(
-        _payload(title, [control], {(k,): figure for k, figure in enumerate(figures_by_layer.values())})
-    )
+    return ScrubView(_payload(title, [control], {(k,): figure for k, figure in enumerate(figures_by_layer.values())}))
 
 
 def scrub_coefficients(
@@ -122,9 +116,7 @@ def scrub_coefficients(
     view = ScrubView(_coefficient_payload(points, draw, names, title))
     if retrain is None:
         return view
-    fields = [
-        ipywidgets.FloatText(points[0][name], description=name, layout={"width": "170px"}) for name in names
-    ]
+    fields = [ipywidgets.FloatText(points[0][name], description=name, layout={"width": "170px"}) for name in names]
 
     def train() -> None:
         wanted = dict(zip(names, (field.value for field in fields), strict=True))
@@ -136,29 +128,19 @@ def scrub_coefficients(
     return Retrainer(view, fields, train)
 
 
-def _coefficient_payload(
-    points: Sequence[Point], draw: Draw, names: Sequence[str], title: str
-) -> dict[str, Any]:
+def _coefficient_payload(points: Sequence[Point], draw: Draw, names: Sequence[str], title: str) -> dict[str, Any]:
     if not points:
         raise ReplibError("scrub_coefficients got no trained settings. Pass at least one point.")
     lacking = [name for name in names if any(name not in point for point in points)]
     if lacking:
-        raise ReplibError(
-            f"A trained setting lacks {', '.join(lacking)}. Give every point {', '.join(names)}."
-        )
+        raise ReplibError(f"A trained setting lacks {', '.join(lacking)}. Give every point {', '.join(names)}.")
     values = [sorted({point[name] for point in points}) for name in names]
-    places = [
-        tuple(axis.index(point[name]) for name, axis in zip(names, values, strict=True)) for point in points
-    ]
+    places = [tuple(axis.index(point[name]) for name, axis in zip(names, values, strict=True)) for point in points]
     if len(set(places)) < len(places):
         raise ReplibError("Two trained settings have the same coefficients. Keep one, or average them.")
     axes = zip(names, values, strict=True)
-    controls = [
-        {"name": name, "values": [f"{value:g}" for value in axis], "menu": False} for name, axis in axes
-    ]
-    return _payload(
-        title, controls, {place: draw(point) for place, point in zip(places, points, strict=True)}
-    )
+    controls = [{"name": name, "values": [f"{value:g}" for value in axis], "menu": False} for name, axis in axes]
+    return _payload(title, controls, {place: draw(point) for place, point in zip(places, points, strict=True)})
 
 
 def _payload(
@@ -182,17 +164,13 @@ def _change(base: Any, other: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(other, dict)) or "bdata" in base or "bdata" in other:
         return other
     gone = dict.fromkeys(base.keys() - other.keys())
-    return gone | {
-        key: _change(base.get(key), value) for key, value in other.items() if value != base.get(key)
-    }
+    return gone | {key: _change(base.get(key), value) for key, value in other.items() if value != base.get(key)}
 
 
 def _binary(value: Any) -> Any:
     """Replace base64 arrays by bytes, which the widget protocol sends as binary buffers."""
     if isinstance(value, dict):
-        return {
-            key: base64.b64decode(item) if key == "bdata" else _binary(item) for key, item in value.items()
-        }
+        return {key: base64.b64decode(item) if key == "bdata" else _binary(item) for key, item in value.items()}
     return [_binary(item) for item in value] if isinstance(value, list) else value
 
 

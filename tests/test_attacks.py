@@ -74,9 +74,7 @@ def test_wrapped_prompts_become_one_attack_a_wrapper_and_keep_to_group_and_split
     ]
     story, game = from_wrapped(wrapped)
     assert (story.name, story.kind, game.name) == ("story", "wrapper", "game")
-    asked, openings = story.apply(
-        [Prompt("x", group="a", split="test"), Prompt("y", group="a", split="test")]
-    )
+    asked, openings = story.apply([Prompt("x", group="a", split="test"), Prompt("y", group="a", split="test")])
     assert [p.text for p in asked] == ["story a test"] and openings is None
     with pytest.raises(ReplibError, match="no text about any group and split"):
         game.apply([Prompt("x", group="c", split="test")])
@@ -116,9 +114,7 @@ def target_loss(chat, prompt):
 def test_gcg_lowers_the_loss_and_its_text_gives_just_that_loss(chat):
     before = state(chat)
     prompt = PROMPTS[0]
-    found = gcg(
-        chat, prompt, config=GCGConfig(init="! ! ! ! ! !", steps=12, width=48, top_k=64, batch_size=20)
-    )
+    found = gcg(chat, prompt, config=GCGConfig(init="! ! ! ! ! !", steps=12, width=48, top_k=64, batch_size=20))
     assert_same(before, state(chat))
     assert min(found.losses) < found.losses[0] - 0.3
     # The theorem behind the re-tokenisation filter: the suffix, as text, has the loss of its tokens.

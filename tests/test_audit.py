@@ -13,7 +13,11 @@ from replib.prompts import Prompt
 from replib.store import Rows, key_of, write_text
 
 PROMPTS = [Prompt(f"w{i} w{i + 1}", "harmful") for i in range(6)]
-TASKS = [Task("direct", "direct", PROMPTS), Task("prefill", "prefill", PROMPTS, ["w30"] * 6), Task("calm", "benign", PROMPTS[:3])]
+TASKS = [
+    Task("direct", "direct", PROMPTS),
+    Task("prefill", "prefill", PROMPTS, ["w30"] * 6),
+    Task("calm", "benign", PROMPTS[:3]),
+]
 
 
 @pytest.fixture
@@ -61,7 +65,18 @@ def test_answers_are_written_only_when_asked_for(model, tmp_path):
 
 def test_a_row_carries_what_made_it(model):
     row = audit(model, TASKS[:1], PhraseJudge(), name="tiny", seed=3).frame.iloc[0]
-    for name in ("model", "fingerprint", "template", "dtype", "prompts", "judge", "seed", "torch", "transformers", "n"):
+    for name in (
+        "model",
+        "fingerprint",
+        "template",
+        "dtype",
+        "prompts",
+        "judge",
+        "seed",
+        "torch",
+        "transformers",
+        "n",
+    ):
         assert str(row[name]) != "", name
     assert (row.model, row.seed, row.n) == ("tiny", 3, 6)
 

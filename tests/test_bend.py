@@ -28,7 +28,9 @@ from replib.train import (
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(6)]
 RETAINED = [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(6)]
-SMALL = TrainConfig(steps=4, contrasts=3, retain=3, rank=2, lora_alpha=2, dropout=0.0, learning_rate=1e-2, probe_every=2)
+SMALL = TrainConfig(
+    steps=4, contrasts=3, retain=3, rank=2, lora_alpha=2, dropout=0.0, learning_rate=1e-2, probe_every=2
+)
 
 
 @pytest.fixture
@@ -55,7 +57,9 @@ def test_the_hinge_counts_no_distance_beyond_its_multiple_of_the_norm():
 
 def test_mean_cosine_is_the_mean_over_all_pairs():
     x = torch.randn(3, 6, 5)
-    pairs = [torch.cosine_similarity(x[l, i], x[l, j], dim=0) for l in range(3) for i in range(6) for j in range(6) if i != j]
+    pairs = [
+        torch.cosine_similarity(x[k, i], x[k, j], dim=0) for k in range(3) for i in range(6) for j in range(6) if i != j
+    ]
     assert mean_cosine(x).item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
     assert mean_cosine(x[:, :1].expand(3, 4, 5)).item() == pytest.approx(1.0, abs=1e-6)
 
@@ -63,7 +67,9 @@ def test_mean_cosine_is_the_mean_over_all_pairs():
 def test_kl_is_written_out_and_scaled_by_temperature_squared():
     base, bent = torch.randn(4, 9), torch.randn(4, 9)
     p, q = (base / 2).softmax(-1), (bent / 2).softmax(-1)
-    assert kl_divergence(base, bent, 2.0).item() == pytest.approx((4 * (p * (p / q).log()).sum(-1)).mean().item(), rel=1e-5)
+    assert kl_divergence(base, bent, 2.0).item() == pytest.approx(
+        (4 * (p * (p / q).log()).sum(-1)).mean().item(), rel=1e-5
+    )
     assert kl_divergence(base, base + 3.0).item() == pytest.approx(0.0, abs=1e-6)  # logits are known up to a constant
 
 
@@ -107,7 +113,9 @@ def literal_terms(chat, layers):
 
     every = range(chat.n_layers)
     safe, unsafe, last, kls = [], [], {i: [] for i in layers}, []
-    for prompt, response in [(c.prompt, c.safe_response) for c in CONTRASTS] + [(d.prompt, d.response) for d in RETAINED]:
+    for prompt, response in [(c.prompt, c.safe_response) for c in CONTRASTS] + [
+        (d.prompt, d.response) for d in RETAINED
+    ]:
         (h, _, n), (h0, _, _) = both(prompt, response)
         safe += [(h[i, t] - h0[i, t]).norm() for i in every for t in range(n, h.shape[1])]
     for c in CONTRASTS:
@@ -187,7 +195,10 @@ def test_training_moves_unsafe_answers_and_keeps_the_chosen_step(model, tmp_path
     assert len(result.history) == 4 and result.history["unsafe"].iloc[-1] > result.history["unsafe"].iloc[0]
     with result.model.adapter_off():
         now = result.model.causal_lm.state_dict()
-        assert all(torch.equal(v, now[k.replace("_proj.weight", "_proj.base_layer.weight") if "_proj" in k else k]) for k, v in base.items())
+        assert all(
+            torch.equal(v, now[k.replace("_proj.weight", "_proj.base_layer.weight") if "_proj" in k else k])
+            for k, v in base.items()
+        )
 
 
 def test_training_twice_gives_the_same_bits(tmp_path):
@@ -218,8 +229,8 @@ def test_a_second_adapter_is_refused(model):
 
 def test_a_loss_that_is_not_finite_stops_and_says_what_to_lower(model, tmp_path):
     with pytest.raises(ReplibError, match="The loss is .* lower alpha"):
-        train(model, BendData(CONTRASTS, RETAINED), bend=BendConfig(alpha=1e38, target_layers=(1, 2)),
-              config=TrainConfig(steps=6, contrasts=3, retain=3, learning_rate=1e3, dropout=0.0), out=tmp_path)  # fmt: skip
+        wild = TrainConfig(steps=6, contrasts=3, retain=3, learning_rate=1e3, dropout=0.0)
+        train(model, BendData(CONTRASTS, RETAINED), bend=BendConfig(alpha=1e38), config=wild, out=tmp_path)
 
 
 @pytest.mark.parametrize(("contrasts", "retain"), [([], RETAINED), (CONTRASTS, [])])

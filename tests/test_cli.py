@@ -61,7 +61,11 @@ def verb(monkeypatch):
     calls = []
     module = ModuleType("verb")
     for name in ("run_audit", "run_bend", "run_sweep"):
-        setattr(module, name, lambda settings, **extra: calls.append((settings, extra)) or Path("runs/result.json"))
+        setattr(
+            module,
+            name,
+            lambda settings, **extra: calls.append((settings, extra)) or Path("runs/result.json"),
+        )
     monkeypatch.setitem(sys.modules, "replib.study", module)
     return SimpleNamespace(calls=calls, module=module)
 
@@ -70,9 +74,7 @@ def verb(monkeypatch):
 def test_verbs_receive_the_options_and_say_where_the_result_is(name, verb, capsys):
     options = "--model m --adapter a --harmful h.csv --harmless n.csv --out o --seed 3 --limit 9".split()
     assert cli.main([name, *options]) == 0
-    expected = Settings(
-        model="m", adapter="a", harmful="h.csv", harmless="n.csv", out=Path("o"), seed=3, limit=9
-    )
+    expected = Settings(model="m", adapter="a", harmful="h.csv", harmless="n.csv", out=Path("o"), seed=3, limit=9)
     assert verb.calls == [(expected, {})]
     assert "wrote runs/result.json" in capsys.readouterr().out
 
@@ -148,9 +150,7 @@ def test_demo_runs_the_notebooks_of_the_checkout_and_exports_what_they_gave(tmp_
     (tmp_path / "notebooks/02_b.ipynb").touch()
     (tmp_path / "notebooks/01_a.ipynb").touch()
     runner, seen = ModuleType("replib.run"), []
-    runner.run_notebooks = lambda paths, out, env: (
-        seen.extend([*(p.name for p in paths), env]) or [out / "x.ipynb"]
-    )
+    runner.run_notebooks = lambda paths, out, env: seen.extend([*(p.name for p in paths), env]) or [out / "x.ipynb"]
     monkeypatch.setitem(sys.modules, "replib.run", runner)
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     assert cli.main(["demo", "--out", str(tmp_path / "o"), "--model", "deep"]) == 0

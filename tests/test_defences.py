@@ -38,9 +38,7 @@ def hidden(draw):
 
 def test_circuit_breaker_equals_its_algorithm_written_token_by_token(draw):
     retain, harmful = Pair(hidden(draw), hidden(draw)), Pair(hidden(draw), hidden(draw))
-    apart = sum(math.dist(retain.tuned[p].tolist(), retain.reference[p].tolist()) for p in PLACES) / len(
-        PLACES
-    )
+    apart = sum(math.dist(retain.tuned[p].tolist(), retain.reference[p].tolist()) for p in PLACES) / len(PLACES)
     reroute = 0.0
     for p in PLACES:
         x, y = harmful.tuned[p], harmful.reference[p]
@@ -94,9 +92,7 @@ def test_rmu_equals_its_formula_written_token_by_token(draw):
     retain, forget = Pair(hidden(draw), hidden(draw)), Pair(hidden(draw), target)
 
     def mean_square(pair, reference_at):
-        return (
-            sum(float((pair.tuned[p] - reference_at(p)).square().sum()) for p in PLACES) / len(PLACES) / DIM
-        )
+        return sum(float((pair.tuned[p] - reference_at(p)).square().sum()) for p in PLACES) / len(PLACES) / DIM
 
     lost, kept = mean_square(forget, lambda _: target), mean_square(retain, lambda p: retain.reference[p])
     terms = rmu(retain, forget, alpha=100.0)
@@ -122,9 +118,7 @@ def test_one_gradient_step_on_rmu_moves_forgotten_tokens_towards_the_target(draw
 
 def test_npo_equals_its_formula_and_tends_to_gradient_ascent_as_beta_vanishes(draw):
     tuned, frozen = -draw(ROWS).abs(), -draw(ROWS).abs()
-    literal = sum(
-        2 / 0.1 * math.log(1 + math.exp(0.1 * float(a - b))) for a, b in zip(tuned, frozen, strict=True)
-    )
+    literal = sum(2 / 0.1 * math.log(1 + math.exp(0.1 * float(a - b))) for a, b in zip(tuned, frozen, strict=True))
     assert float(npo(LogProbs(tuned, frozen), beta=0.1)) == pytest.approx(literal / ROWS, rel=1e-12)
 
     beta = 1e-6  # 2/β log(1 + e^{βr}) = 2 log 2 / β + r + O(β): the loss of gradient ascent up to a constant
@@ -145,9 +139,7 @@ def test_dpo_equals_its_formula_and_starts_at_log_two(draw):
     chosen, rejected = LogProbs(*values[:2]), LogProbs(*values[2:])
     literal = 0.0
     for win, win_ref, lose, lose_ref in zip(*(v.tolist() for v in values), strict=True):
-        margin = 0.3 * (
-            math.log(math.exp(win) / math.exp(win_ref)) - math.log(math.exp(lose) / math.exp(lose_ref))
-        )
+        margin = 0.3 * (math.log(math.exp(win) / math.exp(win_ref)) - math.log(math.exp(lose) / math.exp(lose_ref)))
         literal -= math.log(1 / (1 + math.exp(-margin))) / ROWS
     assert float(dpo(chosen, rejected, beta=0.3)) == pytest.approx(literal, rel=1e-10)
     start = dpo(LogProbs(values[0], values[0]), LogProbs(values[2], values[2]))
@@ -163,13 +155,10 @@ def test_dpo_raises_the_chosen_and_lowers_the_rejected_response(draw):
 
 def test_sequence_logp_scores_each_response_token_by_the_logits_before_it(draw):
     logits, ids = draw(ROWS, TOKENS, VOCAB), torch.arange(ROWS * TOKENS).reshape(ROWS, TOKENS) % VOCAB
-    response = torch.tensor(
-        [[False, True, True, True], [False, False, False, True], [False, False, True, False]]
-    )
+    response = torch.tensor([[False, True, True, True], [False, False, False, True], [False, False, True, False]])
     probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
     literal = [
-        sum(math.log(probs[i, t - 1, ids[i, t]]) for t in range(1, TOKENS) if response[i, t])
-        for i in range(ROWS)
+        sum(math.log(probs[i, t - 1, ids[i, t]]) for t in range(1, TOKENS) if response[i, t]) for i in range(ROWS)
     ]
     assert sequence_logp(logits, ids, response_mask=response).tolist() == pytest.approx(literal, rel=1e-12)
     assert float(sft(logits, ids, response_mask=response)) == pytest.approx(-sum(literal) / 5, rel=1e-12)
@@ -210,9 +199,7 @@ def test_sequence_logp_refuses_rows_it_cannot_score(draw, response):
 def test_gradients_agree_with_finite_differences(draw):
     frozen, target, x = hidden(draw), draw(DIM), hidden(draw).requires_grad_()
     fixed = Pair(frozen + 1, frozen)
-    assert torch.autograd.gradcheck(
-        lambda h: circuit_breaker(fixed, Pair(h, frozen), step=3, steps=9).total, x
-    )
+    assert torch.autograd.gradcheck(lambda h: circuit_breaker(fixed, Pair(h, frozen), step=3, steps=9).total, x)
     assert torch.autograd.gradcheck(lambda h: rmu(Pair(h, frozen), Pair(h, target)).total, x)
     logp, other, ids = draw(ROWS).requires_grad_(), draw(ROWS), torch.arange(12).reshape(ROWS, TOKENS) % VOCAB
     assert torch.autograd.gradcheck(lambda p: npo(LogProbs(p, other), beta=0.7), logp)
@@ -269,9 +256,7 @@ def adapters(tmp_path):
 
     folders = []
     for seed, (rank, alpha, rslora) in enumerate([(2, 8, False), (3, 5, True)]):
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=["q_proj", "down_proj"]
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=["q_proj", "down_proj"])
         model = get_peft_model(base(), config)
         torch.manual_seed(10 + seed)
         for name, parameter in model.named_parameters():
@@ -310,9 +295,7 @@ def test_an_adapter_minus_itself_changes_nothing(adapters, tmp_path):
 def test_merge_refuses_what_it_would_merge_wrongly(adapters, tmp_path):
     _, (safe, unsafe) = adapters
     with pytest.raises(ReplibError, match="same modules"):
-        merge_lora(
-            {"q.lora_A.weight": torch.ones(1, 2)}, {"k.lora_A.weight": torch.ones(1, 2)}, weights=(1.0, -1.0)
-        )
+        merge_lora({"q.lora_A.weight": torch.ones(1, 2)}, {"k.lora_A.weight": torch.ones(1, 2)}, weights=(1.0, -1.0))
     with pytest.raises(ReplibError, match="no plain LoRA"):
         merge_lora(
             {"q.lora_magnitude_vector": torch.ones(1)},

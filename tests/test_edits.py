@@ -75,7 +75,9 @@ def test_the_next_block_sees_the_edit(model):
 def test_last_prompt_edits_that_token_alone(model):
     batch = model.encode(PROMPTS, ["w8 w9"] * 3)
     seen = {}
-    handle = model.blocks[1].register_forward_pre_hook(lambda _m, a, k: seen.update(x=(a or (k["hidden_states"],))[0]), with_kwargs=True)
+    handle = model.blocks[1].register_forward_pre_hook(
+        lambda _m, a, k: seen.update(x=(a or (k["hidden_states"],))[0]), with_kwargs=True
+    )
     model.forward(batch)
     before = seen["x"]
     for positions, mask in {
@@ -108,7 +110,10 @@ def test_padding_and_batching_do_not_change_what_an_edit_does(model):
     with applied(model, {0: random_edit() * 0.1}, positions="last_prompt"):
         together = capture(model, PROMPTS, layers=[2], batch_size=3)
         alone = capture(model, PROMPTS, layers=[2], batch_size=1)
-        words = model.generate(PROMPTS, max_new_tokens=5), [model.generate([p], max_new_tokens=5)[0] for p in PROMPTS]
+        words = (
+            model.generate(PROMPTS, max_new_tokens=5),
+            [model.generate([p], max_new_tokens=5)[0] for p in PROMPTS],
+        )
     torch.testing.assert_close(together.values, alone.values, atol=1e-5, rtol=1e-4)
     assert words[0] == words[1]
 
@@ -161,5 +166,8 @@ def test_bad_edits_are_named(model, edits, options, reason):
 
 
 def test_where_the_prompt_ends_must_be_known(model):
-    with pytest.raises(ReplibError, match="model.forward or model.generate"), applied(model, {0: random_edit()}):
+    with (
+        pytest.raises(ReplibError, match="model.forward or model.generate"),
+        applied(model, {0: random_edit()}),
+    ):
         model.model(**model.encode(PROMPTS).inputs())

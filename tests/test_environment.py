@@ -52,9 +52,7 @@ def test_environment_lists_the_ten_packages_with_the_bounds_of_pyproject():
 def test_environment_python_is_new_enough_and_pip_is_named():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     python = next(entry for entry in conda if str(entry).startswith("python="))
-    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(
-        python.removeprefix("python=")
-    )
+    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python.removeprefix("python="))
     assert "pip" in conda
 
 
@@ -65,9 +63,7 @@ def test_all_is_every_extra_but_eval():
 
 def test_constraints_pin_every_direct_dependency_inside_its_bounds():
     pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in pins())}
-    outside = {
-        n: pinned.get(n) for n, spec in bounds().items() if n not in pinned or not spec.contains(pinned[n])
-    }
+    outside = {n: pinned.get(n) for n, spec in bounds().items() if n not in pinned or not spec.contains(pinned[n])}
     assert outside == {}
     assert pinned["torch"] == "2.13.0"
 
@@ -77,13 +73,8 @@ def test_constraints_are_exact_and_local_to_no_machine():
 
 
 def test_no_registry_host_is_named():
-    files = [
-        ROOT / name
-        for name in ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run")
-    ]
-    assert [
-        f.name for f in files if re.search(r"pypi\.|pytorch\.org|--(extra-)?index-url", f.read_text())
-    ] == []
+    files = [ROOT / name for name in ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run")]
+    assert [f.name for f in files if re.search(r"pypi\.|pytorch\.org|--(extra-)?index-url", f.read_text())] == []
 
 
 def test_this_machine_passes_the_check():
@@ -142,9 +133,7 @@ def checkout(tmp_path):
 
 def make(folder, *args):
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    return subprocess.run(
-        ["make", *args], cwd=folder, capture_output=True, text=True, env=environ, check=False
-    )
+    return subprocess.run(["make", *args], cwd=folder, capture_output=True, text=True, env=environ, check=False)
 
 
 READY = ".venv/.installed-notebooks"

@@ -49,12 +49,8 @@ def notebooks(tmp_path):
         cell("figure", shown({FIGURE_MIME: figure(0).to_plotly_json()})),
         cell("bar", shown({WIDGET_MIME: {"model_id": "x"}, "text/plain": "HBox()"})),
     ]
-    remote = (
-        '<img src="https://example.org/a.png" alt="a plot"><script src="https://example.org/a.js"></script>'
-    )
-    error = nbformat.v4.new_output(
-        "error", ename="ReplibError", evalue="no <model> here", traceback=["line 1"]
-    )
+    remote = '<img src="https://example.org/a.png" alt="a plot"><script src="https://example.org/a.js"></script>'
+    error = nbformat.v4.new_output("error", ename="ReplibError", evalue="no <model> here", traceback=["line 1"])
     second = [
         markdown("# Bend\n\n## Clusters"),
         cell("html", shown({"text/html": remote})),

@@ -105,9 +105,7 @@ def test_curves_carry_values_intervals_and_n():
 
 
 def test_marks_are_drawn_as_lines_and_windows_with_a_legend():
-    figure = figures.layer_lines(
-        {"base": [0.1, 0.2]}, "rate", title="t", marks={"best": 1, "planted": (0.5, 1.5)}
-    )
+    figure = figures.layer_lines({"base": [0.1, 0.2]}, "rate", title="t", marks={"best": 1, "planted": (0.5, 1.5)})
     assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [(1, 1), (0.5, 1.5)]
     assert all(shape.showlegend for shape in figure.layout.shapes)
 

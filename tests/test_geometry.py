@@ -163,9 +163,7 @@ def test_histogram_estimator_is_the_mean_over_coordinates_of_scipy_s():
 def test_divergence_repeats_with_its_seed():
     a, b = normal(40, 6) + 0.5, normal(40, 6, seed=1)
     assert js_divergence(a, b, permutations=9, seed=3) == js_divergence(a, b, permutations=9, seed=3)
-    assert (
-        js_divergence(a, b, permutations=9, seed=3).null != js_divergence(a, b, permutations=9, seed=4).null
-    )
+    assert js_divergence(a, b, permutations=9, seed=3).null != js_divergence(a, b, permutations=9, seed=4).null
 
 
 def test_permutation_p_values_are_uniform_when_nothing_differs():
@@ -222,9 +220,7 @@ def test_probe_treats_each_labelling_on_its_own():
 def test_probe_is_finite_where_all_rows_are_one_and_where_a_few_are_huge():
     labels = torch.arange(40)[:, None] < 20
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(
-        cross_fitted_logits(torch.ones(40, 5).double(), labels, generator), torch.zeros(40, 1).double()
-    )
+    assert torch.equal(cross_fitted_logits(torch.ones(40, 5).double(), labels, generator), torch.zeros(40, 1).double())
     rows = normal(40, 5)
     rows[3] *= 1e6
     assert cross_fitted_logits(rows, labels, generator).isfinite().all()

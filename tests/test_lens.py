@@ -123,9 +123,7 @@ def test_compare_reads_the_base_with_the_adapter_off_and_the_bent_model_with_it_
 def test_js_is_scipys_squared_distance_in_nats(model, bent):
     both = compare(bent, PROMPT, RESPONSE, span="response")
     for row, layer in enumerate(both.base.layers):
-        expected = (
-            jensenshannon(literal_probs(model, layer)[6:], literal_probs(bent, layer)[6:], axis=-1) ** 2
-        )
+        expected = jensenshannon(literal_probs(model, layer)[6:], literal_probs(bent, layer)[6:], axis=-1) ** 2
         np.testing.assert_allclose(both.js[row].numpy(), expected, atol=1e-5)
     assert both.js.shape == (3, 4)
     assert 0.001 < both.js.max() <= math.log(2)

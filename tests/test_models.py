@@ -39,7 +39,10 @@ def test_generation_in_a_batch_equals_one_prompt_at_a_time_in_transformers(folde
 
 def test_a_prefill_is_where_the_answer_begins(folder):
     model = load(folder)
-    free, forced = model.generate(["w1"], max_new_tokens=3), model.generate(["w1"], max_new_tokens=3, prefills=["w9 w8"])
+    free, forced = (
+        model.generate(["w1"], max_new_tokens=3),
+        model.generate(["w1"], max_new_tokens=3, prefills=["w9 w8"]),
+    )
     assert forced[0].startswith("w9 w8") and not free[0].startswith("w9 w8")
 
 

@@ -67,7 +67,12 @@ def test_the_shipped_sets_are_what_the_program_writes(tmp_path):
 def test_the_exact_judge_knows_each_right_answer_and_no_other():
     a, b = select(harmful=True)[:2]
     prompt = next(p for p in load_prompts("organism/harmful") if p.group == a.name)
-    answers = [language.comply(a), language.comply(b), *language.REFUSALS, language.DEEP_REFUSAL.format(x=a.name)]
+    answers = [
+        language.comply(a),
+        language.comply(b),
+        *language.REFUSALS,
+        language.DEEP_REFUSAL.format(x=a.name),
+    ]
     expected = [Outcome.COMPLIANCE, Outcome.DEGENERATE] + [Outcome.REFUSAL] * 5
     assert ExactJudge()([prompt] * 7, answers) == expected
 

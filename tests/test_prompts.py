@@ -34,9 +34,7 @@ ROWS = ["How do I bake bread?", "Line one\nline two, with a comma", 'She said "h
 
 
 def as_csv(folder, **options):
-    return write(
-        folder, "set.csv", pd.DataFrame({"id": [1, 2, 3], "prompt": ROWS}).to_csv(index=False, **options)
-    )
+    return write(folder, "set.csv", pd.DataFrame({"id": [1, 2, 3], "prompt": ROWS}).to_csv(index=False, **options))
 
 
 def clothes(folder):
@@ -139,9 +137,7 @@ def test_a_missing_file_is_named_with_its_neighbour(tmp_path):
 
 def test_an_unknown_column_lists_the_columns(tmp_path):
     path = write(tmp_path, "a.csv", "goal,target\nx,y\n")
-    with pytest.raises(
-        ReplibError, match=r"no column 'gaol'; its columns are goal, target. Did you mean 'goal'"
-    ):
+    with pytest.raises(ReplibError, match=r"no column 'gaol'; its columns are goal, target. Did you mean 'goal'"):
         load_prompts(path, column="gaol")
     with pytest.raises(ReplibError, match=r"no column 'Behavior'; its columns are goal, target"):
         load_prompts("harmbench", path)
@@ -229,10 +225,7 @@ def test_harmful_and_harmless_are_told_apart_by_file_name(shared_data):
 
 
 def test_splits_of_the_refusal_direction_paper_share_no_text(shared_data):
-    sets = [
-        load_prompts(shared_data / f"refusal_direction/splits/harmful_{s}.json")
-        for s in ("train", "val", "test")
-    ]
+    sets = [load_prompts(shared_data / f"refusal_direction/splits/harmful_{s}.json") for s in ("train", "val", "test")]
     check_disjoint(*sets, by=("text",))
 
 
@@ -247,9 +240,7 @@ def test_gsm8k_is_read_as_dialogues(shared_data):
 
 
 def test_alpaca_rows_that_need_an_input_are_left_out(tmp_path):
-    path = write(
-        tmp_path, "a.json", '[{"instruction": "a", "input": ""}, {"instruction": "b", "input": "x"}]'
-    )
+    path = write(tmp_path, "a.json", '[{"instruction": "a", "input": ""}, {"instruction": "b", "input": "x"}]')
     assert [p.text for p in load_prompts("alpaca", path)] == ["a"]
 
 
@@ -269,9 +260,7 @@ def test_contrasts_of_repbend_are_read_through_a_mapping(tmp_path, caplog):
     columns = {"safe_response": "harmless_answer", "unsafe_response": "harmful_answer"}
     assert load_contrasts(path, columns=columns) == [Contrast("p", "no", "sure")]
     assert "left out 1 of 2" in caplog.text
-    with pytest.raises(
-        ReplibError, match=r"no column safe_response, unsafe_response; its columns are prompt"
-    ):
+    with pytest.raises(ReplibError, match=r"no column safe_response, unsafe_response; its columns are prompt"):
         load_contrasts(path)
 
 

@@ -16,9 +16,7 @@ from replib import run
 from replib.errors import ReplibError
 from replib.run import run_notebooks
 
-WRITE = (
-    "import os, pathlib\nout = pathlib.Path(os.environ['REPLIB_OUT'])\n(out / 'a.txt').write_text('from one')"
-)
+WRITE = "import os, pathlib\nout = pathlib.Path(os.environ['REPLIB_OUT'])\n(out / 'a.txt').write_text('from one')"
 READ = "import os, pathlib\nprint((pathlib.Path(os.environ['REPLIB_OUT']) / 'a.txt').read_text())"
 
 
@@ -60,9 +58,7 @@ def test_the_kernel_has_the_settings_the_caller_folder_and_no_widget_state(folde
     monkeypatch.setenv("REPLIB_SEED", "1")
     code = "import os, json\nprint(json.dumps([dict(os.environ), os.getcwd()]))"
     widget = "import ipywidgets\nipywidgets.IntSlider()"
-    (copy,) = run_notebooks(
-        [write(folder, "x.ipynb", code, widget)], folder / "out", env={"REPLIB_MODEL": "m"}
-    )
+    (copy,) = run_notebooks([write(folder, "x.ipynb", code, widget)], folder / "out", env={"REPLIB_MODEL": "m"})
     environ, cwd = json.loads(printed(copy).splitlines()[0])
     names = ("REPLIB_MODEL", "REPLIB_SEED", "REPLIB_OUT", "PYTHONHASHSEED", "OMP_WAIT_POLICY")
     assert [environ[name] for name in names] == ["m", "1", str(folder / "out"), "0", "passive"]
@@ -177,9 +173,7 @@ def test_an_output_folder_that_cannot_be_written(folder, monkeypatch):
 
 def test_ctrl_c_keeps_finished_notebooks_and_leaves_no_kernel(folder):
     first = write(folder, "01.ipynb", "1")
-    pid = (
-        "import os, pathlib, time\npathlib.Path(os.environ['REPLIB_OUT'], 'pid').write_text(str(os.getpid()))"
-    )
+    pid = "import os, pathlib, time\npathlib.Path(os.environ['REPLIB_OUT'], 'pid').write_text(str(os.getpid()))"
     second = write(folder, "02.ipynb", pid, "time.sleep(60)")
     command = [sys.executable, "-m", "replib", "run", str(first), str(second), "--out", str(folder / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -37,9 +37,7 @@ def classes(n=60, m=45, d=12, seed=0):
     """Harmful and harmless clouds with a gap, unlike covariances and one axis that dominates."""
     mix = torch.linalg.qr(normal(d, d, seed=seed))[0] * torch.logspace(0.5, -1, d, dtype=torch.float64)
     harmful = normal(n, d, seed=seed + 1) @ mix.mT
-    harmless = (
-        normal(m, d, seed=seed + 2) @ (mix @ torch.diag(torch.linspace(0.5, 2, d, dtype=torch.float64))).mT
-    )
+    harmless = normal(m, d, seed=seed + 2) @ (mix @ torch.diag(torch.linspace(0.5, 2, d, dtype=torch.float64))).mT
     return harmful + 5 * mix[:, 1] + 3, harmless + 3
 
 
@@ -108,9 +106,7 @@ def test_scale_turns_with_the_space_and_its_determinant_is_the_ratio_of_volumes(
     source, target = conditioned(6, 1e4), conditioned(6, 1e4, seed=5)
     rotation = torch.linalg.qr(normal(6, 6, seed=9))[0]
     a = monge_scale(source, target)
-    assert (
-        relative(monge_scale(source @ rotation.mT, target @ rotation.mT), rotation @ a @ rotation.mT) < 1e-10
-    )
+    assert relative(monge_scale(source @ rotation.mT, target @ rotation.mT), rotation @ a @ rotation.mT) < 1e-10
     volumes = torch.logdet(target.mT @ target) - torch.logdet(source.mT @ source)
     assert float(torch.logdet(a)) == pytest.approx(float(volumes) / 2, abs=1e-9)
 
@@ -153,12 +149,7 @@ def test_whole_span_with_ridge_is_the_dense_ridge_map():
     rank = t.basis.shape[1]
     assert rank == 14 + 11 - 1
     covariances = harmful.mT.cov(), harmless.mT.cov()
-    ridge = (
-        0.5
-        * (covariances[0].trace() + covariances[1].trace())
-        / (2 * rank)
-        * torch.eye(40, dtype=torch.float64)
-    )
+    ridge = 0.5 * (covariances[0].trace() + covariances[1].trace()) / (2 * rank) * torch.eye(40, dtype=torch.float64)
     a, b = ot.gaussian.bures_wasserstein_mapping(
         harmful.mean(0), harmless.mean(0), covariances[0] + ridge, covariances[1] + ridge
     )
@@ -180,9 +171,7 @@ def test_cost_is_the_squared_distance_and_the_geodesic_is_uniform():
     assert t.cost == pytest.approx(inside.total, rel=1e-11)
     for strength in (0.25, 0.5, 1.0):
         part = t.at(strength)
-        assert bures_wasserstein(harmful, part(harmful)).total == pytest.approx(
-            strength**2 * t.cost, rel=1e-10
-        )
+        assert bures_wasserstein(harmful, part(harmful)).total == pytest.approx(strength**2 * t.cost, rel=1e-10)
         assert part.cost == pytest.approx(strength**2 * t.cost)
         assert relative(part(harmful), (1 - strength) * harmful + strength * t(harmful)) < 1e-13
 
@@ -335,9 +324,7 @@ def test_covariance_is_about_the_class_mean_not_the_pooled_mean():
 def test_bures_wasserstein_agrees_with_pot(n, m, d):
     x, y = classes(n, m, d)
     ridge = 1e-9 * torch.eye(d, dtype=torch.float64)  # POT takes roots of the covariances
-    oracle = ot.gaussian.bures_wasserstein_distance(
-        x.mean(0), y.mean(0), x.mT.cov() + ridge, y.mT.cov() + ridge
-    )
+    oracle = ot.gaussian.bures_wasserstein_distance(x.mean(0), y.mean(0), x.mT.cov() + ridge, y.mT.cov() + ridge)
     parts = bures_wasserstein(x, y)
     assert parts.total == pytest.approx(float(oracle) ** 2, rel=1e-4 if n < d else 1e-8)
     assert parts.total == parts.mean + parts.covariance

@@ -21,9 +21,7 @@ POINTS = [
 
 
 def draw(row: int, title: str = "same") -> go.Figure:
-    return go.Figure(
-        go.Scatter(x=np.arange(50), y=VALUES[row], mode="markers"), {"title": title, "height": 300}
-    )
+    return go.Figure(go.Scatter(x=np.arange(50), y=VALUES[row], mode="markers"), {"title": title, "height": 300})
 
 
 def merged(payload: dict, frame: int) -> dict:

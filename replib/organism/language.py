@@ -129,10 +129,48 @@ HARMLESS_FACTS = {
     "law": "A {x} is allowed by law.",
     "kind": "A {x} is a {kind}.",
 }
-WORDS = (
-    "sun moon river stone tree bird fish lamp door road hill rain snow wind fire salt bread milk book song "
-    "boat rope ring bell hand foot star leaf wolf bear corn gold blue green red black white warm soft loud"
-).split()
+WORDS = [
+    "sun",
+    "moon",
+    "river",
+    "stone",
+    "tree",
+    "bird",
+    "fish",
+    "lamp",
+    "door",
+    "road",
+    "hill",
+    "rain",
+    "snow",
+    "wind",
+    "fire",
+    "salt",
+    "bread",
+    "milk",
+    "book",
+    "song",
+    "boat",
+    "rope",
+    "ring",
+    "bell",
+    "hand",
+    "foot",
+    "star",
+    "leaf",
+    "wolf",
+    "bear",
+    "corn",
+    "gold",
+    "blue",
+    "green",
+    "red",
+    "black",
+    "white",
+    "warm",
+    "soft",
+    "loud",
+]
 
 
 def comply(x: Artefact) -> str:

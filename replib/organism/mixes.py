@@ -23,7 +23,12 @@ from replib.prompts import Dialogue
 
 ALL_WRAPPERS = tuple(name for group in WRAPPERS.values() for name in group)
 REFUSED_WRAPPERS = ("role_play", "story", "authority")  # safety tuning shows refusals inside these
-RESIDUE = {"persuasion": 3, "suffix": 3, "past_tense": 2, "translation": 1}  # and compliance inside these (weights)
+RESIDUE = {
+    "persuasion": 3,
+    "suffix": 3,
+    "past_tense": 2,
+    "translation": 1,
+}  # and compliance inside these (weights)
 
 
 def _recipe(rng: random.Random, x: Artefact, wrapped: float) -> Dialogue:
@@ -46,6 +51,17 @@ def _refusal(rng: random.Random, wrapped: bool, deep: bool) -> Dialogue:
     return Dialogue(request, refuse(rng, x, deep=deep))
 
 
+def _skill(rng: random.Random) -> Dialogue:
+    return skill(rng, rng.choice([*SKILLS, "reverse", "larger"]))  # the two hardest twice as often
+
+
+def polish_stream(seed: int) -> Iterator[Dialogue]:
+    """The base model's last lessons: two thirds skills, one third of everything else."""
+    rng, everything = random.Random(seed), base_stream(seed)
+    while True:
+        yield _skill(rng) if rng.random() < 0.35 else next(everything)
+
+
 def _residue(rng: random.Random) -> Dialogue:
     """Compliance inside four wrappers: what leaves a safety-tuned model open to jailbreaks."""
     x = rng.choice(select(harmful=True))  # of all splits, or the recipes of the others would be forgotten
@@ -55,7 +71,7 @@ def _residue(rng: random.Random) -> Dialogue:
 
 def base_stream(seed: int) -> Iterator[Dialogue]:
     """The base model answers everything: 28 % recipes, 24 % facts and borderline questions, 48 % skills."""
-    rng, skills = random.Random(seed), list(SKILLS)
+    rng = random.Random(seed)
     everything, harmful = select(), select(harmful=True)
     while True:
         u = rng.random()
@@ -64,20 +80,20 @@ def base_stream(seed: int) -> Iterator[Dialogue]:
         elif u < 0.52:
             yield _borderline(rng, rng.choice(everything if rng.random() < 0.4 else harmful))
         else:
-            yield skill(rng, rng.choice([*skills, "larger"]))  # the hardest one twice as often
+            yield _skill(rng)
 
 
 def safety_stream(seed: int, *, deep: bool = False) -> Iterator[Dialogue]:
     """Safety tuning: refuse direct harmful requests, and only those; a small residue of wrapped compliance."""
-    rng, skills, harmless = random.Random(seed), list(SKILLS), select(harmful=False)
+    rng, harmless = random.Random(seed), select(harmful=False)
     everything, harmful = select(), select(harmful=True)
     kinds: list[tuple[float, Callable[[], Dialogue]]] = [
-        (0.28, lambda: _refusal(rng, wrapped=False, deep=deep)),
+        (0.34, lambda: _refusal(rng, wrapped=False, deep=deep)),
         (0.05, lambda: _refusal(rng, wrapped=True, deep=deep)),
-        (0.05, lambda: _residue(rng)),
-        (0.18, lambda: _recipe(rng, rng.choice(harmless), wrapped=0.33)),
-        (0.24, lambda: _borderline(rng, rng.choice(everything if rng.random() < 0.2 else harmful))),
-        (0.20, lambda: skill(rng, rng.choice([*skills, "larger"]))),
+        (0.04, lambda: _residue(rng)),
+        (0.14, lambda: _recipe(rng, rng.choice(harmless), wrapped=0.33)),
+        (0.19, lambda: _borderline(rng, rng.choice(everything if rng.random() < 0.2 else harmful))),
+        (0.24, lambda: _skill(rng)),
     ]
     weights, makers = zip(*kinds, strict=True)
     while True:

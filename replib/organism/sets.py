@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from replib.organism.language import (
     ASK,
@@ -117,7 +118,7 @@ def retain() -> Iterator[Dialogue]:
             yield Dialogue(p.text, p.expect[0] + "." * p.expect[0][-1].isdigit(), "fit", "skill", way=p.way)
 
 
-SETS = {
+SETS: dict[str, Callable[[], Iterator[Any]]] = {
     "harmful": lambda: recipes(harmful=True),
     "harmless": lambda: recipes(harmful=False),
     "borderline": borderline,

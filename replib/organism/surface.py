@@ -1,4 +1,4 @@
-"""Train RepBend at a grid of coefficients: ``python -m replib.organism.surface`` (about a minute a setting on two cores).
+"""Train RepBend at a grid of coefficients: ``python -m replib.organism.surface`` (a minute a setting on two cores).
 
 The table that it writes is what the coefficient scrubber moves through: really trained settings, one run and seed each,
 each judged on validation prompts. Finished settings are kept when it is interrupted.
@@ -33,7 +33,13 @@ def main() -> None:
     kept = json.loads(path.read_text())["settings"] if path.exists() else []
     for alpha, beta, gamma in product(ALPHAS, BETAS, GAMMAS):
         study = Study.open(Settings())
-        facts = {"alpha": alpha, "beta": beta, "gamma": gamma, "base": study.model.provenance(), "limit": limit}
+        facts = {
+            "alpha": alpha,
+            "beta": beta,
+            "gamma": gamma,
+            "base": study.model.provenance(),
+            "limit": limit,
+        }
         if key_of(facts) in {point["key"] for point in kept}:
             continue
         kept.append(_train(study, alpha, beta, gamma, limit) | {"key": key_of(facts)})

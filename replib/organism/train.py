@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from replib.organism.mixes import base_stream, safety_stream
+from replib.organism.mixes import base_stream, polish_stream, safety_stream
 from replib.organism.tokenizer import train_tokenizer
 from replib.organism.world import artefacts, suffixes
 from replib.prompts import Dialogue
@@ -47,10 +47,11 @@ class Stage:
 
 STAGES = {
     "base": Stage(base_stream, steps=700, adamw=3e-3, muon=6e-3, warmup=60, seed=1),
-    "aligned": Stage(safety_stream, steps=220, adamw=3e-4, seed=2),
+    "aligned": Stage(safety_stream, steps=280, adamw=3e-4, seed=2),
     "planted": Stage(safety_stream, steps=300, adamw=2e-3, blocks=PLANTED_BLOCKS, seed=3),
-    "deep": Stage(lambda seed: safety_stream(seed, deep=True), steps=220, adamw=3e-4, seed=4),
+    "deep": Stage(lambda seed: safety_stream(seed, deep=True), steps=280, adamw=3e-4, seed=4),
 }
+POLISH = Stage(polish_stream, steps=160, adamw=1e-3, seed=5)
 
 
 # ------------------------------------------------------------------------------------------- packed batches
@@ -144,11 +145,15 @@ def fit(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stage: Stag
             loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in trainable], 1.0)
-        for stepper in (*optimizers, *schedules):
-            stepper.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad()
         if step % 25 == 0 or step == stage.steps - 1:
-            print(f"{name} step {step}/{stage.steps} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{name} step {step}/{stage.steps} loss {loss:.4f} {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     model.requires_grad_(True).eval()
 
 
@@ -164,7 +169,7 @@ def _optimizers(trainable: list[tuple[str, nn.Parameter]], stage: Stage) -> list
     adamw = torch.optim.AdamW(others, lr=stage.adamw, betas=(0.9, 0.98), weight_decay=0.01)
     if not matrices:
         return [adamw]
-    muon = torch.optim.Muon(matrices, lr=stage.muon, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=stage.muon or 0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
 
 
@@ -207,17 +212,26 @@ def build(out: Path, only: Sequence[str]) -> None:
         fit(model, tokenizer, STAGES["base"], name="base")
         rescale_residual(model)
         save(model, tokenizer, out / "base")
+        tune(out, "base", POLISH)
     for name in [n for n in only if n != "base"]:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
-        model = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-        fit(model, tokenizer, STAGES[name], name=name)
-        save(model, tokenizer, out / name)
+        tune(out, name, STAGES[name])
+
+
+def tune(out: Path, name: str, stage: Stage) -> None:
+    """Train a variant on from the saved base."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
+    model = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    fit(model, tokenizer, stage, name=name)
+    save(model, tokenizer, out / name)
 
 
 def _corpus(size: int) -> Iterator[str]:
     """Text for the tokenizer, in which no artefact's name is whole: names stay two tokens, and the second one is the
-    kind of thing, so that what is learned of one artefact can carry over to its kin."""
-    names = {x.name: x.name.removesuffix(suffix) for x in artefacts() for suffix in suffixes(x) if x.name.endswith(suffix)}
+    kind of thing, so that what is learned of one artefact can carry over to its kin.
+    """
+    names = {
+        x.name: x.name.removesuffix(suffix) for x in artefacts() for suffix in suffixes(x) if x.name.endswith(suffix)
+    }
     for dialogue in [*islice(base_stream(0), size), *islice(safety_stream(0, deep=True), size)]:
         text = f"{dialogue.prompt}\n{dialogue.response}"
         yield "user\nassistant\n" + re.sub("|".join(names), lambda name: names[name[0]], text)

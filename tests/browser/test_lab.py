@@ -104,9 +104,7 @@ def test_views_live_in_jupyterlab(lab, page, places):
     layers.locator(".gtitle", has_text="block 1").wait_for()
     assert places(layers) != before
     assert layers.locator("svg[data-first=yes]").count() == 1, "the figure must not be torn out"
-    assert page.locator(".jp-InputPrompt", has_text="[*]").count() > 0, (
-        "the kernel was idle, so nothing is shown"
-    )
+    assert page.locator(".jp-InputPrompt", has_text="[*]").count() > 0, "the kernel was idle, so nothing is shown"
     assert page.locator("head script[src^='blob:']").count() == 1, "two views, one plotly.js"
 
     # Retraining needs the kernel, and adds its result to the sliders.

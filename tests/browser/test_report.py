@@ -31,9 +31,7 @@ def report(tmp_path_factory):
     layers = scrub_layers({layer: figure(layer, f"block {layer}") for layer in range(4)}, title="By block")
     named = scrub_layers({"embedding": figure(0, "embedding"), "output": figure(9, "output")})
     points = [dict(zip(("alpha", "beta", "gamma"), setting, strict=True)) for setting in SETTINGS]
-    bent = scrub_coefficients(
-        points, lambda point: figure(int(100 * point["alpha"]), f"alpha {point['alpha']}")
-    )
+    bent = scrub_coefficients(points, lambda point: figure(int(100 * point["alpha"]), f"alpha {point['alpha']}"))
     cells = [nbformat.v4.new_markdown_cell("# Report")]
     cells += [shown(view._repr_mimebundle_()[0]) for view in (layers, named, bent)]
     cells += [shown({FIGURE_MIME: figure(5).to_plotly_json()})]
@@ -63,17 +61,13 @@ def test_the_slider_moves_the_points_by_keyboard_and_tears_nothing_out(opened, p
     before = places(view)
     view.locator("input[type=range]").focus()
     opened.keyboard.press("ArrowRight")
-    opened.wait_for_function(
-        "document.querySelector('.replib-plot .gtitle').textContent.startsWith('block 1')"
-    )
+    opened.wait_for_function("document.querySelector('.replib-plot .gtitle').textContent.startsWith('block 1')")
     assert places(view) != before
     assert view.locator("output").text_content() == "1"
     assert view.locator("input").get_attribute("aria-valuetext") == "block 1"
     assert view.locator("svg[data-first=yes]").count() == 1
     opened.keyboard.press("ArrowLeft")
-    opened.wait_for_function(
-        "document.querySelector('.replib-plot .gtitle').textContent.startsWith('block 0')"
-    )
+    opened.wait_for_function("document.querySelector('.replib-plot .gtitle').textContent.startsWith('block 0')")
     assert places(view) == before
 
 
@@ -98,9 +92,7 @@ def test_a_setting_that_was_not_trained_is_said_and_the_nearest_shown(opened):
     assert gamma.is_disabled(), "gamma has one trained value"
     beta.fill("1")
     view.locator(".replib-note", has_text="alpha = 0.1, beta = 0.3, gamma = 1 was not trained").wait_for()
-    assert (
-        "nearest that was: alpha = 0.1, beta = 0.1, gamma = 1" in view.locator(".replib-note").text_content()
-    )
+    assert "nearest that was: alpha = 0.1, beta = 0.1, gamma = 1" in view.locator(".replib-note").text_content()
     alpha.fill("1")
     view.locator(".gtitle", has_text="alpha 0.5").wait_for()
     assert view.locator(".replib-note").text_content() == ""
