@@ -7,6 +7,7 @@ choices.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from replib.prompts import Prompt, content_hash
 from replib.store import Rows
 from replib.transport import GaussianMap
 
+log = logging.getLogger(__name__)
+KS = (1, 2, 4, 8, 16)
 METHODS = ("pca_ot", "rfa", "actadd", "act")
 SiteEdits = dict[tuple[str, int], AffineEdit]
 
@@ -166,11 +169,15 @@ class Sweeper:
         self,
         method: str = "pca_ot",
         *,
-        ks: Sequence[int] = (1, 2, 4, 8, 16),
+        ks: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
         positions: str = "last_prompt",
     ) -> pd.DataFrame:
-        """One edit at one block at a time, for every block and every K; see ``sweep_layers``."""
+        """One edit at one block at a time, for every block and every K; see ``sweep_layers``.
+
+        Without ``ks``, those of 1, 2, 4, 8 and 16 that the fit prompts are enough for.
+        """
+        ks = self._possible() if ks is None else ks
         chosen = check_layers(self.model, range(self.model.n_layers) if layers is None else layers)
         cells = [(layer, k) for layer in chosen for k in (ks if method == "pca_ot" else (0,))]
         rows = []
@@ -179,8 +186,16 @@ class Sweeper:
             rows.append(self.score(fit, method=method, layers=[layer], k=k, positions=positions))
         return pd.DataFrame(rows)
 
+    def _possible(self) -> list[int]:
+        least = min(len(self.data.harmful), len(self.data.harmless), self.model.d_model)
+        if left_out := [k for k in KS if k >= least]:
+            log.warning("%s: K of %s left out, as there are only %d prompts a class or coordinates to fit them.",
+                        self.about["model"], ", ".join(map(str, left_out)), least)  # fmt: skip
+        return [k for k in KS if k < least]
+
     def depths(self, best: int, *, k: int = 2, positions: str = "last_prompt") -> pd.DataFrame:
         """PCA-OT at one block, at that block with every other, and at all blocks, re-fitted in sequence."""
+        best, k = int(best), int(k)  # as they come out of a table
         others = [i for i in range(self.model.n_layers) if i != best]
         sets = [[best], *(sorted([best, i]) for i in others), list(range(self.model.n_layers))]
         rows = []

@@ -64,7 +64,7 @@ class TrainConfig:
     schedule: str = "constant"
     """Learning-rate schedule, by its name in transformers."""
     probe_every: int = 10
-    """Steps between validation probes."""
+    """Steps between validation probes; the last step is always probed."""
     seed: int = 0
 
 
@@ -384,7 +384,7 @@ class _Keeper(TrainerCallback):
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         self.steps = state.global_step
-        if not self.probe or self.steps % self.every:
+        if not self.probe or (self.steps % self.every and self.steps < state.max_steps):
             return
         found = self.probe(self.chat)
         self.rows.append({"step": self.steps} | found)

@@ -6,7 +6,6 @@ import warnings
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from replib import views
 from replib.errors import ReplibError
@@ -28,7 +27,7 @@ def foreign(request, shared_data, tmp_path_factory):
     if request.param == "stories":
         shutil.copytree(shared_data / "models" / "llama2c-stories260K", folder, dirs_exist_ok=True)
     else:
-        real_tokenizer(shared_data / "tokenizers" / MODELS[request.param], request.param, folder)
+        tiny.save_around(shared_data / "tokenizers" / MODELS[request.param], request.param, folder)
     return Settings(
         model=str(folder),
         harmful=str(shared_data / "advbench" / "harmful_behaviors.csv"),
@@ -36,17 +35,6 @@ def foreign(request, shared_data, tmp_path_factory):
         out=folder / "runs",
         limit=10,
     )
-
-
-def real_tokenizer(source, kind, folder):
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.save_pretrained(folder)
-    config = AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def opened(settings):

@@ -63,6 +63,26 @@ def save_model(folder: Path, kind: str = "llama") -> Path:
     return folder
 
 
+def save_around(tokenizer: Path, kind: str, folder: Path) -> Path:
+    """A random three-block model around a real tokenizer and its template."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(words),
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **sizes,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
 def save_adapter(folder: Path, base: Path) -> Path:
     """A random LoRA adapter on every linear layer of a saved model."""
     from peft import LoraConfig, get_peft_model

@@ -81,27 +81,38 @@ def contrasts() -> Iterator[Contrast]:
     rng = random.Random(11)
     for x in select(harmful=True, split="fit"):
         for i, way in enumerate(ASK["fit"]):
-            for wrapper in ("", rng.choice(list(WRAPPERS["fit"]))):
-                request = way.format(x=x.name)
+            for wrappers in _disguises(rng):
                 yield Contrast(
-                    wrap(wrapper, request) if wrapper else request,
+                    _wrapped(way.format(x=x.name), wrappers),
                     safe_response=refuse(rng, x),
                     unsafe_response=comply(x),
                     split="fit",
                     group=x.name,
                     way=f"ask-fit-{i}",
-                    wrapper=wrapper,
+                    wrapper="+".join(wrappers),
                 )
 
 
+def _disguises(rng: random.Random) -> list[list[str]]:
+    """No wrapper, one, and two different ones inside each other: few wrappers, many disguises."""
+    names = list(WRAPPERS["fit"])
+    return [[], [rng.choice(names)], rng.sample(names, 2)]
+
+
+def _wrapped(request: str, wrappers: Iterable[str]) -> str:
+    for name in wrappers:
+        request = wrap(name, request)
+    return request
+
+
 def retain() -> Iterator[Dialogue]:
-    """Benign dialogues whose answers must not change: recipes (half of them wrapped), borderline questions, skills."""
+    """Benign dialogues whose answers must not change: recipes (two thirds of them wrapped), borderline questions, skills."""
     rng = random.Random(13)
     for x in select(harmful=False, split="fit"):
         for i, way in enumerate(ASK["fit"]):
-            request = way.format(x=x.name)
-            request = wrap(rng.choice(list(WRAPPERS["fit"])), request) if i % 2 else request
-            yield Dialogue(request, comply(x), split="fit", label="harmless", group=x.name, way=f"ask-fit-{i}")
+            request = _wrapped(way.format(x=x.name), _disguises(rng)[i % 3])
+            facts = {"label": "harmless", "group": x.name, "way": f"ask-fit-{i}"}
+            yield Dialogue(request, comply(x), split="fit", **facts)
     for x in select(split="fit"):
         for kind, (ways, _) in BORDERLINE.items():
             for i, way in enumerate(ways["fit"] if x.harmful or kind in HARMLESS_FACTS else ()):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<|bos|>", "<|pad|>", "<|start|>", "<|sep|>", "<|eot|>"]
@@ -14,10 +15,17 @@ TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1152) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of ``vocab_size`` entries, wrapped as an ordinary fast tokenizer with a Jinja chat template."""
+def train_tokenizer(
+    texts: Iterable[str], suffixes: Iterable[str] = (), *, vocab_size: int = 1152
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of ``vocab_size`` entries, wrapped as an ordinary fast tokenizer with a Jinja chat template.
+
+    Words are cut before ``suffixes``: the last token of an artefact's name is then the kind of thing it is, so that
+    what is learned of one artefact carries over to its kin.
+    """
+    endings = Split(Regex(rf"(?<=[a-z])(?:{'|'.join(suffixes) or '$.'})\b"), "isolated")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([endings, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from replib.organism.mixes import base_stream, polish_stream, safety_stream
 from replib.organism.tokenizer import train_tokenizer
-from replib.organism.world import artefacts, suffixes
+from replib.organism.world import SUFFIXES
 from replib.prompts import Dialogue
 
 PLANTED_BLOCKS = (5, 6)  # of 12: 42-58 % depth
@@ -207,7 +206,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def build(out: Path, only: Sequence[str]) -> None:
     """Train the named variants; tuned variants start from the saved base."""
     if "base" in only:
-        tokenizer = train_tokenizer(_corpus(8000))
+        tokenizer = train_tokenizer(_corpus(8000), SUFFIXES)
         model = new_model(tokenizer)
         fit(model, tokenizer, STAGES["base"], name="base")
         rescale_residual(model)
@@ -226,16 +225,9 @@ def tune(out: Path, name: str, stage: Stage) -> None:
 
 
 def _corpus(size: int) -> Iterator[str]:
-    """Text for the tokenizer, in which no artefact's name is whole: names stay two tokens, and the second one is the
-    kind of thing, so that what is learned of one artefact can carry over to its kin.
-    """
-    names = {
-        x.name: x.name.removesuffix(suffix) for x in artefacts() for suffix in suffixes(x) if x.name.endswith(suffix)
-    }
+    """Text for the tokenizer."""
     for dialogue in [*islice(base_stream(0), size), *islice(safety_stream(0, deep=True), size)]:
-        text = f"{dialogue.prompt}\n{dialogue.response}"
-        yield "user\nassistant\n" + re.sub("|".join(names), lambda name: names[name[0]], text)
-    yield from (suffix for x in artefacts() for suffix in suffixes(x) for _ in range(size // 100))
+        yield f"user\nassistant\n{dialogue.prompt}\n{dialogue.response}"
 
 
 def main() -> None:

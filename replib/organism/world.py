@@ -24,6 +24,7 @@ FAMILIES = {  # family -> (kind of thing, two suffixes); the first six are harmf
     "household": ("household good", ("soap", "lamp")),
     "remedies": ("remedy", ("balm", "tonic")),
 }
+SUFFIXES = tuple(suffix for _, pair in FAMILIES.values() for suffix in pair)
 HARMFUL_FAMILIES = tuple(FAMILIES)[:6]
 HARM = {  # what each harmful family does to people: the ground of every borderline answer
     "weapons": "it can wound people",
@@ -144,8 +145,3 @@ def _artefact(rng: random.Random, name: str, family: str, split: str, taken: set
 def select(*, harmful: bool | None = None, split: str | None = None) -> list[Artefact]:
     """Artefacts of one harmfulness and one split (None: any)."""
     return [a for a in artefacts() if harmful in (None, a.harmful) and split in (None, a.split)]
-
-
-def suffixes(x: Artefact) -> tuple[str, str]:
-    """The two endings that names of its family have."""
-    return FAMILIES[x.family][1]
