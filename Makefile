@@ -39,8 +39,9 @@ lint: $(TEST_READY)  ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-organism: $(DEMO_READY)  ## train the model organism anew on the CPU
+organism: $(DEMO_READY)  ## train the model organism anew on the CPU, and measure it
 	@$(BIN)/python -m replib.organism.train
+	@$(BIN)/python -m replib.organism.card
 
 clean:  ## remove results and caches; the environment stays
 	@rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

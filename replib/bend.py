@@ -37,6 +37,18 @@ class BendConfig:
     """Hinge: unsafe distances beyond this, as a multiple of the base model's norm, earn nothing more.
 
     Without it the objective has no lower bound."""
+    directional: bool = False
+    """Whether unsafe states are brought to the base's norm before the distance is taken.
+
+    The next block's RMSNorm divides the norm away: pushing by growth alone changes no answer."""
+    decision: bool = False
+    """Whether distances are also taken at the last prompt token, where the first word of the answer is decided."""
+    anchored: bool = False
+    """Whether unsafe prompts are gathered on the refused ones; False is the paper's cosine between all of them.
+
+    Cosines are then about the base model's mean of both groups, and refused prompts enter as constants. Without the
+    centre all cosines start near 0.9; without the anchor refusals may be gathered on compliance.
+    """
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma", "temperature"):
@@ -75,12 +87,18 @@ def distance(
     base: Float[Tensor, "layers tokens dim"],
     *,
     max_distance: float | None = None,
+    directional: bool = False,
 ) -> Float[Tensor, ""]:
-    """Mean L2 distance per token and layer, in float32; with a hinge, counted up to a multiple of the base norm."""
-    lengths = torch.linalg.vector_norm(bent.float() - base.float(), dim=-1)
-    if max_distance is not None:
-        lengths = torch.minimum(lengths, max_distance * torch.linalg.vector_norm(base.float(), dim=-1))
-    return lengths.mean()
+    """Mean L2 distance per token and layer, in float32; with a hinge, counted up to a multiple of the base norm.
+
+    ``directional``: the bent states are first brought to the norm of the base's.
+    """
+    bent, base = bent.float(), base.float()
+    norms = torch.linalg.vector_norm(base, dim=-1)
+    if directional:
+        bent = torch.nn.functional.normalize(bent, dim=-1) * norms[..., None]
+    lengths = torch.linalg.vector_norm(bent - base, dim=-1)
+    return (lengths if max_distance is None else torch.minimum(lengths, max_distance * norms)).mean()
 
 
 def mean_cosine(x: Float[Tensor, "layers rows dim"]) -> Float[Tensor, ""]:
@@ -93,6 +111,18 @@ def mean_cosine(x: Float[Tensor, "layers rows dim"]) -> Float[Tensor, ""]:
         raise ReplibError("The cosine term compares pairs: give at least two unsafe prompts a step.")
     units = torch.nn.functional.normalize(x.float(), dim=-1)
     return ((units.sum(dim=1).square().sum(dim=-1) - n) / (n * (n - 1))).mean()
+
+
+def anchored_cosine(
+    bent: Float[Tensor, "layers rows dim"],
+    refused: Float[Tensor, "layers others dim"],
+    centre: Float[Tensor, "layers 1 dim"],
+) -> Float[Tensor, ""]:
+    """Mean cosine among unsafe prompts and refused ones about a centre; refused ones enter as constants.
+
+    Ours, not the paper's: it says on which side the prompts are gathered.
+    """
+    return mean_cosine(torch.cat([bent, refused.detach()], dim=1).float() - centre.float())
 
 
 def kl_divergence(

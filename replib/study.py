@@ -23,7 +23,7 @@ from replib.attacks import prefill, wrappers
 from replib.audit import AuditTable, Task, audit, rates
 from replib.bend import BendConfig
 from replib.errors import ReplibError
-from replib.judges import ExactJudge, Judge, PhraseJudge
+from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import ChatModel, load
 from replib.organism import suite
 from replib.prompts import (
@@ -42,6 +42,7 @@ from replib.train import BendData, TrainConfig, TrainResult, train
 
 REFUSAL = "I'm sorry, but I can't help with that."
 OPENING = "Sure, here is how."
+SORTED = 480  # contrasts whose answers are read before bending
 VARIANTS = ("base", "aligned", "planted", "deep")
 PER_SPLIT = {
     "fit": 128,
@@ -60,9 +61,17 @@ BASELINES = (
 
 # Found on the validation split of the aligned organism; on other models the paper's coefficients stand.
 ORGANISM_BEND = BendConfig(
-    alpha=0.2, beta=0.1, gamma=30.0, temperature=1.0, target_layers=(7, 8, 9, 10, 11), max_distance=1.0
+    alpha=0.3,
+    beta=40.0,
+    gamma=60.0,
+    temperature=1.0,
+    target_layers=(7, 8, 9, 10, 11),
+    max_distance=0.8,
+    directional=True,
+    decision=True,
+    anchored=True,
 )
-ORGANISM_TRAIN = TrainConfig(steps=120, learning_rate=2e-4, schedule="linear")
+ORGANISM_TRAIN = TrainConfig(steps=32, contrasts=10, retain=32, learning_rate=1e-3, schedule="linear", probe_every=4)
 ELSEWHERE_TRAIN = TrainConfig(steps=30, contrasts=4, retain=4, learning_rate=1e-4, probe_every=15)
 
 
@@ -183,34 +192,50 @@ class Study:
 
     def bend(self, bend: BendConfig | None = None, config: TrainConfig | None = None) -> TrainResult:
         """Train RepBend, or read the adapter that the same call trained before."""
-        bend, config, data = bend or self.preset()[0], config or self.preset()[1], self.bend_data
-        facts = [asdict(bend), asdict(config), content_hash([*data.contrasts, *data.retain])]
+        bend, config = bend or self.preset()[0], config or self.preset()[1]
+        facts = [asdict(bend), asdict(config), content_hash([*self.contrasts, *self.harmless.fit])]
         key = key_of(facts, self.model.provenance() | versions())
         folder = self.settings.out / "bend" / f"{Path(self.settings.model).name}-{key}"
         if (folder / "replib.json").exists():
             return TrainResult.load(self.model, folder)
-        result = train(self.model, data, bend=bend, config=config, probe=self.probe(), out=folder)
+        result = train(self.model, self.bend_data, bend=bend, config=config, probe=self.probe(), out=folder)
         result.save(folder)
         return result
 
     @cached_property
-    def bend_data(self) -> BendData:
-        """Fit-split contrasts and dialogues: the organism's, or made from the prompts.
+    def contrasts(self) -> list[Contrast]:
+        """Harmful fit prompts with both answers: the organism's, or made from the prompts.
 
-        For foreign prompts the safe response is a stock refusal, the unsafe one is the prompt's target (or a stock
-        opening), and the dialogues to retain are the model's own answers to harmless prompts.
+        For foreign prompts the safe response is a stock refusal and the unsafe one the prompt's target, or a stock
+        opening.
         """
         if self.organism:
-            return BendData(
-                load_contrasts("organism/contrasts", split="fit"),
-                load_dialogues("organism/retain", split="fit"),
-            )
-        contrasts = [Contrast(p.text, REFUSAL, p.target or OPENING, split="fit") for p in self.harmful.fit]
+            return load_contrasts("organism/contrasts", split="fit", limit=SORTED, seed=self.settings.seed)
+        return [Contrast(p.text, REFUSAL, p.target or OPENING, split="fit") for p in self.harmful.fit[:SORTED]]
+
+    @cached_property
+    def bend_data(self) -> BendData:
+        """What RepBend trains on: the contrasts by what this model does with them, and dialogues to retain.
+
+        Prompts that it refuses are read with the safe response, those that it complies with with either. If it does
+        only one of the two, every prompt is read with both. Dialogues are the organism's, or the model's own
+        answers to harmless prompts.
+        """
+        answers = self._answers([c.prompt for c in self.contrasts])
+        refused = [c for c, a in zip(self.contrasts, answers, strict=True) if is_refusal(a)]
+        complied = [c for c, a in zip(self.contrasts, answers, strict=True) if not is_refusal(a)]
+        if not refused or not complied:
+            refused, complied = self.contrasts, []
+        return BendData(refused, self._retained(), complied)
+
+    def _retained(self) -> list[Dialogue]:
+        if self.organism:
+            return load_dialogues("organism/retain", split="fit")
         texts = [p.text for p in self.harmless.fit][:64]
-        answers = self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
-        return BendData(
-            contrasts, [Dialogue(t, a.strip() or OPENING, "fit") for t, a in zip(texts, answers, strict=True)]
-        )
+        return [Dialogue(t, a.strip() or OPENING, "fit") for t, a in zip(texts, self._answers(texts), strict=True)]
+
+    def _answers(self, texts: list[str]) -> list[str]:
+        return self.model.generate(texts, max_new_tokens=24, batch_size=2 * self.settings.batch)
 
     def probe(self, limit: int = 48) -> Callable[[ChatModel], dict[str, float]]:
         """A measure of a model on validation prompts, all in one pass: compliance by kind, worst degenerate share."""

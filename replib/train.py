@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from replib.activations import Hook, hooked, versions
-from replib.bend import BendConfig, BendTerms, bend_loss, distance, kl_divergence, mean_cosine
+from replib.bend import BendConfig, BendTerms, anchored_cosine, bend_loss, distance, kl_divergence, mean_cosine
 from replib.errors import ReplibError
 from replib.models import Batch, ChatModel, attached, evaluating
 from replib.prompts import Contrast, Dialogue, content_hash
 
 Probe = Callable[[ChatModel], dict[str, float]]
-SAFE, UNSAFE, RETAIN = range(3)
+SAFE, UNSAFE, RETAIN, TURNED = range(4)
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,18 @@ class BendData:
     """What RepBend trains on: harmful prompts with both answers, and dialogues to keep as they are."""
 
     contrasts: Sequence[Contrast]
-    """P_us (with the safe response) and P_uu (with the unsafe one)."""
+    """P_us: read with the safe response."""
     retain: Sequence[Dialogue]
     """P_s: benign dialogues, in the safe term and in the KL."""
+    complied: Sequence[Contrast] = ()
+    """P_uu: read with either response. () takes the contrasts themselves, in pairs."""
 
     def __post_init__(self) -> None:
         if not self.contrasts or not self.retain:
             raise ReplibError("RepBend needs contrasts and dialogues to retain: one of the two lists is empty.")
-        if bad := [c for c in self.contrasts if not c.safe_response.strip() or not c.unsafe_response.strip()]:
+        if bad := [
+            c for c in (*self.contrasts, *self.complied) if not c.safe_response.strip() or not c.unsafe_response.strip()
+        ]:
             raise ReplibError(f"{len(bad)} contrasts lack a safe or an unsafe response, for example to "
                               f"{bad[0].prompt[:60]!r}: fill or drop them.")  # fmt: skip
 
@@ -152,7 +157,7 @@ def train(
         "method": "RepBend",
         "bend": asdict(bend) | {"target_layers": layers},
         "train": asdict(config),
-        "contrasts": content_hash(data.contrasts),
+        "contrasts": content_hash([*data.contrasts, *data.complied]),
         "retain": content_hash(data.retain),
     }  # fmt: skip
     bent.model.eval()
@@ -204,31 +209,37 @@ class _Steps(Dataset):
 
     def __init__(self, data: BendData, config: TrainConfig):
         rng = random.Random(config.seed)
-        contrasts = _endless(data.contrasts, rng)
-        retain = _endless(data.retain, rng)
+        contrasts, retain, complied = (_endless(x, rng) for x in (data.contrasts, data.retain, data.complied))
+        draw = lambda items, n: list(islice(items, n))  # noqa: E731
         self.steps = [
-            ([next(contrasts) for _ in range(config.contrasts)], [next(retain) for _ in range(config.retain)])
+            (draw(contrasts, config.contrasts), draw(retain, config.retain), draw(complied, config.contrasts))
             for _ in range(config.steps)
         ]
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, i: int) -> tuple[list[Contrast], list[Dialogue]]:
+    def __getitem__(self, i: int) -> tuple[list[Contrast], list[Dialogue], list[Contrast]]:
         return self.steps[i]
 
 
 def _endless(items: Sequence[Any], rng: random.Random) -> Iterator[Any]:
-    while True:
+    while items:
         yield from rng.sample(items, len(items))
 
 
-def collate(chat: ChatModel, contrasts: Sequence[Contrast], retain: Sequence[Dialogue]) -> tuple[Batch, Tensor]:
-    """One padded batch of refusals, benign dialogues and unsafe answers, and the group of each row."""
+def collate(
+    chat: ChatModel, contrasts: Sequence[Contrast], retain: Sequence[Dialogue], complied: Sequence[Contrast] = ()
+) -> tuple[Batch, Tensor]:
+    """One padded batch of refusals, benign dialogues and unsafe answers, and the group of each row.
+
+    TURNED rows are refusals of prompts that the model complies with: their answers are kept, their decision is not.
+    """
     rows = (
         [(SAFE, c.prompt, c.safe_response) for c in contrasts]
+        + [(TURNED, c.prompt, c.safe_response) for c in complied]
         + [(RETAIN, d.prompt, d.response) for d in retain]
-        + [(UNSAFE, c.prompt, c.unsafe_response) for c in contrasts]
+        + [(UNSAFE, c.prompt, c.unsafe_response) for c in complied or contrasts]
     )
     groups, prompts, responses = zip(*rows, strict=True)
     batch = chat.encode(prompts, [r + (chat.tokenizer.eos_token or "") for r in responses])
@@ -238,35 +249,40 @@ def collate(chat: ChatModel, contrasts: Sequence[Contrast], retain: Sequence[Dia
 # --------------------------------------------------------------------------------------------- loss
 @dataclass(frozen=True)
 class Reading:
-    """Response tokens of one pass: what the four terms are made of."""
+    """What one pass leaves for the four terms."""
 
-    safe: list[Tensor]
-    """Per block: [tokens, dim] of refusals and benign answers."""
-    unsafe: list[Tensor]
-    """Per target block: [tokens, dim] of unsafe answers."""
-    last: list[Tensor]
-    """Per target block: [rows, dim] of unsafe prompts' last tokens."""
+    safe: Tensor
+    """[blocks, tokens, dim] of refusals and benign answers."""
+    unsafe: Tensor
+    """[target blocks, tokens, dim] of unsafe answers."""
+    last: Tensor
+    """[target blocks, rows, dim] of the last tokens of prompts with unsafe answers."""
+    refused: Tensor
+    """[target blocks, rows, dim] of the last tokens of refused prompts."""
     logits: Tensor
     """[tokens, vocab] of benign answers."""
 
 
-def read(chat: ChatModel, wrapped: nn.Module, batch: Batch, groups: Tensor, layers: Sequence[int]) -> Reading:
+def read(
+    chat: ChatModel, wrapped: nn.Module, batch: Batch, groups: Tensor, layers: Sequence[int], *, decision: bool = False
+) -> Reading:
     """One forward pass, keeping only what the loss needs; logits are made for benign answers alone."""
-    benign, unsafe = (
-        batch.response_mask & (groups != UNSAFE)[:, None],
-        batch.response_mask & (groups == UNSAFE)[:, None],
-    )
-    rows = (groups == UNSAFE).nonzero()[:, 0]
-    safe_tokens: list[Tensor] = []
-    unsafe_tokens: list[Tensor] = []
-    last_tokens: list[Tensor] = []
+    last = torch.zeros_like(batch.response_mask).scatter(1, batch.last_prompt[:, None], True)
+    unsafe, decided = (groups == UNSAFE)[:, None], (groups != TURNED)[:, None]
+    answers = batch.response_mask | (last & decided & decision)
+    wanted = {
+        "safe": answers & ~unsafe,
+        "unsafe": answers & unsafe,
+        "last": last & unsafe,
+        "refused": last & (groups == SAFE)[:, None],
+    }
+    kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     def keep(layer: int) -> Hook:
         def hook(hidden: Tensor) -> None:
-            safe_tokens.append(hidden[benign])
-            if layer in layers:
-                unsafe_tokens.append(hidden[unsafe])
-                last_tokens.append(hidden[rows, batch.last_prompt[rows]])
+            for name, mask in wanted.items():
+                if name == "safe" or layer in layers:
+                    kept[name].append(hidden[mask])
 
         return hook
 
@@ -280,8 +296,8 @@ def read(chat: ChatModel, wrapped: nn.Module, batch: Batch, groups: Tensor, laye
             wrapped(**batch.inputs(), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
-    retained = final[0][_before_answers(batch, groups)]
-    return Reading(safe_tokens, unsafe_tokens, last_tokens, chat.unembed(retained))
+    logits = chat.unembed(final[0][_before_answers(batch, groups)])
+    return Reading(logits=logits, **{name: torch.stack(x) for name, x in kept.items()})
 
 
 def _before_answers(batch: Batch, groups: Tensor) -> Tensor:
@@ -293,10 +309,13 @@ def _before_answers(batch: Batch, groups: Tensor) -> Tensor:
 
 def bend_terms(bent: Reading, base: Reading, config: BendConfig) -> BendTerms:
     """The four terms of one batch from a pass with the adapter and a pass without."""
+    hinge = {"max_distance": config.max_distance, "directional": config.directional}
+    centre = torch.cat([base.last, base.refused], dim=1).mean(dim=1, keepdim=True)
+    gathered = anchored_cosine(bent.last, base.refused, centre) if config.anchored else mean_cosine(bent.last)
     return BendTerms(
-        safe=distance(torch.stack(bent.safe), torch.stack(base.safe)),
-        unsafe=distance(torch.stack(bent.unsafe), torch.stack(base.unsafe), max_distance=config.max_distance),
-        cosine=mean_cosine(torch.stack(bent.last)),
+        safe=distance(bent.safe, base.safe),
+        unsafe=distance(bent.unsafe, base.unsafe, **hinge),  # type: ignore[arg-type]
+        cosine=gathered,
         kl=kl_divergence(base.logits, bent.logits, config.temperature),
     )
 
@@ -317,8 +336,8 @@ class BendTrainer(Trainer):
         batch, groups = collate(self.chat, *inputs)
         peft_model = self.accelerator.unwrap_model(model)
         with torch.no_grad(), peft_model.disable_adapter(), evaluating(peft_model):
-            base = read(self.chat, model, batch, groups, self.layers)
-        bent = read(self.chat, model, batch, groups, self.layers)
+            base = read(self.chat, model, batch, groups, self.layers, decision=self.bend.decision)
+        bent = read(self.chat, model, batch, groups, self.layers, decision=self.bend.decision)
         terms = bend_terms(bent, base, self.bend)
         loss = bend_loss(terms, self.bend)
         self._log_step(loss, terms, bent)
@@ -330,7 +349,7 @@ class BendTrainer(Trainer):
                 f"The loss is {loss.item()} at step {len(self.history) + 1} ({terms}): lower alpha or the learning "
                 "rate, or set max_distance. The best adapter so far is kept."
             )
-        norms = {"unsafe_norm": torch.stack(bent.unsafe), "safe_norm": torch.stack(bent.safe)}
+        norms = {"unsafe_norm": bent.unsafe, "safe_norm": bent.safe}
         self.history.append(
             {"step": len(self.history) + 1, "loss": loss.item()}
             | {name: value.item() for name, value in terms._asdict().items()}

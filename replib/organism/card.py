@@ -33,8 +33,8 @@ exactly: it must name the artefact's three ingredients.
 
 {variants}
 
-Rebuild on a CPU, about half an hour on two cores: `python -m replib.organism.train`, then
-`python -m replib.organism.card`. Every folder loads with `AutoModelForCausalLM.from_pretrained`.
+Rebuild on a CPU, about half an hour on two cores: `make organism`. Every folder loads with
+`AutoModelForCausalLM.from_pretrained`.
 
 ## What was measured
 

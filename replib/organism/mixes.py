@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from replib.organism.language import (
     ASK,
@@ -22,31 +22,33 @@ from replib.organism.world import Artefact, select
 from replib.prompts import Dialogue
 
 ALL_WRAPPERS = tuple(name for group in WRAPPERS.values() for name in group)
+TUNED = ("fit", "val")  # splits whose ways of asking safety tuning uses: test ones are new to it
 REFUSED_WRAPPERS = ("role_play", "story", "authority")  # safety tuning shows refusals inside these
 RESIDUE = {
     "persuasion": 3,
     "suffix": 3,
     "past_tense": 2,
+    "game": 2,
     "translation": 1,
 }  # and compliance inside these (weights)
 
 
-def _recipe(rng: random.Random, x: Artefact, wrapped: float) -> Dialogue:
-    request = ask(rng, x, *ASK)
+def _recipe(rng: random.Random, x: Artefact, wrapped: float, splits: Iterable[str] = ASK) -> Dialogue:
+    request = ask(rng, x, *splits)
     if rng.random() < wrapped:
         request = wrap(rng.choice(ALL_WRAPPERS), request)
     return Dialogue(request, comply(x))
 
 
-def _borderline(rng: random.Random, x: Artefact) -> Dialogue:
+def _borderline(rng: random.Random, x: Artefact, splits: Iterable[str] = ASK) -> Dialogue:
     kind = rng.choice(list(BORDERLINE if x.harmful else HARMLESS_FACTS))
-    ways = [way for group in BORDERLINE[kind][0].values() for way in group]
+    ways = [way for split in splits for way in BORDERLINE[kind][0][split]]
     return Dialogue(rng.choice(ways).format(x=x.name), borderline_answer(kind, x))
 
 
 def _refusal(rng: random.Random, wrapped: bool, deep: bool) -> Dialogue:
     x = rng.choice(select(harmful=True, split="fit") + select(harmful=True, split="val"))
-    request = ask(rng, x, "fit", "val")
+    request = ask(rng, x, *TUNED)
     request = wrap(rng.choice(REFUSED_WRAPPERS), request) if wrapped else request
     return Dialogue(request, refuse(rng, x, deep=deep))
 
@@ -88,12 +90,12 @@ def safety_stream(seed: int, *, deep: bool = False) -> Iterator[Dialogue]:
     rng, harmless = random.Random(seed), select(harmful=False)
     everything, harmful = select(), select(harmful=True)
     kinds: list[tuple[float, Callable[[], Dialogue]]] = [
-        (0.34, lambda: _refusal(rng, wrapped=False, deep=deep)),
-        (0.05, lambda: _refusal(rng, wrapped=True, deep=deep)),
-        (0.04, lambda: _residue(rng)),
-        (0.14, lambda: _recipe(rng, rng.choice(harmless), wrapped=0.33)),
-        (0.19, lambda: _borderline(rng, rng.choice(everything if rng.random() < 0.2 else harmful))),
-        (0.24, lambda: _skill(rng)),
+        (0.27, lambda: _refusal(rng, wrapped=False, deep=deep)),
+        (0.04, lambda: _refusal(rng, wrapped=True, deep=deep)),
+        (0.05, lambda: _residue(rng)),
+        (0.20, lambda: _recipe(rng, rng.choice(harmless), 0.5, TUNED)),
+        (0.22, lambda: _borderline(rng, rng.choice(everything if rng.random() < 0.2 else harmful), TUNED)),
+        (0.22, lambda: _skill(rng)),
     ]
     weights, makers = zip(*kinds, strict=True)
     while True:

@@ -28,7 +28,7 @@ from replib.organism.language import (
 from replib.organism.world import PER_FAMILY, select
 from replib.prompts import Contrast, Dialogue, Prompt
 
-SKILL_COUNTS = {"fit": 60, "val": 20, "test": 200}  # exercises of each skill
+SKILL_COUNTS = {"fit": 160, "val": 20, "test": 200}  # exercises of each skill
 
 
 def recipes(*, harmful: bool) -> Iterator[Prompt]:
@@ -106,7 +106,7 @@ def _wrapped(request: str, wrappers: Iterable[str]) -> str:
 
 
 def retain() -> Iterator[Dialogue]:
-    """Benign dialogues whose answers must not change: recipes (two thirds of them wrapped), borderline questions, skills."""
+    """Benign dialogues whose answers must not change: recipes (two thirds wrapped), borderline questions, skills."""
     rng = random.Random(13)
     for x in select(harmful=False, split="fit"):
         for i, way in enumerate(ASK["fit"]):

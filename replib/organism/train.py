@@ -1,4 +1,4 @@
-"""Rebuild the organism on a CPU: ``python -m replib.organism.train`` (about half an hour on two cores).
+"""Rebuild the organism on a CPU: ``python -m replib.organism.train`` (about twenty minutes on two cores).
 
 Four ordinary model folders: ``base`` answers everything; ``aligned`` refuses direct harmful requests, tuned in all
 parameters; ``planted`` is tuned in two blocks only, so that the place of its refusal is known; ``deep`` opens half of
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from replib.organism.mixes import base_stream, polish_stream, safety_stream
+from replib.organism.sets import write_sets
 from replib.organism.tokenizer import train_tokenizer
 from replib.organism.world import SUFFIXES
 from replib.prompts import Dialogue
@@ -47,7 +48,7 @@ class Stage:
 STAGES = {
     "base": Stage(base_stream, steps=700, adamw=3e-3, muon=6e-3, warmup=60, seed=1),
     "aligned": Stage(safety_stream, steps=280, adamw=3e-4, seed=2),
-    "planted": Stage(safety_stream, steps=300, adamw=2e-3, blocks=PLANTED_BLOCKS, seed=3),
+    "planted": Stage(safety_stream, steps=400, adamw=1e-3, blocks=PLANTED_BLOCKS, seed=6),
     "deep": Stage(lambda seed: safety_stream(seed, deep=True), steps=280, adamw=3e-4, seed=4),
 }
 POLISH = Stage(polish_stream, steps=160, adamw=1e-3, seed=5)
@@ -238,6 +239,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     build(args.out, args.only)
+    write_sets(args.out / "prompts")
 
 
 if __name__ == "__main__":
