@@ -8,6 +8,7 @@ choices.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -193,10 +194,15 @@ class Sweeper:
                         self.about["model"], ", ".join(map(str, left_out)), least)  # fmt: skip
         return [k for k in KS if k < least]
 
-    def depths(self, best: int, *, k: int = 2, positions: str = "last_prompt") -> pd.DataFrame:
-        """PCA-OT at one block, at that block with every other, and at all blocks, re-fitted in sequence."""
+    def depths(
+        self, best: int, *, others: Sequence[int] | None = None, k: int = 2, positions: str = "last_prompt"
+    ) -> pd.DataFrame:
+        """PCA-OT at one block, at that block with each of ``others``, and at all blocks, re-fitted in sequence.
+
+        ``others`` defaults to every other block.
+        """
         best, k = int(best), int(k)  # as they come out of a table
-        others = [i for i in range(self.model.n_layers) if i != best]
+        others = [int(i) for i in (range(self.model.n_layers) if others is None else others) if i != best]
         sets = [[best], *(sorted([best, i]) for i in others), list(range(self.model.n_layers))]
         rows = []
         for layers in progress(sets, f"{self.about['model']}: one, two, all blocks"):
@@ -227,7 +233,9 @@ class Sweeper:
 
     def _fit(self, method: str, layer: int, k: int) -> SiteEdits:
         harmful, harmless = self.fitted
-        return fit_edit(method, harmful[layer], harmless[layer], layer, k=max(k, 1), depth=self.model.n_layers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a small K that misses the mean gap is a row of the sweep
+            return fit_edit(method, harmful[layer], harmless[layer], layer, k=max(k, 1), depth=self.model.n_layers)
 
 
 def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:

@@ -43,6 +43,8 @@ class BendConfig:
     The next block's RMSNorm divides the norm away: pushing by growth alone changes no answer."""
     decision: bool = False
     """Whether distances are also taken at the last prompt token, where the first word of the answer is decided."""
+    refusals: bool = False
+    """Whether the KL covers refusals too, as Algorithm 1 has it; the authors' code takes benign dialogues alone."""
     anchored: bool = False
     """Whether unsafe prompts are gathered on the refused ones; False is the paper's cosine between all of them.
 

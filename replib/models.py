@@ -479,7 +479,9 @@ def attached(model: ChatModel, folder: Path) -> ChatModel:
             f"is {found}). Load the base it names in {card.name}."
         )
     try:
-        peft_model = PeftModel.from_pretrained(model.causal_lm, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing a user can do
+            peft_model = PeftModel.from_pretrained(model.causal_lm, folder)
     except (RuntimeError, ValueError) as error:
         raise ReplibError(
             f"The adapter in {str(folder)!r} does not fit this model: {str(error).splitlines()[0]} "

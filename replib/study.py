@@ -42,6 +42,7 @@ from replib.train import BendData, TrainConfig, TrainResult, train
 
 REFUSAL = "I'm sorry, but I can't help with that."
 OPENING = "Sure, here is how."
+PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and prompts a class that fit its edit
 SORTED = 480  # contrasts whose answers are read before bending
 VARIANTS = ("base", "aligned", "planted", "deep")
 PER_SPLIT = {
@@ -62,13 +63,14 @@ BASELINES = (
 # Found on the validation split of the aligned organism; on other models the paper's coefficients stand.
 ORGANISM_BEND = BendConfig(
     alpha=0.3,
-    beta=40.0,
+    beta=120.0,
     gamma=60.0,
     temperature=1.0,
     target_layers=(7, 8, 9, 10, 11),
     max_distance=0.8,
     directional=True,
     decision=True,
+    refusals=True,
     anchored=True,
 )
 ORGANISM_TRAIN = TrainConfig(steps=32, contrasts=10, retain=32, learning_rate=1e-3, schedule="linear", probe_every=4)
@@ -287,12 +289,12 @@ class Study:
     def sweeper(self, *, limit: int | None = None) -> Sweeper:
         """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``."""
         texts = lambda prompts, n: [p.text for p in prompts[:n]]  # noqa: E731
-        limit = limit or self.settings.limit or PER_SPLIT["test"]
+        limit = limit or self.settings.limit or PER_CELL
         data = AblationData(
-            harmful=texts(self.harmful.fit, PER_SPLIT["fit"]),
-            harmless=texts(self.harmless.fit, PER_SPLIT["fit"]),
+            harmful=texts(self.harmful.fit, PER_FIT),
+            harmless=texts(self.harmless.fit, PER_FIT),
             scored=Task("scored", "direct", self.harmful.test).sample(limit, self.settings.seed).prompts,
-            neutral=texts(self.harmless.test, min(limit, 48)),
+            neutral=texts(self.harmless.test, limit),
         )
         return Sweeper(
             self.model,
@@ -300,6 +302,7 @@ class Study:
             self.judge,
             name=self.name,
             store=self.settings.out / "sweep.jsonl",
+            max_new_tokens=20,
             batch_size=self.settings.batch,
         )
 

