@@ -64,7 +64,7 @@ BASELINES = (
 ORGANISM_BEND = BendConfig(
     alpha=0.3,
     beta=120.0,
-    gamma=60.0,
+    gamma=100.0,
     temperature=1.0,
     target_layers=(7, 8, 9, 10, 11),
     max_distance=0.8,
@@ -73,7 +73,7 @@ ORGANISM_BEND = BendConfig(
     refusals=True,
     anchored=True,
 )
-ORGANISM_TRAIN = TrainConfig(steps=32, contrasts=10, retain=32, learning_rate=1e-3, schedule="linear", probe_every=4)
+ORGANISM_TRAIN = TrainConfig(steps=40, contrasts=10, retain=32, learning_rate=1e-3, schedule="linear", probe_every=8)
 ELSEWHERE_TRAIN = TrainConfig(steps=30, contrasts=4, retain=4, learning_rate=1e-4, probe_every=15)
 
 
