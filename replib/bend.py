@@ -120,11 +120,11 @@ def anchored_cosine(
     refused: Float[Tensor, "layers others dim"],
     centre: Float[Tensor, "layers 1 dim"],
 ) -> Float[Tensor, ""]:
-    """Mean cosine among unsafe prompts and refused ones about a centre; refused ones enter as constants.
+    """Mean cosine among unsafe prompts and refused ones about a centre; the refused ones are the base model's.
 
     Ours, not the paper's: it says on which side the prompts are gathered.
     """
-    return mean_cosine(torch.cat([bent, refused.detach()], dim=1).float() - centre.float())
+    return mean_cosine(torch.cat([bent, refused], dim=1).float() - centre.float())
 
 
 def kl_divergence(

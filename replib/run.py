@@ -10,8 +10,10 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from replib.errors import ReplibError
 from replib.settings import PREFIX, ROOT
@@ -77,11 +79,21 @@ def _execute(notebook: NotebookNode, path: Path, *, env: dict[str, str], timeout
         on_cell_execute=lambda cell_index, **_: reached.append(cell_index),
     )
     try:
-        asyncio.run(client.async_execute(cwd=os.getcwd(), env=KERNEL | os.environ | env))
+        _complete(client.async_execute(cwd=os.getcwd(), env=KERNEL | os.environ | env))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         _folder(failed.parent)
         _write(notebook, failed)
         raise ReplibError(_failure(path, notebook.cells[: reached[-1] + 1], error, failed)) from error
+
+
+def _complete(work: Coroutine[Any, Any, object]) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as aside:  # called from a notebook, whose own loop is running
+        aside.submit(asyncio.run, work).result()
 
 
 def _leave_interrupts(**_: object) -> None:

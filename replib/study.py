@@ -26,6 +26,7 @@ from replib.errors import ReplibError
 from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import ChatModel, load
 from replib.organism import suite
+from replib.organism.language import REFUSAL
 from replib.prompts import (
     Contrast,
     Dialogue,
@@ -40,7 +41,6 @@ from replib.splits import Splits, split_by
 from replib.store import key_of, write_text
 from replib.train import BendData, TrainConfig, TrainResult, train
 
-REFUSAL = "I'm sorry, but I can't help with that."
 OPENING = "Sure, here is how."
 PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and prompts a class that fit its edit
 SORTED = 480  # contrasts whose answers are read before bending

@@ -7,13 +7,14 @@ import pytest
 import tiny
 import torch
 
-from replib.bend import BendConfig, BendTerms, bend_loss, distance, kl_divergence, mean_cosine
+from replib.bend import BendConfig, BendTerms, anchored_cosine, bend_loss, distance, kl_divergence, mean_cosine
 from replib.errors import ReplibError
 from replib.models import load
 from replib.prompts import Contrast, Dialogue
 from replib.train import (
     RETAIN,
     SAFE,
+    TURNED,
     UNSAFE,
     BendData,
     TrainConfig,
@@ -53,6 +54,28 @@ def test_the_hinge_counts_no_distance_beyond_its_multiple_of_the_norm():
     far.requires_grad_()
     distance(far, base, max_distance=2.0).backward()
     assert not far.grad.any()
+
+
+def test_directional_distance_ignores_growth_and_is_the_chord_at_the_base_norm():
+    base = torch.tensor([[[3.0, 4.0]]])
+    assert distance(7 * base, base, directional=True).item() == pytest.approx(0, abs=1e-5)
+    assert distance(7 * base, base).item() == pytest.approx(30)
+    turned = torch.tensor([[[-4.0, 3.0]]])
+    assert distance(9 * turned, base, directional=True).item() == pytest.approx(5 * 2**0.5, rel=1e-5)
+
+
+def test_anchored_cosine_is_the_mean_over_pairs_about_the_centre_and_pulls_to_the_refused():
+    torch.manual_seed(0)
+    bent, refused, centre = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 4, 5) + 3, torch.randn(2, 1, 5)
+    rows = torch.cat([bent, refused], 1) - centre
+    pairs = [torch.cosine_similarity(rows[:, i], rows[:, j], dim=-1) for i in range(7) for j in range(7) if i != j]
+    value = anchored_cosine(bent, refused, centre)
+    assert value.item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
+    (step,) = torch.autograd.grad(value, bent)
+    side = (refused - centre).mean(1, keepdim=True)
+    assert torch.cosine_similarity(bent + 5 * step - centre, side, dim=-1).mean() > (
+        torch.cosine_similarity(bent - centre, side, dim=-1).mean()
+    )
 
 
 def test_mean_cosine_is_the_mean_over_all_pairs():
@@ -179,6 +202,17 @@ def test_groups_and_masks_of_a_step(model):
     assert [int((groups == g).sum()) for g in (SAFE, RETAIN, UNSAFE)] == [6, 6, 6]
     unsafe = model.tokenizer.decode(batch.input_ids[groups == UNSAFE][0][batch.response_mask[groups == UNSAFE][0]])
     assert unsafe.split() == ["w32", "w33", "w34", "</s>"]
+
+
+def test_turned_rows_keep_their_answer_and_not_their_decision(model):
+    batch, groups = collate(model, CONTRASTS[:2], RETAINED[:3], CONTRASTS[2:4])
+    assert [int((groups == g).sum()) for g in (SAFE, TURNED, RETAIN, UNSAFE)] == [2, 2, 3, 2]
+    size = lambda *which: sum(int(batch.response_mask[groups == g].sum()) for g in which)  # noqa: E731
+    plain = read(model, model.model, batch, groups, (1,))
+    every = read(model, model.model, batch, groups, (1,), BendConfig(decision=True, refusals=True))
+    assert plain.safe.shape[1] == size(SAFE, TURNED, RETAIN) and plain.logits.shape[0] == size(RETAIN)
+    assert every.safe.shape[1] == plain.safe.shape[1] + 5 and every.unsafe.shape[1] == plain.unsafe.shape[1] + 2
+    assert every.logits.shape[0] == size(SAFE, TURNED, RETAIN) - 2 and every.refused.shape[1] == 2
 
 
 # ------------------------------------------------------------------------------------------- training

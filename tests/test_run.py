@@ -1,5 +1,6 @@
 """Notebooks run in order, only where something changed, and stop with what was done kept."""
 
+import asyncio
 import json
 import os
 import re
@@ -51,6 +52,14 @@ def test_a_later_notebook_reads_the_files_of_an_earlier_one(folder, capsys):
     assert printed(copies[1]) == "from one\n"
     assert re.search(r"\[2/2\] 02_two: \d+ s", capsys.readouterr().out)
     assert [p.name for p in (folder / "out/notebooks").iterdir() if p.suffix != ".ipynb"] == []
+
+
+def test_it_runs_from_inside_a_notebook_whose_event_loop_is_running(folder):
+    async def cell():
+        return run_notebooks([write(folder, "01_one.ipynb", "print('ran')")], folder / "out")
+
+    (copy,) = asyncio.run(cell())
+    assert printed(copy) == "ran\n"
 
 
 def test_the_kernel_has_the_settings_the_caller_folder_and_no_widget_state(folder, monkeypatch):
