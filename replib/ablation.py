@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -24,13 +25,13 @@ from torch import Tensor
 from replib.activations import Activations, capture, check_layers, versions
 from replib.audit import rates
 from replib.bend import kl_divergence
+from replib.chat import ChatModel
 from replib.edits import AffineEdit, applied
 from replib.errors import ReplibError
 from replib.judges import Judge
-from replib.models import ChatModel
 from replib.progress import progress
 from replib.prompts import Prompt, content_hash
-from replib.store import Rows
+from replib.store import Rows, key_of
 from replib.transport import GaussianMap
 
 log = logging.getLogger(__name__)
@@ -135,8 +136,21 @@ def fit_edits(
 
 
 # --------------------------------------------------------------------------------------------- sweeps
+class Cell(NamedTuple):
+    """One edit of a sweep: how it is fitted and where it acts."""
+
+    method: str
+    layers: tuple[int, ...]
+    k: int
+    """Principal components; 0 where the method has none."""
+    positions: str
+
+
 class Sweeper:
-    """Scores edits of one model on one set of data, row by row, in a table that goes on where it stopped."""
+    """Scores edits of one model on one set of data, in a table that goes on where it stopped.
+
+    Several edits share a pass of at most ``batch_size`` rows, each on its own copy of the prompts.
+    """
 
     def __init__(
         self,
@@ -147,16 +161,13 @@ class Sweeper:
         name: str | None = None,
         store: Path | str | None = None,
         max_new_tokens: int = 24,
-        batch_size: int = 64,
+        batch_size: int = 128,
     ):
         self.model, self.data, self.judge = model, data, judge
         self.length, self.batch_size = max_new_tokens, batch_size
         self.rows = Rows(store)
         self.about = {"model": name or model.name, "judge": judge.name} | data.hashes()
         self.identity = model.provenance() | versions() | {"max_new_tokens": max_new_tokens}
-        self.neutral = model.encode(data.neutral)
-        with torch.no_grad():
-            self.reference = model.forward(self.neutral)[:, -1]
 
     @cached_property
     def fitted(self) -> tuple[Activations, Activations]:
@@ -165,6 +176,11 @@ class Sweeper:
             capture(self.model, x, batch_size=self.batch_size) for x in (self.data.harmful, self.data.harmless)
         )
         return harmful, harmless
+
+    @cached_property
+    def reference(self) -> Float[Tensor, "prompts vocab"]:
+        """First-token logits of the unedited model on the neutral prompts."""
+        return self._first_logits(1)[0]
 
     def layers(
         self,
@@ -180,19 +196,9 @@ class Sweeper:
         """
         ks = self._possible() if ks is None else ks
         chosen = check_layers(self.model, range(self.model.n_layers) if layers is None else layers)
-        cells = [(layer, k) for layer in chosen for k in (ks if method == "pca_ot" else (0,))]
-        rows = []
-        for layer, k in progress(cells, f"{self.about['model']}: {method}, {positions}"):
-            fit = partial(self._fit, method, layer, k)
-            rows.append(self.score(fit, method=method, layers=[layer], k=k, positions=positions))
-        return pd.DataFrame(rows)
-
-    def _possible(self) -> list[int]:
-        least = min(len(self.data.harmful), len(self.data.harmless), self.model.d_model)
-        if left_out := [k for k in KS if k >= least]:
-            log.warning("%s: K of %s left out, as there are only %d prompts a class or coordinates to fit them.",
-                        self.about["model"], ", ".join(map(str, left_out)), least)  # fmt: skip
-        return [k for k in KS if k < least]
+        return self.table(
+            [Cell(method, (i,), k, positions) for i in chosen for k in (ks if method == "pca_ot" else [0])]
+        )
 
     def depths(
         self, best: int, *, others: Sequence[int] | None = None, k: int = 2, positions: str = "last_prompt"
@@ -203,39 +209,70 @@ class Sweeper:
         """
         best, k = int(best), int(k)  # as they come out of a table
         others = [int(i) for i in (range(self.model.n_layers) if others is None else others) if i != best]
-        sets = [[best], *(sorted([best, i]) for i in others), list(range(self.model.n_layers))]
-        rows = []
-        for layers in progress(sets, f"{self.about['model']}: one, two, all blocks"):
-            fit = partial(fit_edits, self.model, "pca_ot", self.data, layers, k=k, positions=positions)
-            rows.append(self.score(fit, method="pca_ot", layers=layers, k=k, positions=positions))
-        return pd.DataFrame(rows)
+        sets = [(best,), *(tuple(sorted((best, i))) for i in others), tuple(range(self.model.n_layers))]
+        return self.table([Cell("pca_ot", layers, k, positions) for layers in sets])
 
-    def score(self, fit: Callable[[], SiteEdits], *, method: str, layers: list[int], k: int, positions: str) -> dict:
-        """Outcomes on the scored prompts and KL on the neutral ones, under the edits that ``fit`` gives."""
-        facts = self.about | {
-            "method": method,
-            "layers": layers,
-            "layer": layers[0],
-            "k": k,
-            "positions": positions,
-        }
+    def table(self, cells: Sequence[Cell]) -> pd.DataFrame:
+        """One row a cell; those that the store holds are not scored again."""
+        missing = [cell for cell in cells if self._key(cell) not in self.rows]
+        for some in progress(self._passes(missing), self.about["model"]):
+            for cell, row in zip(some, self.score(some), strict=True):
+                self.rows.put(self._key(cell), row)
+        return pd.DataFrame([self.rows[self._key(cell)] for cell in cells])
 
-        def make() -> dict:
-            with applied(self.model, fit(), positions=positions), torch.no_grad():
-                answers = self.model.generate(
-                    [p.text for p in self.data.scored], max_new_tokens=self.length, batch_size=self.batch_size
-                )
-                edited = self.model.forward(self.neutral)[:, -1]
-            kl = kl_divergence(self.reference, edited, 1.0).item()
-            return facts | rates(self.judge(self.data.scored, answers)) | {"kl": kl, "n_kl": len(self.data.neutral)}
+    def score(self, cells: Sequence[Cell]) -> list[dict]:
+        """Outcomes on the scored prompts and KL on the neutral ones under each edit, in as few passes as fit."""
+        edits, n = [self._fit(cell) for cell in cells], len(self.data.scored)
+        with applied(self.model, edits, positions=cells[0].positions):
+            answers = self._answers(len(cells))
+            logits = self._first_logits(len(cells))
+        counts = [rates(self.judge(self.data.scored, answers[i * n : (i + 1) * n])) for i in range(len(cells))]
+        kls = [kl_divergence(self.reference, edited, 1.0).item() for edited in logits]
+        return [
+            self._facts(cell) | count | {"kl": kl, "n_kl": len(self.data.neutral)}
+            for cell, count, kl in zip(cells, counts, kls, strict=True)
+        ]
 
-        return self.rows.get(facts | self.identity, make)
+    def _passes(self, cells: Sequence[Cell]) -> list[Sequence[Cell]]:
+        """Cells that share a pass: neighbours with the same positions, as many as the batch has room for."""
+        room = max(1, self.batch_size // max(len(self.data.scored), len(self.data.neutral)))
+        alike = [list(group) for _, group in groupby(cells, key=lambda cell: cell.positions)]
+        return [group[i : i + room] for group in alike for i in range(0, len(group), room)]
 
-    def _fit(self, method: str, layer: int, k: int) -> SiteEdits:
-        harmful, harmless = self.fitted
+    def _answers(self, groups: int) -> list[str]:
+        """Answers to the scored prompts, group after group; a single group is cut into batches."""
+        texts = [p.text for p in self.data.scored]
+        if groups == 1:
+            return self.model.generate(texts, max_new_tokens=self.length, batch_size=self.batch_size)
+        return self.model.complete(self.model.encode(texts * groups), self.length)
+
+    @torch.no_grad()
+    def _first_logits(self, groups: int) -> Float[Tensor, "groups prompts vocab"]:
+        batch = self.model.encode([*self.data.neutral] * groups)
+        return self.model.forward(batch)[:, -1].unflatten(0, (groups, -1))
+
+    def _fit(self, cell: Cell) -> SiteEdits:
+        if len(cell.layers) > 1:
+            return fit_edits(
+                self.model, cell.method, self.data, cell.layers, k=max(cell.k, 1), positions=cell.positions
+            )
+        harmful, harmless = (x[cell.layers[0]] for x in self.fitted)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a small K that misses the mean gap is a row of the sweep
-            return fit_edit(method, harmful[layer], harmless[layer], layer, k=max(k, 1), depth=self.model.n_layers)
+            return fit_edit(cell.method, harmful, harmless, cell.layers[0], k=max(cell.k, 1), depth=self.model.n_layers)
+
+    def _facts(self, cell: Cell) -> dict:
+        return self.about | cell._asdict() | {"layers": list(cell.layers), "layer": cell.layers[0]}
+
+    def _key(self, cell: Cell) -> str:
+        return key_of(self._facts(cell) | self.identity)
+
+    def _possible(self) -> list[int]:
+        least = min(len(self.data.harmful), len(self.data.harmless), self.model.d_model)
+        if left_out := [k for k in KS if k >= least]:
+            log.warning("%s: K of %s left out, as there are only %d prompts a class or coordinates to fit them.",
+                        self.about["model"], ", ".join(map(str, left_out)), least)  # fmt: skip
+        return [k for k in KS if k < least]
 
 
 def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:

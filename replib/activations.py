@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from replib.chat import Batch, ChatModel, evaluating
 from replib.errors import ReplibError
-from replib.models import Batch, ChatModel, evaluating
 from replib.progress import progress
 from replib.prompts import content_hash
 

@@ -12,9 +12,9 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from replib.activations import versions
+from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.judges import Judge, Outcome
-from replib.models import ChatModel
 from replib.progress import progress
 from replib.prompts import Prompt, content_hash
 from replib.store import Rows, write_text
@@ -100,6 +100,7 @@ def audit(
     store: Path | str | None = None,
     seed: int = 0,
     max_new_tokens: int = 48,
+    batch_size: int = 128,
     keep_text: bool = False,
 ) -> AuditTable:
     """Run every task and count outcomes; what a store already holds is not run again.
@@ -112,17 +113,22 @@ def audit(
         store: JSON-lines file of finished rows; interrupted audits continue there.
         seed: recorded (generation is greedy).
         max_new_tokens: length of the answers.
+        batch_size: prompts answered at a time.
         keep_text: also write the answers to ``<store>.texts.jsonl``; off, they are judged and dropped.
     """
     rows, about = Rows(store), model.provenance() | versions()
     label = {"model": name or model.name, "judge": judge.name, "seed": seed, "max_new_tokens": max_new_tokens}
     texts = Path(store).with_suffix(".texts.jsonl") if store and keep_text else None
     return AuditTable(
-        pd.DataFrame(_row(rows, model, task, judge, about | label, texts) for task in progress(tasks, "audit"))
+        pd.DataFrame(
+            _row(rows, model, task, judge, about | label, batch_size, texts) for task in progress(tasks, "audit")
+        )
     )
 
 
-def _row(rows: Rows, model: ChatModel, task: Task, judge: Judge, about: dict, texts: Path | None) -> dict:
+def _row(
+    rows: Rows, model: ChatModel, task: Task, judge: Judge, about: dict, batch_size: int, texts: Path | None
+) -> dict:
     facts = about | {"attack": task.name, "kind": task.kind, "prompts": content_hash(task.prompts)}
 
     def make() -> dict:
@@ -130,6 +136,7 @@ def _row(rows: Rows, model: ChatModel, task: Task, judge: Judge, about: dict, te
             [p.text for p in task.prompts],
             max_new_tokens=about["max_new_tokens"],
             prefills=list(task.prefills) or None,
+            batch_size=batch_size,
         )
         _keep_texts(texts, task, answers)
         return facts | rates(judge(task.prompts, answers))

@@ -6,7 +6,7 @@ deliberately no way to fold an edit into weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import SITES, Hook, check_layers, hooked
+from replib.chat import ChatModel
 from replib.errors import ReplibError
-from replib.models import ChatModel
 
 POSITIONS = ("last_prompt", "prompt", "response", "all")
 Edits = Mapping[int, "AffineEdit"] | Mapping[tuple[str, int], "AffineEdit"]
@@ -83,25 +83,29 @@ class AffineEdit:
 
 @contextmanager
 def applied(
-    model: ChatModel, edits: Edits, *, positions: str = "last_prompt", strength: float = 1.0
+    model: ChatModel, edits: Edits | Sequence[Edits], *, positions: str = "last_prompt", strength: float = 1.0
 ) -> Iterator[ChatModel]:
     """Run ``model`` with edits in place; afterwards, also after an exception, it is exactly what it was.
 
     Args:
         model: the model to edit.
-        edits: block index -> edit of its output, or (site, block index) -> edit.
+        edits: block index -> edit of its output, or (site, block index) -> edit. A list of such mappings: every
+            batch is that many groups of rows of equal size, in this order, and each group meets its own edits.
         positions: which tokens are edited. ``last_prompt``: the last prompt token, once; ``prompt``: all prompt
             tokens; ``response``: all answer tokens, forced or generated; ``all``: prompt and answer.
         strength: displacement interpolation in [0, 1]; 0 leaves every bit as it was.
 
     Raises:
-        ReplibError: unknown positions, site or layer, width mismatch, strength outside [0, 1].
+        ReplibError: unknown positions, site or layer, width mismatch, strength outside [0, 1]; on running, a batch
+            that does not fall into groups.
     """
     if positions not in POSITIONS:
         raise ReplibError(f"Unknown edit positions {positions!r}: use one of {', '.join(POSITIONS)}.")
     if not 0.0 <= strength <= 1.0:
         raise ReplibError(f"Edit strength {strength} is outside [0, 1].")
-    hooks = {key: _hook(model, edit * strength, positions) for key, edit in _by_site(model, edits).items()}
+    groups = [_by_site(model, group) for group in ([edits] if isinstance(edits, Mapping) else edits)]
+    keys = dict.fromkeys(key for group in groups for key in group)
+    hooks = {key: _hook(model, [g[key] * strength if key in g else None for g in groups], positions) for key in keys}
     with hooked(model, hooks if strength else {}):
         yield model
 
@@ -117,20 +121,28 @@ def _by_site(model: ChatModel, edits: Edits) -> dict[tuple[str, int], AffineEdit
     return {(site, layer % model.n_layers): edit for (site, layer), edit in keyed.items()}
 
 
-def _hook(model: ChatModel, edit: AffineEdit, positions: str) -> Hook:
-    edit = edit.to(model.device)
+def _hook(model: ChatModel, edits: Sequence[AffineEdit | None], positions: str) -> Hook:
+    edits = [edit and edit.to(model.device) for edit in edits]
 
     def run(hidden: Tensor) -> Tensor | None:
         mask = _mask(model, positions, hidden)
-        if mask is None:
-            return edit(hidden)
-        if not mask.any():
+        if mask is not None and not mask.any():
             return None
-        edited = hidden.clone()
-        edited[mask] = edit(hidden[mask])
-        return edited
+        if len(hidden) % len(edits):
+            raise ReplibError(f"{len(hidden)} rows do not fall into {len(edits)} equal groups, one for each edit.")
+        where = torch.ones_like(hidden[..., 0], dtype=torch.bool) if mask is None else mask
+        parts = zip(edits, hidden.chunk(len(edits)), where.chunk(len(edits)), strict=True)
+        return torch.cat([_edited(*part) for part in parts])
 
     return run
+
+
+def _edited(edit: AffineEdit | None, hidden: Tensor, where: Tensor) -> Tensor:
+    if edit is None:
+        return hidden
+    edited = hidden.clone()
+    edited[where] = edit(hidden[where])
+    return edited
 
 
 def _mask(model: ChatModel, positions: str, hidden: Tensor) -> Tensor | None:

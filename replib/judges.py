@@ -16,8 +16,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from replib.chat import ChatModel
 from replib.errors import ReplibError
-from replib.models import ChatModel
 from replib.prompts import Prompt
 
 # Degenerate text: the thresholds of ``is_degenerate``, all in one place. The 900 answers of GPT-4 and Llama-2

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from replib.activations import Hook, check_layers, hooked, versions
+from replib.chat import Batch, ChatModel
 from replib.errors import ReplibError
 from replib.geometry import js_discrete
-from replib.models import Batch, ChatModel
 
 CHUNK = 256  # readings decoded at once: with 128k words 131 MB in float32, however many layers are asked for
 

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from transformers import BatchEncoding
 
 from replib.attacks import OPENING, Attack
+from replib.chat import MARK, ChatModel
 from replib.errors import ReplibError
-from replib.models import MARK, ChatModel
 from replib.prompts import Prompt
 
 

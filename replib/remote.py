@@ -19,8 +19,8 @@ from torch import Tensor
 
 from replib import activations, models
 from replib.activations import Activations, Position, check_layers, check_positions, pick, versions
+from replib.chat import Batch, ChatModel
 from replib.errors import ReplibError
-from replib.models import Batch, ChatModel
 from replib.progress import progress
 from replib.prompts import content_hash
 

@@ -40,7 +40,7 @@ class Settings:
     seed: int = 0
     limit: int = 0
     """Prompts per set; 0 leaves the choice to each analysis."""
-    batch: int = 64
+    batch: int = 128
     """Prompts per forward pass."""
     device: str | None = None
     """A torch device; None picks the accelerator where there is one."""

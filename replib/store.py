@@ -44,9 +44,19 @@ class Rows:
         """The row of these facts: the kept one, or a new one that is kept at once."""
         key = key_of(facts)
         if key not in self.rows:
-            self.rows[key] = make() | {"key": key}
-            self._append(self.rows[key])
+            self.put(key, make())
         return self.rows[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self.rows[key]
+
+    def put(self, key: str, row: dict[str, Any]) -> None:
+        """Keep a row, in the file too."""
+        self.rows[key] = row | {"key": key}
+        self._append(self.rows[key])
 
     def _append(self, row: dict[str, Any]) -> None:
         if self.path is None:

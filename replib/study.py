@@ -22,9 +22,10 @@ from replib.activations import Activations, capture, versions
 from replib.attacks import prefill, wrappers
 from replib.audit import AuditTable, Task, audit, rates
 from replib.bend import BendConfig
+from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
-from replib.models import ChatModel, load
+from replib.models import load
 from replib.organism import suite
 from replib.organism.language import REFUSAL
 from replib.prompts import (
@@ -183,6 +184,7 @@ class Study:
             name=self.name,
             store=self.settings.out / "audit.jsonl",
             seed=self.settings.seed,
+            batch_size=self.settings.batch,
             keep_text=self.settings.keep_text,
         )
 
@@ -237,7 +239,7 @@ class Study:
         return [Dialogue(t, a.strip() or OPENING, "fit") for t, a in zip(texts, self._answers(texts), strict=True)]
 
     def _answers(self, texts: list[str]) -> list[str]:
-        return self.model.generate(texts, max_new_tokens=24, batch_size=2 * self.settings.batch)
+        return self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
 
     def probe(self, limit: int = 48) -> Callable[[ChatModel], dict[str, float]]:
         """A measure of a model on validation prompts, all in one pass: compliance by kind, worst degenerate share."""

@@ -23,8 +23,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from replib.activations import Hook, hooked, versions
 from replib.bend import BendConfig, BendTerms, anchored_cosine, bend_loss, distance, kl_divergence, mean_cosine
+from replib.chat import Batch, ChatModel, evaluating
 from replib.errors import ReplibError
-from replib.models import Batch, ChatModel, attached, evaluating
+from replib.models import attached
 from replib.prompts import Contrast, Dialogue, content_hash
 
 Probe = Callable[[ChatModel], dict[str, float]]
@@ -389,7 +390,7 @@ def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
 # --------------------------------------------------------------------------------------------- choosing a step
 def default_choice(now: dict[str, float], before: dict[str, float]) -> float:
     """Lowest attack success among steps that keep benign behaviour: minus infinity once any of it drops 2 points."""
-    kept = all(now[k] >= before[k] - 0.02 for k in ("harmless", "borderline", "skills") if k in before)
+    kept = all(now[k] >= before[k] - 0.02 for k in ("harmless", "borderline", "skill") if k in before)
     return -now.get("attack", 0.0) - now.get("degenerate", 0.0) if kept else float("-inf")
 
 

@@ -12,11 +12,11 @@ import torch
 
 from replib import figures
 from replib.activations import Activations
+from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.figure_parts import Measured
 from replib.geometry import LayerProfile, pca
 from replib.lens import LensComparison, LensTrajectory
-from replib.models import ChatModel
 from replib.train import TrainResult
 
 LABELS = ("harmful", "harmless")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import ot
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -108,6 +109,18 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     calls, generate = [], model.generate
     monkeypatch.setattr(model, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
     assert len(again.layers(ks=(1,))) == 3 and len(calls) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("positions", ["last_prompt", "all"])
+def test_edits_that_share_a_pass_score_as_each_does_alone(model, method, positions):
+    """Two rows a pass hold one edit at a time, eight rows four edits."""
+    few, many = (
+        Sweeper(model, DATA, PhraseJudge(), batch_size=size).layers(method, ks=(1, 2, 3), positions=positions)
+        for size in (2, 8)
+    )
+    assert len(few.kl.unique()) == len(few) > 2
+    pd.testing.assert_frame_equal(few, many, rtol=1e-4)
 
 
 def test_one_two_and_all_blocks(model):

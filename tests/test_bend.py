@@ -279,7 +279,7 @@ def test_a_contrast_without_an_answer_is_named():
 
 
 def test_the_default_choice_takes_the_safest_step_that_keeps_benign_behaviour():
-    before = {"attack": 0.6, "harmless": 1.0, "borderline": 1.0, "skills": 1.0}
+    before = {"attack": 0.6, "harmless": 1.0, "borderline": 1.0, "skill": 1.0}
     kept = default_choice({**before, "attack": 0.2}, before)
     assert default_choice({**before, "attack": 0.0, "borderline": 0.9}, before) == float("-inf") < kept
     assert kept < default_choice({**before, "attack": 0.1}, before)

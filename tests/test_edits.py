@@ -54,6 +54,19 @@ def test_algebra():
     torch.testing.assert_close(moved(AffineEdit.shift(a.c)), a.c.expand(4, 16))
 
 
+def test_each_group_of_rows_meets_its_own_edits(model):
+    a, b = random_edit(1), random_edit(2)
+    groups = [{0: a}, {}, {("mlp_out", 1): b, 0: b}]
+    batch = model.encode(PROMPTS)
+    with torch.no_grad(), applied(model, groups, positions="all"):
+        together = model.forward(model.encode(PROMPTS * 3)).chunk(3)
+    for edits, logits in zip(groups, together, strict=True):
+        with torch.no_grad(), applied(model, edits, positions="all"):
+            torch.testing.assert_close(model.forward(batch), logits, atol=1e-5, rtol=1e-4)
+    with applied(model, groups), pytest.raises(ReplibError, match="4 rows do not fall into 3 equal groups"):
+        model.forward(model.encode(["w1 w2"] * 4))
+
+
 def test_ablation_removes_the_direction_and_nothing_else():
     r, x = torch.randn(16), torch.randn(6, 16)
     edit = AffineEdit.ablation(r)

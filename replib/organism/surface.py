@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 from replib.activations import versions
 from replib.audit import audit
+from replib.bend import BendConfig
+from replib.chat import ChatModel
 from replib.judges import ExactJudge
-from replib.models import load
 from replib.settings import Settings, data_dir
 from replib.store import key_of, write_text
 from replib.study import Study
-from replib.train import train
+from replib.train import TrainConfig, train
 
-ALPHAS, BETAS, GAMMAS = (0.0, 0.1, 0.2, 0.4), (0.0, 0.1), (3.0, 30.0)
-KEPT = ("attack", "kind", "n", "compliance", "low", "high", "degenerate")
+ALPHAS, BETAS, GAMMAS = (0.0, 0.1, 0.3, 0.6), (0.0, 120.0), (30.0, 100.0)
+KEPT = ("model", "attack", "kind", "n", "compliance", "low", "high", "degenerate")
 
 
 def main() -> None:
@@ -33,31 +34,29 @@ def main() -> None:
     kept = json.loads(path.read_text())["settings"] if path.exists() else []
     for alpha, beta, gamma in product(ALPHAS, BETAS, GAMMAS):
         study = Study.open(Settings())
-        facts = {
-            "alpha": alpha,
-            "beta": beta,
-            "gamma": gamma,
-            "base": study.model.provenance(),
-            "limit": limit,
-        }
-        if key_of(facts) in {point["key"] for point in kept}:
+        bend, config = study.preset()
+        bend = replace(bend, alpha=alpha, beta=beta, gamma=gamma)
+        key = key_of(asdict(bend), asdict(config), study.model.provenance(), limit)
+        if key in {point["key"] for point in kept}:
             continue
-        kept.append(_train(study, alpha, beta, gamma, limit) | {"key": key_of(facts)})
+        kept.append(_train(study, bend, config, limit) | {"key": key})
         write_text(path, json.dumps({"versions": versions(), "settings": kept}, indent=1))
         print(f"alpha {alpha}, beta {beta}, gamma {gamma}: step {kept[-1]['step']}", flush=True)
 
 
-def _train(study: Study, alpha: float, beta: float, gamma: float, limit: int) -> dict:
-    bend, config = study.preset()
-    bend = replace(bend, alpha=alpha, beta=beta, gamma=gamma)
+def _train(study: Study, bend: BendConfig, config: TrainConfig, limit: int) -> dict:
     out = study.settings.out / "surface"
     result = train(study.model, study.bend_data, bend=bend, config=config, probe=study.probe(), out=out)
-    tasks = study.tasks("val", limit)
-    base, bent = load(study.settings.model), result.model
-    tables = [audit(m, tasks, ExactJudge(), name=name).frame for name, m in (("base", base), ("bent", bent))]
-    rows = [row for frame in tables for row in frame[["model", *KEPT]].to_dict("records")]
-    return {"alpha": alpha, "beta": beta, "gamma": gamma, "step": result.step, "steps": config.steps,
+    with result.model.adapter_off():
+        rows = _rows(result.model, study, "base", limit)
+    rows += _rows(result.model, study, "bent", limit)
+    return {"alpha": bend.alpha, "beta": bend.beta, "gamma": bend.gamma, "step": result.step, "steps": config.steps,
             "seed": config.seed, "rows": rows}  # fmt: skip
+
+
+def _rows(model: ChatModel, study: Study, name: str, limit: int) -> list[dict]:
+    frame = audit(model, study.tasks("val", limit), ExactJudge(), name=name, max_new_tokens=32).frame
+    return frame[list(KEPT)].to_dict("records")
 
 
 if __name__ == "__main__":
