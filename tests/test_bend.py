@@ -11,21 +11,8 @@ from replib.bend import BendConfig, BendTerms, anchored_cosine, bend_loss, dista
 from replib.errors import ReplibError
 from replib.models import load
 from replib.prompts import Contrast, Dialogue
-from replib.train import (
-    RETAIN,
-    SAFE,
-    TURNED,
-    UNSAFE,
-    BendData,
-    TrainConfig,
-    TrainResult,
-    attach,
-    bend_terms,
-    collate,
-    default_choice,
-    read,
-    train,
-)
+from replib.reading import RETAIN, SAFE, TURNED, UNSAFE, bend_terms, collate, read
+from replib.train import BendData, TrainConfig, TrainResult, attach, default_choice, train
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(6)]
 RETAINED = [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(6)]
