@@ -29,6 +29,7 @@ from replib.chat import ChatModel
 from replib.edits import AffineEdit, applied
 from replib.errors import ReplibError
 from replib.judges import Judge
+from replib.prefix import Prefix
 from replib.progress import progress
 from replib.prompts import Prompt, content_hash
 from replib.store import Rows, key_of
@@ -222,10 +223,11 @@ class Sweeper:
 
     def score(self, cells: Sequence[Cell]) -> list[dict]:
         """Outcomes on the scored prompts and KL on the neutral ones under each edit, in as few passes as fit."""
-        edits, n = [self._fit(cell) for cell in cells], len(self.data.scored)
-        with applied(self.model, edits, positions=cells[0].positions):
-            answers = self._answers(len(cells))
-            logits = self._first_logits(len(cells))
+        edits, n, positions = [self._fit(cell) for cell in cells], len(self.data.scored), cells[0].positions
+        prefixes = self._prefixes if positions == "last_prompt" else None  # read before anything is edited
+        with applied(self.model, edits, positions=positions):
+            answers = self._answers(len(cells), prefixes and prefixes[0])
+            logits = self._first_logits(len(cells), prefixes and prefixes[1])
         counts = [rates(self.judge(self.data.scored, answers[i * n : (i + 1) * n])) for i in range(len(cells))]
         kls = [kl_divergence(self.reference, edited, 1.0).item() for edited in logits]
         return [
@@ -239,27 +241,40 @@ class Sweeper:
         alike = [list(group) for _, group in groupby(cells, key=lambda cell: cell.positions)]
         return [group[i : i + room] for group in alike for i in range(0, len(group), room)]
 
-    def _answers(self, groups: int) -> list[str]:
-        """Answers to the scored prompts, group after group; a single group is cut into batches."""
+    def _answers(self, groups: int, prefix: Prefix | None = None) -> list[str]:
+        """Answers to the scored prompts, group after group."""
         texts = [p.text for p in self.data.scored]
+        if prefix:
+            return prefix.answers(groups, max_new_tokens=self.length)
         if groups == 1:
             return self.model.generate(texts, max_new_tokens=self.length, batch_size=self.batch_size)
         return self.model.complete(self.model.encode(texts * groups), self.length)
 
     @torch.no_grad()
-    def _first_logits(self, groups: int) -> Float[Tensor, "groups prompts vocab"]:
-        batch = self.model.encode([*self.data.neutral] * groups)
-        return self.model.forward(batch)[:, -1].unflatten(0, (groups, -1))
+    def _first_logits(self, groups: int, prefix: Prefix | None = None) -> Float[Tensor, "groups prompts vocab"]:
+        if prefix:
+            logits = prefix.first_logits(groups)
+        else:
+            logits = self.model.forward(self.model.encode([*self.data.neutral] * groups))[:, -1]
+        return logits.unflatten(0, (groups, -1))
+
+    @cached_property
+    def _prefixes(self) -> tuple[Prefix, Prefix] | None:
+        """Scored and neutral prompts, read once; None where they do not fit a batch or cannot be read in parts."""
+        scored, neutral = [p.text for p in self.data.scored], [*self.data.neutral]
+        if max(len(scored), len(neutral)) > self.batch_size:
+            return None
+        found = Prefix.read(self.model, scored), Prefix.read(self.model, neutral)
+        return found if all(prefix.whole for prefix in found) else None
 
     def _fit(self, cell: Cell) -> SiteEdits:
-        if len(cell.layers) > 1:
-            return fit_edits(
-                self.model, cell.method, self.data, cell.layers, k=max(cell.k, 1), positions=cell.positions
-            )
-        harmful, harmless = (x[cell.layers[0]] for x in self.fitted)
+        k, layer = max(cell.k, 1), cell.layers[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a small K that misses the mean gap is a row of the sweep
-            return fit_edit(cell.method, harmful, harmless, cell.layers[0], k=max(cell.k, 1), depth=self.model.n_layers)
+            if len(cell.layers) > 1:
+                return fit_edits(self.model, cell.method, self.data, cell.layers, k=k, positions=cell.positions)
+            harmful, harmless = (x[layer] for x in self.fitted)
+            return fit_edit(cell.method, harmful, harmless, layer, k=k, depth=self.model.n_layers)
 
     def _facts(self, cell: Cell) -> dict:
         return self.about | cell._asdict() | {"layers": list(cell.layers), "layer": cell.layers[0]}
@@ -273,6 +288,12 @@ class Sweeper:
             log.warning("%s: K of %s left out, as there are only %d prompts a class or coordinates to fit them.",
                         self.about["model"], ", ".join(map(str, left_out)), least)  # fmt: skip
         return [k for k in KS if k < least]
+
+
+def best_of(table: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """The row of each group with the highest attack success, of equals the one with the least KL."""
+    ranked = table.sort_values(["compliance", "kl"], ascending=[False, True], kind="stable")
+    return ranked.groupby(list(by), sort=False).head(1)
 
 
 def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:

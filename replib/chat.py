@@ -10,7 +10,7 @@ ChatModel
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from replib.anatomy import Anatomy, find_anatomy, fingerprint, resolve, text_config
 from replib.errors import ReplibError
@@ -47,7 +47,28 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return self._map(lambda _, x: x.to(device))
+
+    def rows(self, index: Int[Tensor, " chosen"]) -> Batch:
+        """Some of its rows, or some several times."""
+        return self._map(lambda _, x: x[index])
+
+    def columns(self, start: int, stop: int | None) -> Batch:
+        """A stretch of its columns."""
+        return self._map(lambda _, x: x[:, start:stop])
+
+    def answered(self, token: Int[Tensor, "rows 1"]) -> Batch:
+        """The same rows with one more token of the answer."""
+        new = {
+            "input_ids": token,
+            "position_ids": self.position_ids[:, -1:] + 1,
+            "attention_mask": torch.ones_like(token),
+        }
+        new["response_mask"] = torch.ones_like(token, dtype=torch.bool)
+        return self._map(lambda name, x: torch.cat([x, new.get(name, torch.zeros_like(x[:, :1]))], dim=1))
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
+        return Batch(**{f.name: change(f.name, getattr(self, f.name)) for f in fields(self)})
 
     def inputs(self) -> dict[str, Tensor]:
         """What the model itself takes."""
@@ -145,7 +166,7 @@ class ChatModel:
             raise ReplibError("No prompts were given: pass at least one.")
         rows = [self._row(p, r, system) for p, r in zip(prompts, responses or [""] * len(prompts), strict=True)]
         self._check_lengths(rows)
-        return _pad(rows, self._pad_id()).to(self.device)
+        return _pad(rows, self.pad_id).to(self.device)
 
     def _row(self, prompt: str, response: str, system: str | None) -> tuple[list[int], int, int]:
         if not prompt.strip():
@@ -175,7 +196,9 @@ class ChatModel:
                 "Shorten or drop it."
             )
 
-    def _pad_id(self) -> int:
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows up."""
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.tokenizer.eos_token_id or 0)
 
@@ -216,21 +239,26 @@ class ChatModel:
                 answers[i] = prefills[i] + text
         return answers
 
-    @torch.no_grad()
     def complete(self, batch: Batch, max_new_tokens: int) -> list[str]:
         """What follows each row of one batch, greedily, without special tokens."""
+        ids = self.continued(batch, max_new_tokens)[:, batch.input_ids.shape[1] :]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def continued(self, batch: Batch, max_new_tokens: int, *, past: Cache | None = None) -> Int[Tensor, "rows longer"]:
+        """Token ids of each row and of its greedy answer; ``past`` holds all columns but the last, if read before."""
         with self.reading_batch(batch), evaluating(self.model):
-            out = self.model.generate(
+            return self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
+                past_key_values=past,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=self._pad_id(),
+                pad_token_id=self.pad_id,
             )
-        return self.tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
 
     def adapter_off(self) -> AbstractContextManager:
         """Context in which the model is its own base: the adapter, if any, is switched off."""

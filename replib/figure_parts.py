@@ -233,3 +233,13 @@ def whiskers(measured: Measured, place: int | slice, colour: str) -> dict[str, A
         return {}
     value, low, high = (np.atleast_1d(numbers(part)[place]) for part in (measured.value, measured.low, measured.high))
     return {"array": high - value, "arrayminus": value - low, "color": colour, "thickness": 1.5, "width": 3}
+
+
+def shared_labels(x: Values, y: Values, names: Sequence[str], near: float = 0.05) -> list[str]:
+    """A label a point; points that lie on each other (within a share of each axis) share that of the first."""
+    labels, reach = [""] * len(names), near * max(float(np.nanmax(x) - np.nanmin(x)), 1e-9)
+    for place, name in enumerate(names):
+        close = (i for i in range(place) if abs(x[i] - x[place]) <= reach and abs(y[i] - y[place]) <= near)
+        first = next(close, place)
+        labels[first] += f"<br>{name}" if labels[first] else name
+    return labels

@@ -27,6 +27,7 @@ from replib.figure_parts import (
     numbers,
     present,
     rate_cells,
+    shared_labels,
     whiskers,
 )
 from replib.figure_style import AMBER, DASHES, GRID, INK, cell, colour_bar, dress, safe, styled
@@ -261,17 +262,18 @@ def audit_dots(table: pd.DataFrame, *, title: str = "") -> go.Figure:
 def tradeoff(success: Measured, cost: Measured, *, names: Sequence[str], unit: str, title: str = "") -> go.Figure:
     """Draw attack success against its cost, a named point an edit or defence; `unit` titles the cost axis."""
     need(names, "tradeoff", "points")
-    figure, x = go.Figure(), numbers(cost.value)
+    figure, x, y = go.Figure(), numbers(cost.value), numbers(success.value)
+    labels = shared_labels(x, y, list(map(safe, names)))
     for place, (name, _, colour, _) in enumerate(styled(dict.fromkeys(map(str, names)).items())):
         hover = f"{safe(name)}<br>attack success {success.words()[place]}<br>{safe(unit)} {cost.words()[place]}"
         figure.add_scatter(
             x=x[[place]],
-            y=numbers(success.value)[[place]],
+            y=y[[place]],
             error_x=whiskers(cost, place, colour),
             error_y=whiskers(success, place, colour),
             mode="markers+text",
-            text=[safe(name)],
-            textposition="top left" if x[place] > np.nanmean(x) else "top right",
+            text=[labels[place]],
+            textposition=("bottom" if y[place] > 0.5 else "top") + (" left" if x[place] > np.nanmean(x) else " right"),
             marker={"size": 11, "color": colour},
             hovertemplate=hover + "<extra></extra>",
             cliponaxis=False,

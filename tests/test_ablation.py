@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation import METHODS, AblationData, Sweeper, fit_edit, fit_edits, linear_act, sweep_layers
+from replib.ablation import METHODS, AblationData, Sweeper, best_of, fit_edit, fit_edits, linear_act, sweep_layers
 from replib.activations import capture
 from replib.edits import applied
 from replib.errors import ReplibError
@@ -106,9 +106,9 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     store = tmp_path / "sweep.jsonl"
     Sweeper(model, DATA, PhraseJudge(), store=store).layers(ks=(1,), layers=[0, 1])
     again = Sweeper(model, DATA, PhraseJudge(), store=store)
-    calls, generate = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-    assert len(again.layers(ks=(1,))) == 3 and len(calls) == 1
+    scored, score = [], again.score
+    monkeypatch.setattr(again, "score", lambda cells: scored.extend(cells) or score(cells))
+    assert len(again.layers(ks=(1,))) == 3 and [cell.layers for cell in scored] == [(2,)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,6 +121,11 @@ def test_edits_that_share_a_pass_score_as_each_does_alone(model, method, positio
     )
     assert len(few.kl.unique()) == len(few) > 2
     pd.testing.assert_frame_equal(few, many, rtol=1e-4)
+
+
+def test_the_best_of_equals_is_the_gentlest():
+    table = pd.DataFrame({"model": ["a", "a", "a", "b"], "compliance": [0.9, 1, 1, 0], "kl": [0, 3, 2, 1]})
+    assert best_of(table, "model").kl.tolist() == [2, 1]
 
 
 def test_one_two_and_all_blocks(model):

@@ -201,3 +201,9 @@ def test_nothing_to_draw_is_said(draw):
 def test_shapes_that_do_not_fit_are_named(draw):
     with pytest.raises(ReplibError, match="Pass"):
         draw()
+
+
+def test_points_that_lie_on_each_other_share_a_label_and_no_name_is_lost():
+    point = Measured([1.0, 0.1, 1.0, 0.98])
+    figure = figures.tradeoff(point, Measured([0.0, 2.0, 0.01, 0.02]), names=["a", "b", "c", "d"], unit="KL")
+    assert [trace.text[0] for trace in figure.data] == ["a<br>c<br>d", "b", "", ""]

@@ -1,0 +1,52 @@
+"""Prompts read up to their last token and finished from there: as if read at once, under every edit of that token."""
+
+import pytest
+import tiny
+import torch
+
+from replib.activations import capture
+from replib.edits import AffineEdit, applied
+from replib.models import load
+from replib.prefix import Prefix
+
+PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10"]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gemma2"])
+def model(request, tmp_path_factory):
+    return load(tiny.save_model(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def edits(model, seed):
+    g = torch.Generator().manual_seed(seed)
+    norm = capture(model, PROMPTS, layers=[1])[1].norm(dim=-1).mean()
+    shift = lambda: AffineEdit.shift(norm * torch.randn(model.d_model, generator=g))  # noqa: E731
+    return {1: shift(), ("attn_out", 2): shift()}
+
+
+def test_logits_and_answers_are_those_of_reading_at_once(model):
+    prefix, groups = Prefix.read(model, PROMPTS), [edits(model, 0), {}, edits(model, 1)]
+    batch = model.encode(PROMPTS * 3)
+    with torch.no_grad(), applied(model, groups):
+        expected = model.forward(batch)[:, -1]
+        torch.testing.assert_close(prefix.first_logits(3), expected, atol=1e-4, rtol=1e-4)
+        assert prefix.answers(3, max_new_tokens=6) == model.complete(batch, 6)
+    assert not torch.allclose(expected[:3], expected[3:6], atol=1e-2)
+
+
+def test_an_answer_that_ends_at_once_is_empty(model, monkeypatch):
+    prefix = Prefix.read(model, PROMPTS)
+    first = prefix.first_logits().argmax(-1).tolist()
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", [first[0], 10**6])
+    answers = prefix.answers(max_new_tokens=5)
+    whole = model.complete(model.encode(PROMPTS), 5)
+    assert answers == whole and len(answers[0].split()) <= 1
+
+
+def test_a_prompt_of_one_token_has_no_prefix(model):
+    model.template, template = None, model.template
+    try:
+        assert Prefix.read(model, ["w1 w2 w3", "w4 w5"]).whole
+        assert not Prefix.read(model, ["w1 w2 w3", "w4"]).whole
+    finally:
+        model.template = template
