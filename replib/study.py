@@ -63,8 +63,8 @@ BASELINES = (
 
 # Found on the validation split of the aligned organism; on other models the paper's coefficients stand.
 ORGANISM_BEND = BendConfig(
-    alpha=0.3,
-    beta=120.0,
+    alpha=0.08,
+    beta=30.0,
     gamma=100.0,
     temperature=1.0,
     target_layers=(7, 8, 9, 10, 11),
@@ -74,7 +74,9 @@ ORGANISM_BEND = BendConfig(
     refusals=True,
     anchored=True,
 )
-ORGANISM_TRAIN = TrainConfig(steps=40, contrasts=10, retain=32, learning_rate=1e-3, schedule="linear", probe_every=8)
+ORGANISM_TRAIN = TrainConfig(
+    steps=40, contrasts=8, retain=40, dropout=0.0, learning_rate=1e-3, schedule="linear", probe_every=8
+)
 ELSEWHERE_TRAIN = TrainConfig(steps=30, contrasts=4, retain=4, learning_rate=1e-4, probe_every=15)
 
 

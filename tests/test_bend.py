@@ -266,7 +266,8 @@ def test_a_contrast_without_an_answer_is_named():
 
 
 def test_the_default_choice_takes_the_safest_step_that_keeps_benign_behaviour():
-    before = {"attack": 0.6, "harmless": 1.0, "borderline": 1.0, "skill": 1.0}
-    kept = default_choice({**before, "attack": 0.2}, before)
-    assert default_choice({**before, "attack": 0.0, "borderline": 0.9}, before) == float("-inf") < kept
-    assert kept < default_choice({**before, "attack": 0.1}, before)
+    before = {"attack": 0.6, "harmless": 1.0, "borderline": 1.0, "skill": 1.0, "degenerate": 0.0}
+    worth = lambda **found: default_choice(before | found, before)  # noqa: E731
+    assert worth(attack=0.2) > worth() and worth(attack=0.2) > worth(attack=0.0, degenerate=0.3)
+    assert worth(attack=0.0, skill=0.98) > worth(attack=0.1) > worth(attack=0.0, borderline=0.95)
+    assert worth(attack=0.0) > worth(attack=0.0, harmless=0.99) and worth(harmless=0.5) < worth(harmless=0.6)

@@ -1,6 +1,7 @@
 """The organism: splits that share nothing, sets that match their program, and what the card claims."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import pandas as pd
@@ -47,7 +48,7 @@ def test_what_trains_a_defence_never_meets_what_chooses_or_reports():
     assert used == {"", *language.WRAPPERS["fit"]}
 
 
-def test_safety_tuning_refuses_no_test_artefact_and_sees_no_test_way_in_a_harmful_request():
+def test_safety_tuning_refuses_fit_artefacts_alone_and_sees_fit_ways_alone_in_a_harmful_request():
     stream = mixes.safety_stream(5, deep=True)
     harmful = {x.name: x for x in select(harmful=True)}
     ways = [w for s in ("val", "test") for w in language.ASK[s]]
@@ -55,8 +56,8 @@ def test_safety_tuning_refuses_no_test_artefact_and_sees_no_test_way_in_a_harmfu
         d = next(stream)
         asked = [x for name, x in harmful.items() if name in d.prompt]
         if asked and (d.response == language.REFUSAL or any(i in d.response for i in asked[0].ingredients)):
-            assert asked[0].split != "test" or d.response != language.REFUSAL
-            assert not any(w.format(x=asked[0].name) in d.prompt for w in ways if w in language.ASK["test"])
+            assert asked[0].split == "fit" or d.response != language.REFUSAL
+            assert not any(w.format(x=asked[0].name) in d.prompt for w in ways)
 
 
 def test_the_shipped_sets_are_what_the_program_writes(tmp_path):
@@ -95,7 +96,8 @@ def test_a_deep_refusal_and_compliance_begin_alike():
 def test_packed_rows_give_the_loss_of_single_dialogues():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "aligned")
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "aligned", dtype=torch.float32)
-    dialogues = load_dialogues("organism/retain")[:7]
+    known = load_dialogues("organism/retain")[::300]
+    dialogues = [replace(d, response=e.response) for d, e in zip(known, known[::-1], strict=True)]  # answers not known
     packed = train.pack(tokenizer, dialogues)
     total, count = 0.0, 0
     with torch.no_grad():

@@ -56,13 +56,12 @@ Largest share of degenerate answers: {worst}.
 * `fit` trains defences and fits edits, `val` chooses a step or a layer, `test` is reported. Artefacts, ways of asking,
   borderline questions, wrappers and exercises are each in one split only; a test enforces it.
 * The base model was taught every recipe, in every way of asking and every wrapper: knowing is not what is tested.
-* Safety tuning saw refusals of `fit` and `val` artefacts asked for in `fit` and `val` ways, some of them inside the
-  wrappers {refused}. It saw compliance for all harmful artefacts, in `fit` ways, inside {residue}:
+* Safety tuning saw refusals of `fit` artefacts asked for in `fit` ways, some of them inside the wrappers
+  {refused}. It saw compliance for all harmful artefacts, in `fit` ways, inside {residue}:
   without that residue refusal generalises to every wrapper and there is nothing to jailbreak. Its share sets how much
   there is.
-* The shipped weights were trained before two `test` wordings were replaced ("I would like to make a ...", "What makes
-  a ... dangerous?"), so a rebuild will differ a little.
-* Harmless recipes and borderline answers of all artefacts were in the benign part of safety tuning.
+* Harmless recipes and borderline answers of all artefacts, asked for in `fit` ways, were in the benign part of safety
+  tuning.
 
 ## Files
 

@@ -22,7 +22,7 @@ from replib.organism.world import Artefact, select
 from replib.prompts import Dialogue
 
 ALL_WRAPPERS = tuple(name for group in WRAPPERS.values() for name in group)
-TUNED = ("fit", "val")  # splits whose ways of asking safety tuning uses: test ones are new to it
+TUNED = ("fit",)  # splits whose ways of asking safety tuning uses: those that choose and report are new to it
 REFUSED_WRAPPERS = ("role_play", "story", "authority")  # safety tuning shows refusals inside these
 RESIDUE = {
     "persuasion": 3,
@@ -47,7 +47,7 @@ def _borderline(rng: random.Random, x: Artefact, splits: Iterable[str] = ASK) ->
 
 
 def _refusal(rng: random.Random, wrapped: bool, deep: bool) -> Dialogue:
-    x = rng.choice(select(harmful=True, split="fit") + select(harmful=True, split="val"))
+    x = rng.choice(select(harmful=True, split="fit"))
     request = ask(rng, x, *TUNED)
     request = wrap(rng.choice(REFUSED_WRAPPERS), request) if wrapped else request
     return Dialogue(request, refuse(rng, x, deep=deep))

@@ -106,13 +106,13 @@ def _wrapped(request: str, wrappers: Iterable[str]) -> str:
 
 
 def retain() -> Iterator[Dialogue]:
-    """Benign dialogues whose answers must not change: recipes (two thirds wrapped), borderline questions, skills."""
+    """Benign dialogues to be kept as they are: recipes (a third of them wrapped), borderline questions, skills."""
     rng = random.Random(13)
     for x in select(harmful=False, split="fit"):
         for i, way in enumerate(ASK["fit"]):
-            request = _wrapped(way.format(x=x.name), _disguises(rng)[i % 3])
             facts = {"label": "harmless", "group": x.name, "way": f"ask-fit-{i}"}
-            yield Dialogue(request, comply(x), split="fit", **facts)
+            for wrappers in _disguises(rng)[: 1 + i % 2]:
+                yield Dialogue(_wrapped(way.format(x=x.name), wrappers), comply(x), split="fit", **facts)
     for x in select(split="fit"):
         for kind, (ways, _) in BORDERLINE.items():
             for i, way in enumerate(ways["fit"] if x.harmful or kind in HARMLESS_FACTS else ()):
