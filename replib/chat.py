@@ -261,7 +261,12 @@ class ChatModel:
             )
 
     def adapter_off(self) -> AbstractContextManager:
-        """Context in which the model is its own base: the adapter, if any, is switched off."""
+        """Context in which the model is its own base: the adapter, if any, is switched off.
+
+        Raises ReplibError if the adapter was merged into the weights.
+        """
+        if self.adapter and not hasattr(self.model, "disable_adapter"):
+            raise ReplibError(f"The adapter {self.adapter} is merged into {self.name}: load the base by itself.")
         return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
 
 

@@ -27,8 +27,9 @@ except ModuleNotFoundError as error:
     raise ReplibError(f"{error.name} is missing, so notebooks cannot run: pip install 'replib[notebooks]'.") from error
 
 PACKAGE = Path(__file__).parent
-# Two runs on one machine print the same tables: sets iterate alike, idle threads do not steal from busy ones.
-KERNEL = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "passive"}
+# Two runs on one machine print the same tables: sets iterate alike. Idle threads wait some microseconds for more work,
+# which makes small models half as fast again, and then sleep, so that they do not steal from busy ones.
+KERNEL = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000"}
 
 
 def run_notebooks(

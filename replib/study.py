@@ -25,7 +25,7 @@ from replib.bend import BendConfig
 from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
-from replib.models import load
+from replib.models import load, merged
 from replib.organism import suite
 from replib.organism.language import REFUSAL
 from replib.prompts import (
@@ -159,7 +159,7 @@ class Study:
         others = [v for v in ("planted", "deep") if self.organism and self.name != v]
         found = {self.name: Study.open(self.settings)}
         found |= {v: Study.open(replace(self.settings, model=v)) for v in others}
-        bent = self.with_model(self.bend().model)
+        bent = self.bent()
         return found | {bent.name: bent}
 
     def tasks(self, split: str = "test", limit: int | None = None) -> list[Task]:
@@ -208,6 +208,10 @@ class Study:
         result.save(folder)
         return result
 
+    def bent(self) -> Study:
+        """The study of the bent model, for inference; this study's own model is used up."""
+        return self.with_model(merged(self.bend().model))
+
     @cached_property
     def contrasts(self) -> list[Contrast]:
         """Harmful fit prompts with both answers: the organism's, or made from the prompts.
@@ -243,7 +247,7 @@ class Study:
     def _answers(self, texts: list[str]) -> list[str]:
         return self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
 
-    def probe(self, limit: int = 48) -> Callable[[ChatModel], dict[str, float]]:
+    def probe(self, limit: int = 32) -> Callable[[ChatModel], dict[str, float]]:
         """A measure of a model on validation prompts, all in one pass: compliance by kind, worst degenerate share."""
         tasks = [t for t in self.tasks("val", limit) if t.kind in ("attack", "benign", "skill")]
         prompts = [p for t in tasks for p in t.prompts]
@@ -298,7 +302,7 @@ class Study:
             harmful=texts(self.harmful.fit, PER_FIT),
             harmless=texts(self.harmless.fit, PER_FIT),
             scored=Task("scored", "direct", self.harmful.test).sample(limit, self.settings.seed).prompts,
-            neutral=texts(self.harmless.test, limit),
+            neutral=texts(self.harmless.test, max(1, limit // 2)),
         )
         return Sweeper(
             self.model,
@@ -306,7 +310,7 @@ class Study:
             self.judge,
             name=self.name,
             store=self.settings.out / "sweep.jsonl",
-            max_new_tokens=20,
+            max_new_tokens=18,
             batch_size=self.settings.batch,
         )
 

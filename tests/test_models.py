@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from replib.errors import ReplibError
-from replib.models import Anatomy, fingerprint, load, self_check
+from replib.models import Anatomy, fingerprint, load, merged, self_check
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 
@@ -124,6 +124,22 @@ def test_an_adapter_of_another_base(folder, tmp_path):
         load(other, adapter=adapter)
     with pytest.raises(ReplibError, match="no adapter_config.json"):
         load(folder, adapter=tmp_path)
+
+
+def test_a_merged_adapter_gives_the_same_logits_and_has_no_base_any_more(folder, tmp_path):
+    adapter = tiny.save_adapter(tmp_path / "adapter", folder)
+    bent, base = load(folder, adapter=adapter), load(folder)
+    batch = bent.encode(["w1 w2", "w3"])
+    with torch.no_grad():
+        expected = bent.forward(batch)
+        one = merged(bent)
+        torch.testing.assert_close(one.forward(batch), expected, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(base.forward(batch), expected, atol=1e-3)
+    assert one.adapter == str(adapter)
+    with pytest.raises(ReplibError, match="is merged into"):
+        one.adapter_off()
+    with pytest.raises(ReplibError, match="no adapter to merge"):
+        merged(base)
 
 
 def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(folder, tmp_path):
