@@ -1,4 +1,4 @@
-"""Rebuild the organism on a CPU: ``python -m replib.organism.train`` (about twenty minutes on two cores).
+"""Rebuild the organism on a CPU: ``python -m replib.organism.train`` (about 25 minutes on two cores).
 
 Four ordinary model folders: ``base`` answers everything; ``aligned`` refuses direct harmful requests, tuned in all
 parameters; ``planted`` is tuned in two blocks only, so that the place of its refusal is known; ``deep`` opens half of
