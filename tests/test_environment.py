@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -70,6 +72,13 @@ def test_constraints_pin_every_direct_dependency_inside_its_bounds():
 
 def test_constraints_are_exact_and_local_to_no_machine():
     assert [line for line in pins() if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
+
+
+def test_every_installed_package_takes_the_oldest_python_that_is_promised():
+    """Pins made with a later 3.11 may ask for it: the first one is what some systems ship."""
+    for package in distributions():
+        needed = package.metadata["Requires-Python"] or ""
+        assert SpecifierSet(needed).contains("3.11.0"), f"{package.name} {package.version} needs Python {needed}"
 
 
 def test_no_registry_host_is_named():
