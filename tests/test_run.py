@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -58,7 +59,8 @@ def test_it_runs_from_inside_a_notebook_whose_event_loop_is_running(folder):
     async def cell():
         return run_notebooks([write(folder, "01_one.ipynb", "print('ran')")], folder / "out")
 
-    (copy,) = asyncio.run(cell())
+    with ThreadPoolExecutor(1) as notebook:
+        (copy,) = notebook.submit(lambda: asyncio.run(cell())).result()
     assert printed(copy) == "ran\n"
 
 
