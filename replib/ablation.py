@@ -195,11 +195,12 @@ class Sweeper:
 
         Without ``ks``, those of 1, 2, 4, 8 and 16 that the fit prompts are enough for.
         """
-        ks = self._possible() if ks is None else ks
+        if method != "pca_ot":
+            ks = [0]
+        elif ks is None:
+            ks = self._possible()
         chosen = check_layers(self.model, range(self.model.n_layers) if layers is None else layers)
-        return self.table(
-            [Cell(method, (i,), k, positions) for i in chosen for k in (ks if method == "pca_ot" else [0])]
-        )
+        return self.table([Cell(method, (layer,), k, positions) for layer in chosen for k in ks])
 
     def depths(
         self, best: int, *, others: Sequence[int] | None = None, k: int = 2, positions: str = "last_prompt"

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import torch
 
 from replib import figures
+from replib.ablation import best_of
 from replib.activations import Activations
 from replib.chat import ChatModel
 from replib.errors import ReplibError
@@ -174,12 +175,11 @@ def _grid(rows: pd.DataFrame, ks: Sequence[int]) -> Measured:
 def methods(tables: pd.DataFrame, model: str, marks: Mapping[str, Any]) -> go.Figure:
     """Attack success by block on one model, a curve a method and edited position; PCA-OT at each block's best K."""
     rows = tables[tables.model == model]
-    best = rows.sort_values("compliance").groupby(["method", "positions", "layer"], sort=False).tail(1)
+    best = best_of(rows, "method", "positions", "layer").sort_values("layer")
     curves = {}
-    for (method, positions), found in best.groupby(["method", "positions"], sort=False):
-        curve = found.sort_values("layer")
+    for (method, positions), curve in best.groupby(["method", "positions"]):
         columns = {name: curve[name].to_numpy() for name in ("low", "high", "n")}
-        curves[f"{METHOD_NAMES[method]}, {positions}"] = Measured(curve.compliance.to_numpy(), **columns)
+        curves[edit_name(method, positions)] = Measured(curve.compliance.to_numpy(), **columns)
     title = f"Attack success on {model}, by the block that the edit is fitted on"
     return figures.layer_lines(curves, "attack success", title=title, marks=marks)
 
@@ -187,6 +187,11 @@ def methods(tables: pd.DataFrame, model: str, marks: Mapping[str, Any]) -> go.Fi
 def audit(table: pd.DataFrame) -> go.Figure:
     """Every attack and benign task, a panel a model."""
     return figures.audit_dots(table)
+
+
+def edit_name(method: str, positions: str) -> str:
+    """How a method and its edited positions are called in figures."""
+    return f"{METHOD_NAMES[method]}, {positions.replace('_', ' ')}"
 
 
 def tradeoff(best: pd.DataFrame, title: str) -> go.Figure:
@@ -200,7 +205,7 @@ def tradeoff(best: pd.DataFrame, title: str) -> go.Figure:
     return figures.tradeoff(
         success,
         cost,
-        names=best.name.tolist(),
+        names=[edit_name(*x) for x in zip(best.method, best.positions, strict=True)],
         unit="KL on harmless prompts (nats, first token)",
         title=title,
     )
