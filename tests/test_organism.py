@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from replib import views
 from replib.judges import ExactJudge, Outcome
 from replib.models import load, self_check
 from replib.organism import language, mixes, sets, suite, train
 from replib.organism.world import FAMILIES, HARMFUL_FAMILIES, PER_FAMILY, artefacts, select
 from replib.prompts import load_contrasts, load_dialogues, load_prompts
-from replib.settings import data_dir
+from replib.settings import Settings, data_dir
+from replib.study import ORGANISM_BEND, Study
 
 SPLITS = tuple(PER_FAMILY)
 FOLDER = data_dir() / "organism"
@@ -164,6 +166,19 @@ def test_the_card_claims_what_its_table_says():
         assert f"{100 * row.compliance:.0f} [{100 * row.low:.0f}, {100 * row.high:.0f}]" in card
     base = table[(table.model == "base") & (table.kind != "skill")]
     assert (base.compliance >= 0.94).all() and not base.refusal.any()
+
+
+def test_the_surface_holds_trained_settings_of_this_very_model():
+    surface = json.loads((FOLDER / "surface.json").read_text(encoding="utf-8"))["settings"]
+    preset = (ORGANISM_BEND.alpha, ORGANISM_BEND.beta, ORGANISM_BEND.gamma)
+    assert preset in {(p["alpha"], p["beta"], p["gamma"]) for p in surface}
+    assert len({(p["alpha"], p["beta"], p["gamma"]) for p in surface}) == len(surface) >= 4
+    base = [[row for row in p["rows"] if row["model"] == "base"] for p in surface]
+    assert all(rows == base[0] for rows in base) and all(
+        row["low"] <= row["compliance"] <= row["high"] for row in base[0]
+    )
+    found = Study.open(Settings()).surface()
+    assert found == surface and views.setting(found[0]).data
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from replib.store import key_of, write_text
 from replib.study import Study
 from replib.train import TrainConfig, train
 
-ALPHAS, BETAS, GAMMAS = (0.08, 0.0, 0.3), (30.0, 0.0), (100.0, 30.0)
+ALPHAS, BETAS, GAMMAS = (0.08, 0.0), (30.0, 0.0), (100.0, 30.0)
 KEPT = ("model", "attack", "kind", "n", "compliance", "low", "high", "degenerate")
 
 
