@@ -9,14 +9,26 @@ import replib.models
 WORDS = [f"w{i}" for i in range(40)]
 TURN = "{% for m in messages %}<s> {{ m['content'] }} <end> {% endfor %}"
 CHAT = TURN + "{% if add_generation_prompt %}<ask> {% endif %}"
+COMMON = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+GROUPED = COMMON | {"num_key_value_heads": 2}
+EXPERTS = GROUPED | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+GEMMA = GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8}
 SIZES = {
-    "llama": {},
-    "qwen2": {},
+    "llama": GROUPED,
+    "mistral": GROUPED | {"head_dim": 8},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 8},
+    "gemma2": GEMMA | {"final_logit_softcapping": 0.5},
+    "gemma3_text": GEMMA,
+    "phi3": GROUPED,
+    "gpt_neox": COMMON,
     "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 3, "n_positions": 64},
-    "gpt_neox": {},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 8.0},
+    "olmo2": GROUPED,
+    "falcon": COMMON,
+    "mixtral": GROUPED | {"num_local_experts": 4},
+    "qwen3_moe": EXPERTS,
+    "cohere": GROUPED | {"logit_scale": 0.25},
+    "granite": GROUPED | {"logits_scaling": 8.0},
 }
 
 
@@ -41,10 +53,6 @@ def save_model(folder: Path, kind: str = "llama") -> Path:
 
     torch.manual_seed(0)
     words = tokenizer()
-    common = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    if kind != "gpt2":
-        common |= {"num_key_value_heads": 2} if kind != "gpt_neox" else {}
-    sizes = (common if kind != "gpt2" else {}) | SIZES[kind]
     config = AutoConfig.for_model(
         kind,
         vocab_size=len(words),
@@ -52,7 +60,7 @@ def save_model(folder: Path, kind: str = "llama") -> Path:
         eos_token_id=2,
         pad_token_id=0,
         initializer_range=0.4,
-        **sizes,
+        **SIZES[kind],
     )
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
@@ -69,14 +77,8 @@ def save_around(tokenizer: Path, kind: str, folder: Path) -> Path:
 
     torch.manual_seed(0)
     words = AutoTokenizer.from_pretrained(tokenizer)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = AutoConfig.for_model(
-        kind,
-        vocab_size=len(words),
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        **sizes,
+        kind, vocab_size=len(words), max_position_embeddings=512, tie_word_embeddings=True, **GROUPED
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words.save_pretrained(folder)
