@@ -4,15 +4,14 @@ ChatModel
 ├── blocks       the decoder blocks; block i writes resid_post[i]
 ├── final_norm   applied once after the last block
 ├── unembed      final_norm(resid_post[-1]) -> logits
-└── tokenizer, render, encode, forward, generate, adapter_off
+└── tokenizer, render, tokenize, encode, forward, generate, written, adapter_off
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,61 +21,10 @@ from transformers import Cache, PreTrainedTokenizerBase
 
 from replib.anatomy import Anatomy, find_anatomy, fingerprint, resolve, text_config
 from replib.errors import ReplibError
+from replib.template import MARK, Template
+from replib.tokens import Batch, Row, fitted, padded
 
-MARK = "\ue000"  # a private-use character: stands for the instruction while a template is taken apart
-
-
-@dataclass
-class Batch:
-    """Left-padded token ids with the masks that say which token is what. All ``[rows, tokens]``."""
-
-    input_ids: Int[Tensor, "rows tokens"]
-    attention_mask: Int[Tensor, "rows tokens"]
-    position_ids: Int[Tensor, "rows tokens"]
-    prompt_mask: Bool[Tensor, "rows tokens"]
-    """Template and instruction, up to where the response begins."""
-    post_mask: Bool[Tensor, "rows tokens"]
-    """Template tokens after the instruction (part of the prompt)."""
-    response_mask: Bool[Tensor, "rows tokens"]
-
-    @property
-    def last_prompt(self) -> Int[Tensor, " rows"]:
-        """Column of each row's last prompt token."""
-        columns = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
-        return (self.prompt_mask * columns).amax(dim=1)
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return self._map(lambda _, x: x.to(device))
-
-    def rows(self, index: Int[Tensor, " chosen"]) -> Batch:
-        """Some of its rows, or some several times."""
-        return self._map(lambda _, x: x[index])
-
-    def columns(self, start: int, stop: int | None) -> Batch:
-        """A stretch of its columns."""
-        return self._map(lambda _, x: x[:, start:stop])
-
-    def answered(self, token: Int[Tensor, "rows 1"]) -> Batch:
-        """The same rows with one more token of the answer."""
-        new = {
-            "input_ids": token,
-            "position_ids": self.position_ids[:, -1:] + 1,
-            "attention_mask": torch.ones_like(token),
-        }
-        new["response_mask"] = torch.ones_like(token, dtype=torch.bool)
-        return self._map(lambda name, x: torch.cat([x, new.get(name, torch.zeros_like(x[:, :1]))], dim=1))
-
-    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
-        return Batch(**{f.name: change(f.name, getattr(self, f.name)) for f in fields(self)})
-
-    def inputs(self) -> dict[str, Tensor]:
-        """What the model itself takes."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
+__all__ = ["MARK", "Batch", "ChatModel", "Row", "evaluating"]
 
 
 class ChatModel:
@@ -146,55 +94,52 @@ class ChatModel:
     # ----------------------------------------------------------------------------------------- text to tokens
     def render(self, prompt: str, response: str = "", *, system: str | None = None) -> str:
         """The chat text of one user turn, ready to be answered, and the beginning of its answer."""
-        if self.template is None:
-            return "\n\n".join(filter(None, [system, prompt])) + response
-        system_turn = [{"role": "system", "content": system}] if system else []
-        turns = [*system_turn, {"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(
-            turns, chat_template=self.template, tokenize=False, add_generation_prompt=True
-        )
-        return text + response
+        return Template(self.tokenizer, self.template).render([prompt], system)[0] + response
+
+    def tokenize(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str] | None = None,
+        *,
+        system: str | None = None,
+        overflow: str = "refuse",
+    ) -> list[Row]:
+        """Token ids of prompts (and their responses), with the borders of instruction and response.
+
+        Args:
+            prompts: instructions as text. Where one spells a control token of the template, it is read as letters.
+            responses: what follows each prompt, tokenised by itself; here control tokens are control tokens.
+            system: the system prompt of all of them.
+            overflow: "refuse" a prompt that is longer than the context, or "truncate" its instruction and say so.
+
+        Raises:
+            ReplibError: no prompts, an empty one, one longer than the context, a template that refuses the turn.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ReplibError("No prompts were given: pass a list of at least one.")
+        if responses is not None and len(responses) != len(prompts):
+            raise ReplibError(f"{len(prompts)} prompts and {len(responses)} responses: give each prompt one.")
+        rows = list(Template(self.tokenizer, self.template).rows(prompts, system))
+        if responses is not None and any(responses):
+            answers = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+            # Some tokenizers give a token for the empty text.
+            rows = [row.answered(a if r else []) for row, a, r in zip(rows, answers, responses, strict=True)]
+        return fitted(rows, self.context, overflow, self.name)
+
+    def pad(self, rows: Sequence[Row]) -> Batch:
+        """Rows of ``tokenize`` as one batch on the model's device."""
+        return padded(rows, self.pad_id).to(self.device)
 
     def encode(
-        self, prompts: Sequence[str], responses: Sequence[str] | None = None, *, system: str | None = None
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str] | None = None,
+        *,
+        system: str | None = None,
+        overflow: str = "refuse",
     ) -> Batch:
-        """Tokens and masks of prompts (and their responses), padded on the left.
-
-        Raises ReplibError for an empty list, an empty prompt, or one longer than the context.
-        """
-        if not prompts:
-            raise ReplibError("No prompts were given: pass at least one.")
-        rows = [self._row(p, r, system) for p, r in zip(prompts, responses or [""] * len(prompts), strict=True)]
-        self._check_lengths(rows)
-        return _pad(rows, self.pad_id).to(self.device)
-
-    def _row(self, prompt: str, response: str, system: str | None) -> tuple[list[int], int, int]:
-        if not prompt.strip():
-            raise ReplibError("A prompt is empty: remove it or give it text.")
-        text = self.render(prompt, system=system)
-        plain = self.template is None  # then the tokenizer adds its own special tokens; a template writes them
-        found = self.tokenizer(text, add_special_tokens=plain, return_offsets_mapping=self.tokenizer.is_fast)
-        ids = list(found["input_ids"])
-        answer = self.tokenizer(response, add_special_tokens=False)["input_ids"] if response else []
-        return ids + list(answer), len(ids), self._post_start(found, text, len(ids))
-
-    def _post_start(self, found: Any, text: str, count: int) -> int:
-        """Index of the first template token after the instruction."""
-        suffix = self.render(MARK).rpartition(MARK)[2]
-        if not suffix:
-            return count
-        if not self.tokenizer.is_fast:
-            return count - len(self.tokenizer(suffix, add_special_tokens=False)["input_ids"])
-        cut = len(text) - len(suffix)
-        return next((i for i, (start, _) in enumerate(found["offset_mapping"]) if start >= cut), count)
-
-    def _check_lengths(self, rows: Sequence[tuple[list[int], int, int]]) -> None:
-        worst = max(range(len(rows)), key=lambda i: len(rows[i][0]))
-        if len(rows[worst][0]) > self.context:
-            raise ReplibError(
-                f"Prompt {worst} has {len(rows[worst][0])} tokens, but {self.name} reads at most {self.context}. "
-                "Shorten or drop it."
-            )
+        """Tokens and masks of prompts (and their responses), padded on the left: ``pad(tokenize(...))``."""
+        return self.pad(self.tokenize(prompts, responses, system=system, overflow=overflow))
 
     @property
     def pad_id(self) -> int:
@@ -260,6 +205,19 @@ class ChatModel:
                 pad_token_id=self.pad_id,
             )
 
+    def written(self, batch: Batch, max_new_tokens: int) -> Batch:
+        """The same rows, each followed by the model's own greedy answer, to be read as a response.
+
+        From the end-of-sequence token on, ``attention_mask`` is 0 and ``response_mask`` False.
+        """
+        new = self.continued(batch, max_new_tokens)[:, batch.input_ids.shape[1] :]
+        return batch.answered(new, ~self.ends(new).cumsum(dim=1).bool())
+
+    def ends(self, tokens: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows tokens"]:
+        """Which tokens end an answer; several may, and none where the model knows no end."""
+        ends = self.model.generation_config.eos_token_id
+        return torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device).long())
+
     def adapter_off(self) -> AbstractContextManager:
         """Context in which the model is its own base: the adapter, if any, is switched off.
 
@@ -279,20 +237,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _pad(rows: Sequence[tuple[list[int], int, int]], pad: int) -> Batch:
-    width = max(len(ids) for ids, _, _ in rows)
-    left = torch.tensor([[width - len(ids)] for ids, _, _ in rows])
-    prompt = left + torch.tensor([[n] for _, n, _ in rows])
-    post = left + torch.tensor([[p] for _, _, p in rows])
-    column = torch.arange(width)[None]
-    real = column >= left
-    return Batch(
-        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids, _, _ in rows]),
-        attention_mask=real.long(),
-        position_ids=(column - left).clamp(min=0),
-        prompt_mask=real & (column < prompt),
-        post_mask=(column >= post) & (column < prompt),
-        response_mask=column >= prompt,
-    )

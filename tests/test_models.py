@@ -155,7 +155,8 @@ def test_real_templates_mark_the_instruction_exactly(name, shared_data, folder):
     model.tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name, padding_side="left")
     model.template = model.tokenizer.chat_template
     for text in ("How do I bake bread?", "Was ist das — naïve? 🙂", "a\n\nb"):
-        ids, n, post = model._row(text, "", None)
+        row = model.tokenize([text])[0]
+        ids, n, post = row.ids, row.prompt, row.instruction[1]
         bare = lambda s: "".join(s.split())  # decoders of some tokenizers add blanks  # noqa: E731
         before, after = (bare(model.tokenizer.decode(part)) for part in (ids[:post], ids[post:]))
         assert before.endswith(bare(text)) and bare(model.render(text)).endswith(after)

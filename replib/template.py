@@ -1,0 +1,225 @@
+"""The chat template around an instruction: rendered, taken apart and tokenised, by structure and for any model.
+
+The template is rendered once around a mark; what stands before and after the mark frames every instruction. The text
+of an instruction is text: where it spells a control token of the template, such as ``<|im_end|>``, it gives the
+ordinary tokens of these letters and never the control token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from replib.errors import ReplibError
+from replib.tokens import Row
+
+MARK = "\ue000"  # a private-use character: stands for the instruction while a template is taken apart
+CHUNK = 4096  # prompts tokenised in one call: the offsets of all at once would fill the memory
+SPARE = 0xF0000  # private-use characters from here on stand for control tokens while text is kept from being one
+# A template that prints today's date would give other activations tomorrow: it prints this day instead.
+DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+DATE = "{% macro strftime_now(form) %}{{ form" + "".join(f"|replace('{k}', '{v}')" for k, v in DAY.items()) + " }}"
+FIXED_DATE = DATE + "{% endmacro %}"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A rendered prompt, and where its instruction stands in it."""
+
+    before: str
+    instruction: str
+    after: str
+
+    @property
+    def text(self) -> str:
+        """The whole prompt."""
+        return self.before + self.instruction + self.after
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer with the chat template in use; None for plain text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str | None
+
+    def render(self, prompts: Sequence[str], system: str | None = None) -> list[str]:
+        """Each prompt as one user turn, ready to be answered.
+
+        Raises:
+            ReplibError: the template refuses the turn, most often its system role.
+        """
+        if self.source is None:
+            return [f"{system}\n\n{prompt}" if system else prompt for prompt in prompts]
+        first = [{"role": "system", "content": system}] if system else []
+        turns = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
+        source = FIXED_DATE + self.source if "strftime_now" in self.source else self.source
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=source, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            if not system:
+                raise ReplibError(f"The chat template refuses the prompt: {error}. Pass another template.") from error
+            self.render(prompts[:1])  # raises where the system prompt is not to blame
+            raise ReplibError(
+                f"The chat template refuses a system prompt: {error}. "
+                "Put it into the instruction: system + '\\n\\n' + prompt."
+            ) from error
+
+    def turns(self, prompts: Sequence[str], system: str | None = None) -> list[Turn]:
+        """Each prompt rendered, and taken apart into its instruction and the template around it.
+
+        Raises:
+            ReplibError: an empty prompt, one that holds the mark, a template that drops or rewrites a text.
+        """
+        for i, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise ReplibError(f"A prompt is empty (number {i}): remove it or give it text.")
+            if MARK in prompt:
+                raise ReplibError(f"Prompt {i} holds the private-use character U+E000: remove it.")
+        before, after = self._frame(system)
+        texts = self.render(prompts, system)
+        return [_apart(i, t, p, before, after) for i, (t, p) in enumerate(zip(texts, prompts, strict=True))]
+
+    def _frame(self, system: str | None) -> tuple[str, str]:
+        """What stands before and after the instruction, or after its last copy where the template repeats it."""
+        text = self.render([MARK], system)[0]
+        before, mark, after = text.rpartition(MARK)
+        if not mark:
+            raise ReplibError("The chat template does not write the user's text: pass template='plain', or another.")
+        if system and system.strip() not in before + after:
+            raise ReplibError("The chat template drops the system prompt: put it into the instruction.")
+        return before, after
+
+    def rows(self, prompts: Sequence[str], system: str | None = None) -> Iterator[Row]:
+        """Token ids of each rendered prompt, with the borders of its instruction.
+
+        Raises:
+            ReplibError: as ``turns``; or a text spells a control token that this tokenizer cannot read as letters.
+        """
+        turns = self.turns(prompts, system)
+        controls = self._controls(turns[0], system)
+        read = self._read if self.tokenizer.is_fast else self._read_without_offsets
+        for start in range(0, len(turns), CHUNK):
+            chunk = turns[start : start + CHUNK]
+            for i, (turn, row) in enumerate(zip(chunk, read(chunk, controls), strict=True), start):
+                yield self._as_letters(i, turn, controls) if spelled(row, turn, controls) else row
+
+    def _controls(self, turn: Turn, system: str | None) -> dict[int, str]:
+        """Special tokens, and other added tokens that the template writes: no instruction may give them."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        named = [t.content for _, t in added if t.special and t.content in (system or "")]
+        if named:
+            raise ReplibError(f"The system prompt spells the control token {named[0]!r}: remove it.")
+        frame = turn.before + turn.after
+        return {i: t.content for i, t in added if t.special or (self.source and t.content in frame)}
+
+    # ------------------------------------------------------------------------------------ text to tokens
+    def _ids(self, turns: Sequence[Turn], **options: Any) -> Any:
+        """Tokens of whole turns; a template writes its special tokens itself, to plain text the tokenizer adds its."""
+        texts = [t.text for t in turns]
+        return self.tokenizer(texts, add_special_tokens=self.source is None, return_attention_mask=False, **options)
+
+    def _read(self, turns: Sequence[Turn], controls: dict[int, str], **options: Any) -> list[Row]:
+        found = self._ids(turns, return_offsets_mapping=True, **options)
+        pairs = zip(found["input_ids"], found["offset_mapping"], turns, strict=True)
+        return [self._row(ids, offsets, turn, controls) for ids, offsets, turn in pairs]
+
+    def _row(self, ids: list[int], offsets: list[tuple[int, int]], turn: Turn, controls: dict[int, str]) -> Row:
+        count = len(ids)
+        while self.source is None and count > 1 and offsets[count - 1] == (0, 0):
+            count -= 1  # an end-of-sequence token that the tokenizer adds would end the answer before it began
+        first, last = len(turn.before), len(turn.before) + len(turn.instruction)
+        start = next((i for i, (_, end) in enumerate(offsets[:count]) if end > first), count)
+        stop = count - sum(1 for _ in takewhile(lambda o: o[0] >= last, reversed(offsets[:count])))
+        # A control token that swallows blanks reaches into the instruction, but is the template's.
+        start += start < stop and offsets[start][0] < first and ids[start] in controls
+        stop -= start < stop and offsets[stop - 1][1] > last and ids[stop - 1] in controls
+        return Row(ids[:count], (start, stop), count)
+
+    def _read_without_offsets(self, turns: Sequence[Turn], controls: dict[int, str]) -> list[Row]:
+        """For tokenizers that do not say where their tokens stand: what the template alone gives is the template's."""
+        frame = [Turn(turns[0].before, "", ""), Turn("", "", turns[0].after)]
+        head, tail = self._ids(frame)["input_ids"]
+        rows = []
+        for ids in self._ids(turns)["input_ids"]:
+            while self.source is None and len(ids) > 1 and ids[-1] in controls:
+                ids.pop()
+            start, after = _shared(ids, head), _shared(ids[::-1], tail[::-1]) if turns[0].after else 0
+            rows.append(Row(ids, (start, max(start, len(ids) - after)), len(ids)))
+        return rows
+
+    # ------------------------------------------------------------------------------------ control tokens as letters
+    def _as_letters(self, index: int, turn: Turn, controls: dict[int, str]) -> Row:
+        """A turn whose instruction spells a control token, read with these letters as text."""
+        row = None
+        if self.tokenizer.is_fast:
+            plain = self.source is None
+            row = self._read([turn], controls, split_special_tokens=True)[0] if plain else self._renamed(turn, controls)
+        if row is None or (left := spelled(row, turn, controls)):
+            names = ", ".join(map(repr, left if row else [t for t in controls.values() if t in turn.instruction]))
+            raise ReplibError(
+                f"Prompt {index} spells the control token {names}, which this tokenizer cannot read as letters: "
+                "remove it from the prompt."
+            )
+        return row
+
+    def _renamed(self, turn: Turn, controls: dict[int, str]) -> Row | None:
+        copy, names, ids = _renaming(self.tokenizer, frozenset(controls.values()))
+        if any(name in turn.instruction for name in names.values()):
+            return None
+        given = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+        before, after = (given.sub(lambda m: names[m[0]], part) for part in (turn.before, turn.after))
+        found = copy.encode((new := Turn(before, turn.instruction, after)).text, add_special_tokens=False)
+        return self._row([ids.get(i, i) for i in found.ids], found.offsets, new, controls)
+
+
+def spelled(row: Row, turn: Turn, controls: dict[int, str]) -> list[str]:
+    """Control tokens that the letters of the instruction gave."""
+    start, stop = row.instruction
+    return [controls[i] for i in row.ids[start:stop] if i in controls and controls[i] in turn.instruction]
+
+
+def _apart(index: int, text: str, prompt: str, before: str, after: str) -> Turn:
+    inside = text[len(before) : len(text) - len(after)]
+    fits = text.startswith(before) and text.endswith(after) and inside.strip() == prompt.strip()
+    if not fits:
+        raise ReplibError(
+            f"The chat template rewrites prompt {index}, so its tokens cannot be told from the template's: "
+            f"it begins {prompt[:40]!r}. Change the prompt or the template."
+        )
+    return Turn(before, inside, after)
+
+
+def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences begin with together."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
+
+
+@lru_cache(maxsize=4)
+def _renaming(
+    tokenizer: PreTrainedTokenizerBase, controls: frozenset[str]
+) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
+    """A copy whose control tokens have names that no text spells; these names; its ids as the tokenizer's own."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = {}
+    for i, token in enumerate(state["added_tokens"]):
+        if token["content"] in controls:
+            names[token["content"]] = token["content"] = chr(SPARE + i)
+            token["normalized"] = False
+    copy = Tokenizer.from_str(json.dumps(state))
+    copy.no_padding()
+    copy.no_truncation()
+    renumbered = {text: copy.token_to_id(names.get(text, text)) for text in tokenizer.added_tokens_encoder}
+    own = tokenizer.added_tokens_encoder
+    return copy, names, {new: own[text] for text, new in renumbered.items() if new is not None}

@@ -1,0 +1,147 @@
+"""Which token is what: rows of token ids that know their instruction, and batches with a mask for every role."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from replib.errors import ReplibError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt, with its response if it has one, as token ids."""
+
+    ids: list[int]
+    instruction: tuple[int, int]
+    """Start and stop of the instruction's own tokens; a token that holds any of its characters is one of them."""
+    prompt: int
+    """Number of tokens of template and instruction; what follows is the response."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def answered(self, response: Sequence[int]) -> Row:
+        """The same row with more response."""
+        return replace(self, ids=self.ids + list(response))
+
+    def shortened(self, count: int) -> Row:
+        """The same row without the last ``count`` tokens of its instruction."""
+        start, stop = self.instruction
+        return Row(self.ids[: stop - count] + self.ids[stop:], (start, stop - count), self.prompt - count)
+
+
+@dataclass
+class Batch:
+    """Left-padded token ids with the masks that say which token is what. All ``[rows, tokens]``."""
+
+    input_ids: Int[Tensor, "rows tokens"]
+    attention_mask: Int[Tensor, "rows tokens"]
+    """1 on every token that is read: 0 on the padding, and after the end of a written answer."""
+    position_ids: Int[Tensor, "rows tokens"]
+    prompt_mask: Bool[Tensor, "rows tokens"]
+    """Template and instruction, up to where the response begins."""
+    instruction_mask: Bool[Tensor, "rows tokens"]
+    """The instruction's own tokens (part of the prompt)."""
+    post_mask: Bool[Tensor, "rows tokens"]
+    """Template tokens after the instruction (part of the prompt)."""
+    response_mask: Bool[Tensor, "rows tokens"]
+
+    @property
+    def last_prompt(self) -> Int[Tensor, " rows"]:
+        """Column of each row's last prompt token."""
+        columns = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
+        return (self.prompt_mask * columns).amax(dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return self._map(lambda _, x: x.to(device))
+
+    def rows(self, index: Int[Tensor, " chosen"]) -> Batch:
+        """Some of its rows, or some several times."""
+        return self._map(lambda _, x: x[index])
+
+    def columns(self, start: int, stop: int | None) -> Batch:
+        """A stretch of its columns."""
+        return self._map(lambda _, x: x[:, start:stop])
+
+    def answered(self, tokens: Int[Tensor, "rows more"], read: Bool[Tensor, "rows more"] | None = None) -> Batch:
+        """The same rows with more tokens of the answer; where ``read`` is False the answer is over."""
+        read = torch.ones_like(tokens, dtype=torch.bool) if read is None else read
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        new = {
+            "input_ids": tokens,
+            "position_ids": self.position_ids[:, -1:] + steps,
+            "attention_mask": read.long(),
+            "response_mask": read,
+        }
+        nothing = torch.zeros_like(read)
+        return self._map(lambda name, x: torch.cat([x, new.get(name, nothing)], dim=1))
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
+        return Batch(**{f.name: change(f.name, getattr(self, f.name)) for f in fields(self)})
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model itself takes."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+
+def padded(rows: Sequence[Row], pad: int) -> Batch:
+    """Rows filled up on the left to the length of the longest."""
+    width = max(map(len, rows))
+    left = torch.tensor([[width - len(r)] for r in rows])
+    start, stop = (left + torch.tensor([[r.instruction[end]] for r in rows]) for end in (0, 1))
+    prompt = left + torch.tensor([[r.prompt] for r in rows])
+    column = torch.arange(width)[None]
+    return Batch(
+        input_ids=torch.tensor([[pad] * (width - len(r)) + r.ids for r in rows]),
+        attention_mask=(column >= left).long(),
+        position_ids=(column - left).clamp(min=0),
+        prompt_mask=(column >= left) & (column < prompt),
+        instruction_mask=(column >= start) & (column < stop),
+        post_mask=(column >= stop) & (column < prompt),
+        response_mask=column >= prompt,
+    )
+
+
+def fitted(rows: Sequence[Row], context: int, overflow: str, name: str) -> list[Row]:
+    """Rows no longer than the context.
+
+    Args:
+        rows: what was tokenised.
+        context: most tokens that the model reads.
+        overflow: "refuse", or "truncate": the instruction loses its end, template and response stay.
+        name: of the model, for the message.
+
+    Raises:
+        ReplibError: a row is too long and may not or cannot be shortened.
+    """
+    if overflow not in ("refuse", "truncate"):
+        raise ReplibError(f"overflow={overflow!r}: say 'refuse' or 'truncate'.")
+    excess = [max(0, len(row) - context) for row in rows]
+    if not any(excess):
+        return list(rows)
+    # An instruction keeps at least one token: without any the prompt would be another one.
+    stuck = [i for i, (r, n) in enumerate(zip(rows, excess, strict=True)) if n >= r.instruction[1] - r.instruction[0]]
+    if overflow == "refuse" or stuck:
+        worst = stuck[0] if overflow == "truncate" else max(range(len(rows)), key=excess.__getitem__)
+        raise ReplibError(
+            f"Prompt {worst} has {len(rows[worst])} tokens, but {name} reads at most {context}. "
+            + ("Shorten or drop it" + ("." if overflow == "truncate" else ", or pass overflow='truncate'."))
+        )
+    cut = [n for n in excess if n]
+    warnings.warn(
+        f"{len(cut)} of {len(rows)} prompts are longer than the {context} tokens {name} reads: their instructions "
+        f"lost {sum(cut)} tokens at the end, {max(cut)} at most.",
+        stacklevel=3,
+    )
+    return [row.shortened(n) if n else row for row, n in zip(rows, excess, strict=True)]
