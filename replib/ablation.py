@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import Activations, capture, check_layers, versions
+from replib.activations import Activations, capture, versions
 from replib.audit import rates
 from replib.bend import kl_divergence
 from replib.chat import ChatModel
@@ -32,6 +32,7 @@ from replib.judges import Judge
 from replib.prefix import Prefix
 from replib.progress import progress
 from replib.prompts import Prompt, content_hash
+from replib.reader import check_layers
 from replib.store import Rows, key_of
 from replib.transport import GaussianMap
 

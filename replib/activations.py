@@ -1,97 +1,42 @@
-"""Capture activations with plain hooks: sliced in the hook, stopped after the last wanted block, kept in safetensors.
+"""Capture activations with plain hooks: sliced in the hook, stopped after the last wanted block, batch by batch.
 
-Sites of block i: ``resid_pre`` (its input), ``resid_post`` (its output, before the final norm), ``attn_out`` and
-``mlp_out`` (what its two sublayers add to the stream).
+``capture`` returns them, ``capture_pair`` those of a bent model and its base, ``stream`` yields them without keeping
+any, ``capture_to`` writes them to a folder and goes on where it was stopped.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from replib.chat import Batch, ChatModel, evaluating
+from replib.chat import ChatModel
 from replib.errors import ReplibError
+from replib.positions import Position
 from replib.progress import progress
 from replib.prompts import content_hash
-
-SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
-SPANS = ("last_prompt", "post_instruction", "prompt", "response", "all")
-Position = str | int
-Hook = Callable[[Tensor], Tensor | None]
+from replib.reader import Reader, Request, State
+from replib.shards import SHARD, Activations, Shards, texts_of
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Vectors of prompts at layers, with everything needed to know where they came from."""
+class How(NamedTuple):
+    """Arguments of ``capture`` that do not change what is read of a prompt."""
 
-    values: Float[Tensor, "layers prompts ... dim"]
-    """One vector a prompt; with several positions, ``[layers, prompts, positions, dim]``."""
-    layers: tuple[int, ...]
-    positions: Position | tuple[Position, ...]
-    site: str
-    provenance: dict[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, layer: int) -> Float[Tensor, "prompts ... dim"]:
-        """Vectors of one block, by its index (negative: from the end of the captured ones)."""
-        if layer < 0:
-            return self.values[layer]
-        if layer not in self.layers:
-            raise ReplibError(f"Layer {layer} was not captured; captured: {list(self.layers)}.")
-        return self.values[self.layers.index(layer)]
-
-    def __len__(self) -> int:
-        return self.values.shape[1]
-
-    def save(self, path: Path | str) -> Path:
-        """One safetensors file with JSON metadata, written under another name and then renamed."""
-        path = Path(path)
-        about = {
-            "layers": self.layers,
-            "positions": self.positions,
-            "site": self.site,
-            "provenance": self.provenance,
-        }
-        partial = path.with_suffix(".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"values": self.values.contiguous()}, partial, metadata={"replib": json.dumps(about)})
-            os.replace(partial, path)
-        except OSError as error:
-            raise ReplibError(f"Cannot write {path}: {error.strerror}. Set REPLIB_OUT to a folder you own.") from error
-        return path
-
-    @classmethod
-    def load(cls, path: Path | str) -> Activations:
-        """Read back what ``save`` wrote."""
-        if not Path(path).exists():
-            raise ReplibError(f"There is no activation file {path}. Capture first, then save.")
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["replib"])
-            positions = about["positions"]
-            return cls(
-                file.get_tensor("values"),
-                tuple(about["layers"]),
-                tuple(positions) if isinstance(positions, list) else positions,
-                about["site"],
-                about["provenance"],
-            )
+    responses: Sequence[str] | None = None
+    batch_size: int = 64
+    labels: Sequence[str] = ()
 
 
 @torch.no_grad()
-def capture(
+def capture(  # noqa: PLR0913
     model: ChatModel,
     prompts: Sequence[str],
     *,
@@ -99,41 +44,197 @@ def capture(
     site: str = "resid_post",
     layers: Sequence[int] | None = None,
     positions: Position | Sequence[Position] = "last_prompt",
+    pool: str = "mean",
+    max_new_tokens: int = 0,
+    system: str | None = None,
+    overflow: str = "refuse",
     batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    labels: Sequence[str] = (),
 ) -> Activations:
-    """Activations of prompts (with teacher-forced responses, if given) at one site of some blocks.
+    """Activations of prompts (with teacher-forced or generated responses) at one site of some blocks.
 
     Args:
         model: what to read; wrap the call in ``model.adapter_off()`` to read its base.
         prompts: instructions, as text; the chat template is applied here.
         responses: what follows each prompt.
-        site: one of ``SITES``.
+        site: one of ``SITES``; `sites` says where they are.
         layers: block indices, default all; negative ones count from the last.
-        positions: ``last_prompt``, the mean over a span (``post_instruction``, ``prompt``, ``response``, ``all``),
-            an integer counted from the end of the prompt (-1 is its last token), or a sequence of these.
-        batch_size: prompts in one forward pass.
+        positions: ``last_prompt``; a span (``instruction``, ``post_instruction``, ``prompt``, ``response``, ``all``);
+            an integer counted from where the response begins (-1 is the last prompt token, 0 the first response
+            token); or a sequence of these.
+        pool: "mean", a span is the float32 mean over its tokens; "none", every token of one span.
+        max_new_tokens: the model first writes that many tokens of its own greedy answer, and these are the response:
+            position k is what decode step k computed.
+        system: a system prompt before each prompt.
+        overflow: what becomes of a prompt longer than the context: "refuse" or "truncate".
+        batch_size: prompts in one forward pass at most; where memory runs out it is halved.
+        dtype: of the result; the reading itself is in float32.
+        labels: one a prompt, kept with the result.
 
     Returns:
-        float32 vectors on the CPU, in the order of the prompts.
+        Vectors on the CPU, in the order of the prompts.
 
     Raises:
-        ReplibError: layer, site or position unknown, no prompts, an empty span, non-finite activations.
+        ReplibError: layer, site or position unknown, no prompts, an empty span, an answer that ends before the wanted
+            token, non-finite activations, a prompt that alone does not fit into memory.
     """
-    wanted = check_layers(model, range(model.n_layers) if layers is None else layers)
-    single = isinstance(positions, str | int)
-    picks = check_positions([positions] if isinstance(positions, str | int) else list(positions))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found: list[Tensor] = []
-    starts = range(0, len(order), batch_size) if prompts else [0]
-    for start in progress(starts, "capture"):
-        chunk = order[start : start + batch_size]
-        batch = model.encode([prompts[i] for i in chunk], responses and [responses[i] for i in chunk])
-        found.append(_read(model, batch, site, wanted, picks))
-    values = torch.cat(found, dim=1)[:, torch.tensor(order).argsort()]
-    _check_finite(values, wanted, model)
-    about = model.provenance() | versions() | {"prompts": content_hash(list(prompts)), "n": str(len(prompts))}
-    shape = picks[0] if single else tuple(picks)
-    return Activations(values[:, :, 0] if single else values, tuple(wanted), shape, site, about)
+    what = {"pool": pool, "max_new_tokens": max_new_tokens, "system": system, "overflow": overflow, "dtype": dtype}
+    ask = Request.of(model, site=site, layers=layers, positions=positions, **what)
+    return _captured(model, prompts, ask, How(responses, batch_size, labels))[0][site]
+
+
+def capture_sites(
+    model: ChatModel, prompts: Sequence[str], sites: Sequence[str], **options: Any
+) -> dict[str, Activations]:
+    """Activations at several sites from one pass; options are those of ``capture``."""
+    return _captured(model, prompts, *parted(model, options | {"site": sites}))[0]
+
+
+def capture_pair(model: ChatModel, prompts: Sequence[str], **options: Any) -> tuple[Activations, Activations]:
+    """Activations with the adapter on and with it off, (bent, base): the same batches in the same order.
+
+    Options are those of ``capture``; with ``max_new_tokens`` both read what the bent model writes.
+
+    Raises:
+        ReplibError: as ``capture``; the model carries no adapter, or one merged into its weights.
+    """
+    if not model.adapter:
+        raise ReplibError(f"{model.name} carries no adapter, so there is no pair: load it with adapter=….")
+    ask, how = parted(model, options)
+    bent, base = _captured(model, prompts, ask, how, [nullcontext, model.adapter_off])
+    return bent[ask.sites[0]], base[ask.sites[0]]
+
+
+def stream(
+    model: ChatModel, prompts: Iterable[str], *, window: int = SHARD, **options: Any
+) -> Iterator[Float[Tensor, "layers vectors ... dim"]]:
+    """Activations of any number of prompts, ``window`` prompts at a time, none of them kept.
+
+    Options are those of ``capture``. Feed the pieces to `moments.Moments` for means, covariances and PCA in memory
+    that does not grow with the number of prompts.
+    """
+    ask, how = parted(model, options)
+    reader = Reader(model, ask, how.batch_size)
+    texts, answers = iter(prompts), iter(how.responses or ())
+    while part := list(islice(texts, window)):
+        values, _ = reader.read(part, list(islice(answers, window)) if how.responses else None)[0]
+        yield _shaped(values, ask)[0]
+
+
+def capture_to(
+    model: ChatModel,
+    prompts: Sequence[str],
+    folder: Path | str,
+    *,
+    shard: int = SHARD,
+    part: tuple[int, int] = (0, 1),
+    **options: Any,
+) -> Path:
+    """Capture to a folder, ``shard`` prompts a file: what is there already is kept, so a killed capture goes on.
+
+    The bytes do not depend on how often it was stopped. A longer list of prompts is appended to an earlier one.
+
+    Args:
+        model: as in ``capture``.
+        prompts: as in ``capture``.
+        folder: receives the shards; `Activations.load` reads them.
+        shard: prompts in a file, and in memory at a time.
+        part: (i, n): only every n-th shard from the i-th on, for process i of n; `finish_capture` joins them.
+        options: those of ``capture``; ``site`` may be several.
+
+    Raises:
+        ReplibError: as ``capture``; the folder holds activations of another model, request or list of prompts.
+    """
+    ask, how = parted(model, options)
+    reader, shards = Reader(model, ask, how.batch_size), Shards(Path(folder), _recipe(model, ask, shard))
+    windows = list(enumerate(_windows(prompts, how.responses, shard)))
+    for number, (texts, answers) in progress(windows[part[0] :: part[1]], "shards"):
+        if not shards.has(number, _joined(texts, answers)):
+            values, owner = reader.read(texts, answers)[0]
+            shards.write(number, _tensors(values, owner, ask), texts_of(_joined(texts, answers)))
+    return shards.folder if part[1] > 1 else finish_capture(model, prompts, folder, shard=shard, **options)
+
+
+def finish_capture(
+    model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
+) -> Path:
+    """Join the shards that several processes wrote with the same arguments; raises ReplibError if one is missing."""
+    ask, how = parted(model, options)
+    shards = Shards(Path(folder), _recipe(model, ask, shard))
+    for number, window in enumerate(_windows(prompts, how.responses, shard)):
+        if not shards.has(number, _joined(*window)):
+            raise ReplibError(f"{shards.path(number)} is missing: run the capture again, it makes what is missing.")
+    about = provenance(model, ask, prompts, how.responses)
+    return shards.finish(ask.layers, ask.named_positions, ask.sites, about, how.labels)
+
+
+# --------------------------------------------------------------------------------------------- parts of the above
+def parted(model: ChatModel, options: dict[str, Any]) -> tuple[Request, How]:
+    """Options of ``capture``, parted into what is read and how."""
+    what = {name: value for name, value in options.items() if name not in How._fields}
+    return Request.of(model, **what), How(**{name: options[name] for name in options.keys() - what.keys()})
+
+
+def _captured(
+    model: ChatModel, prompts: Sequence[str], ask: Request, how: How, states: Sequence[State] = (nullcontext,)
+) -> list[dict[str, Activations]]:
+    """For each state of the model, by site."""
+    read = Reader(model, ask, how.batch_size, states).read(prompts, how.responses)
+    found = []
+    for state, (values, owner) in zip(states, read, strict=True):
+        with state():
+            found.append(packed(values, owner, ask, how, provenance(model, ask, prompts, how.responses)))
+    return found
+
+
+def packed(values: Tensor, owner: Tensor, ask: Request, how: How, about: dict[str, str]) -> dict[str, Activations]:
+    """What a reader gave, by site."""
+    if how.labels and len(how.labels) != int(about["n"]):
+        raise ReplibError(f"{about['n']} prompts, but {len(how.labels)} labels: give one label a prompt.")
+    rest = (about, tuple(how.labels), None if ask.pool == "mean" else owner)
+    by_site = zip(ask.sites, _shaped(values, ask), strict=True)
+    return {site: Activations(v, ask.layers, ask.named_positions, site, *rest) for site, v in by_site}
+
+
+def _shaped(values: Tensor, ask: Request) -> Float[Tensor, "sites layers vectors ... dim"]:
+    values = values.unflatten(0, (len(ask.sites), len(ask.layers)))
+    return values[:, :, :, 0] if ask.single else values
+
+
+def _tensors(values: Tensor, owner: Tensor, ask: Request) -> dict[str, Tensor]:
+    named = zip(ask.keys, values[:, :, 0] if ask.single else values, strict=True)
+    return {f"{site}.{layer}": v for (site, layer), v in named} | ({"prompt": owner} if ask.pool == "none" else {})
+
+
+def provenance(
+    model: ChatModel, ask: Request, prompts: Sequence[str], responses: Sequence[str] | None
+) -> dict[str, str]:
+    """What a result carries: model, adapter, template, request, prompts, versions."""
+    what = {name: str(value) for name, value in ask.recipe().items() if name not in ("layers", "single")}
+    what["stored"] = what.pop("dtype")
+    texts = {"prompts": content_hash(list(prompts)), "n": str(len(prompts))}
+    answers = {"responses": content_hash(list(responses))} if responses else {}
+    return model.provenance() | versions() | what | texts | answers
+
+
+def _recipe(model: ChatModel, ask: Request, shard: int) -> dict[str, Any]:
+    """What determines the bytes of a shard, beside its prompts; names of folders do not."""
+    by_content = {k: v for k, v in model.provenance().items() if k not in ("model", "adapter", "dtype")}
+    return by_content | versions() | ask.recipe() | {"shard": shard, "weights": str(model.dtype)}
+
+
+def _windows(
+    prompts: Sequence[str], responses: Sequence[str] | None, size: int
+) -> Iterator[tuple[Sequence[str], Sequence[str] | None]]:
+    """Stretches of prompts, with their responses."""
+    for start in range(0, len(prompts), size) if prompts else [0]:
+        rows = slice(start, start + size)
+        yield prompts[rows], responses and responses[rows]
+
+
+def _joined(prompts: Sequence[str], responses: Sequence[str] | None) -> list[str]:
+    return list(prompts) if not responses else [f"{p}\0{r}" for p, r in zip(prompts, responses, strict=True)]
 
 
 def versions() -> dict[str, str]:
@@ -143,132 +244,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def check_layers(model: ChatModel, layers: Sequence[int] | range) -> list[int]:
-    """Layers as indices from 0, or an error that names the range."""
-    bad = [i for i in layers if not -model.n_layers <= i < model.n_layers]
-    if bad or not len(layers):
-        raise ReplibError(
-            f"Layer {bad[0] if bad else '(none)'} is not in {model.name}: it has {model.n_layers} blocks, "
-            f"0 to {model.n_layers - 1} (or -1 to {-model.n_layers} from the end)."
-        )
-    return [i % model.n_layers for i in layers]
-
-
-def check_positions(positions: Sequence[Position]) -> list[Position]:
-    """Positions as they are, or an error that lists the known ones."""
-    for p in positions:
-        if (isinstance(p, str) and p not in SPANS) or (isinstance(p, int) and p >= 0):
-            raise ReplibError(f"Unknown position {p!r}: use {', '.join(SPANS)}, or a negative integer.")
-    return list(positions)
-
-
-class _Enough(Exception):
-    """The last wanted activation has been read; the rest of the forward pass is not needed."""
-
-
-def _read(model: ChatModel, batch: Batch, site: str, layers: list[int], picks: Sequence[Position]) -> Tensor:
-    found: dict[int, Tensor] = {}
-
-    def reader(layer: int) -> Hook:
-        def read(hidden: Tensor) -> None:
-            found[layer] = torch.stack([pick(hidden, batch, p) for p in picks], dim=1).float().cpu()
-            if len(found) == len(set(layers)):
-                raise _Enough
-
-        return read
-
-    with hooked(model, {(site, i): reader(i) for i in set(layers)}), evaluating(model.model), suppress(_Enough):
-        model.forward(batch)
-    return torch.stack([found[i] for i in layers])
-
-
-def pick(hidden: Float[Tensor, "rows tokens dim"], batch: Batch, position: Position) -> Float[Tensor, "rows dim"]:
-    """One vector a row: the token at an integer position, or the float32 mean over a span."""
-    if position == "last_prompt":
-        position = -1
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    if isinstance(position, int):
-        column = batch.last_prompt + position + 1
-        if (column < 0).any() or not batch.attention_mask[rows, column].all():
-            raise ReplibError(f"Position {position} lies before the start of a prompt: prompts are shorter than that.")
-        return hidden[rows, column]
-    mask = span(batch, position).to(hidden.device)
-    if not mask.any(dim=1).all():
-        raise ReplibError(f"The span {position!r} of a row is empty: give responses, or read another position.")
-    return (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
-
-def span(batch: Batch, name: str) -> Tensor:
-    """The token mask of a named span."""
-    return {
-        "post_instruction": batch.post_mask,
-        "prompt": batch.prompt_mask,
-        "response": batch.response_mask,
-        "all": batch.attention_mask.bool(),
-    }[name]
-
-
-def _check_finite(values: Tensor, layers: Sequence[int], model: ChatModel) -> None:
-    broken = [layer for layer, v in zip(layers, values, strict=True) if not v.isfinite().all()]
-    if broken:
-        raise ReplibError(
-            f"Activations of {model.name} are NaN or infinite from layer {broken[0]} on ({model.dtype}). "
-            "Load the model with dtype='float32' or 'bfloat16' (float16 overflows), or check its weights."
-        )
-
-
-# --------------------------------------------------------------------------------------------- hooks
-@contextmanager
-def hooked(model: ChatModel, hooks: dict[tuple[str, int], Hook]) -> Iterator[None]:
-    """Call each hook with its site's tensor; what a hook returns replaces it. All hooks are gone afterwards."""
-    with ExitStack() as stack:
-        for (site, layer), hook in hooks.items():
-            stack.callback(_register(model, site, layer, hook).remove)
-        yield
-
-
-def _register(model: ChatModel, site: str, layer: int, hook: Hook) -> Any:
-    block = model.blocks[layer]
-    if site == "resid_pre":
-        return block.register_forward_pre_hook(_before(hook), with_kwargs=True)
-    return _module(block, site).register_forward_hook(_after(hook))
-
-
-def _module(block: nn.Module, site: str) -> nn.Module:
-    """The block itself, or its attention or feed-forward child, found by name."""
-    if site == "resid_post":
-        return block
-    names = {"attn_out": ("attn", "attention"), "mlp_out": ("mlp", "feed_forward", "moe", "ffn")}.get(site)
-    if names is None:
-        raise ReplibError(f"Unknown site {site!r}: use one of {', '.join(SITES)}.")
-    found = [
-        child
-        for name, child in block.named_children()
-        if any(k in name.lower() for k in names)
-        and any(p.ndim > 1 for p in child.parameters())  # not a norm, not dropout
-    ]
-    if len(found) != 1:
-        raise ReplibError(f"{type(block).__name__} has {len(found)} children named like {names[0]!r}, not one.")
-    return found[0]
-
-
-def _before(hook: Hook) -> Callable:
-    def run(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        by_name = not args
-        new = hook(kwargs["hidden_states"] if by_name else args[0])
-        if new is None:
-            return None
-        return (args, kwargs | {"hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
-
-    return run
-
-
-def _after(hook: Hook) -> Callable:
-    def run(_module: nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-        hidden, rest = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
-        new = hook(hidden)
-        return new if new is None or rest is None else (new, *rest)
-
-    return run

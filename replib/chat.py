@@ -48,6 +48,7 @@ class ChatModel:
         self.blocks: list[nn.Module] = list(resolve(self.causal_lm, self.anatomy.blocks))
         self.final_norm = resolve(self.causal_lm, self.anatomy.final_norm)
         self.unembed = resolve(self.causal_lm, self.anatomy.unembed)
+        self.taps: list[dict[str, Any]] | None = None  # where the sites of each block are, once they were looked for
 
     @property
     def causal_lm(self) -> Any:

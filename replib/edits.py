@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import SITES, Hook, check_layers, hooked
 from replib.chat import ChatModel
 from replib.errors import ReplibError
+from replib.reader import check_layers
+from replib.sites import SITES, Hook, hooked
 
 POSITIONS = ("last_prompt", "prompt", "response", "all")
 Edits = Mapping[int, "AffineEdit"] | Mapping[tuple[str, int], "AffineEdit"]

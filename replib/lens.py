@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replib.activations import Hook, check_layers, hooked, versions
+from replib.activations import versions
 from replib.chat import Batch, ChatModel
 from replib.errors import ReplibError
 from replib.geometry import js_discrete
+from replib.reader import check_layers
+from replib.sites import Hook, hooked
 
 CHUNK = 256  # readings decoded at once: with 128k words 131 MB in float32, however many layers are asked for
 

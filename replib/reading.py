@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from replib.activations import Hook, hooked
 from replib.bend import BendConfig, BendTerms, anchored_cosine, distance, kl_divergence, mean_cosine
 from replib.chat import Batch, ChatModel
 from replib.prompts import Contrast, Dialogue
+from replib.sites import Hook, hooked
 
 SAFE, UNSAFE, RETAIN, TURNED = range(4)
 

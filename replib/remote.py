@@ -17,52 +17,59 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib import activations, models
-from replib.activations import Activations, Position, check_layers, check_positions, pick, versions
+from replib import models
+from replib.activations import Activations, packed, parted, provenance
 from replib.chat import Batch, ChatModel
 from replib.errors import ReplibError
-from replib.progress import progress
-from replib.prompts import content_hash
+from replib.positions import Chosen
+from replib.reader import Reader, Request
+from replib.sites import SITES, tap
 
 KEY = "NDIF_API_KEY"
 Where = Literal["local"] | bool
 
 
-def trace_capture(
-    model: ChatModel,
-    prompts: Sequence[str],
-    *,
-    responses: Sequence[str] | None = None,
-    site: str = "resid_post",
-    layers: Sequence[int] | None = None,
-    positions: Position | Sequence[Position] = "last_prompt",
-    batch_size: int = 16,
-    remote: Where = False,
-) -> Activations:
-    """Activations of prompts; every other argument, the result and its meaning as in `activations.capture`.
+def trace_capture(model: ChatModel, prompts: Sequence[str], *, remote: Where = False, **options: Any) -> Activations:
+    """Activations of prompts; the options, the result and its meaning are those of `activations.capture`.
 
     Args:
+        model: as for ``capture``; for NDIF an `outline` is enough.
+        prompts: as for ``capture``.
         remote: False traces here; True runs on NDIF, and only the wanted positions travel back; "local" packs
             the request as for NDIF and runs it here on freshly loaded weights, to try it before sending it.
+        options: as for ``capture``.
 
     Raises:
-        ReplibError: as `capture`; nnsight or the key is absent; NDIF cannot have this model, or fails.
+        ReplibError: as `capture`; nnsight or the key is absent; NDIF cannot have this model, or fails; NDIF is asked
+            to write answers.
     """
-    wanted = check_layers(model, range(model.n_layers) if layers is None else layers)
-    single = isinstance(positions, str | int)
-    picks = check_positions([positions] if single else list(positions))  # type: ignore[arg-type, list-item]
-    order = sorted(set(wanted))  # a trace reads modules in the order in which they run
-    found = []
-    with _traced(model, remote) as tracer:
-        for start in progress(range(0, len(prompts), batch_size) if prompts else [0], "trace"):
-            rows = slice(start, start + batch_size)
-            batch = model.encode(prompts[rows], responses and responses[rows])
-            found.append(_read(tracer, _places(model, site, order), _weights(batch, picks), batch, remote=remote))
-    values = torch.cat(found, dim=1)[[order.index(layer) for layer in wanted]]
-    activations._check_finite(values, wanted, model)
-    about = _provenance(model, remote) | {"prompts": content_hash(list(prompts)), "n": str(len(prompts))}
-    shape = picks[0] if single else tuple(picks)
-    return Activations(values[:, :, 0] if single else values, tuple(wanted), shape, site, about)
+    ask, how = parted(model, {"batch_size": 16} | options)
+    if remote and ask.max_new_tokens:
+        raise ReplibError("Answers are not written remotely: write them first and pass them as responses=….")
+    values, owner = TraceReader(model, ask, how.batch_size, remote).read(prompts, how.responses)[0]
+    about = provenance(model, ask, prompts, how.responses) | _where(remote)
+    return packed(values, owner, ask, how, about)[ask.sites[0]]
+
+
+class TraceReader(Reader):
+    """Reads through nnsight instead of hooks; everything else is the same."""
+
+    def __init__(self, model: ChatModel, ask: Request, batch_size: int, remote: Where):
+        super().__init__(model, ask, batch_size)
+        self.remote, self.tracer = remote, None
+        self.order = sorted(set(ask.keys), key=lambda key: (key[1], SITES.index(key[0])))  # in which modules run
+        self.places = _places(model, self.order)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Nnsight's view of the model while batches are read."""
+        with _traced(self.model, self.remote) as self.tracer:
+            yield
+
+    def values(self, batch: Batch, chosen: Chosen) -> Float[Tensor, "keys vectors positions dim"]:
+        """What is wanted of one batch, from one traced forward pass."""
+        found = _read(self.tracer, self.places, _weights(batch, chosen), batch, remote=self.remote)
+        return found[[self.order.index(key) for key in self.ask.keys]].to(self.ask.dtype)
 
 
 class Outline(ChatModel):
@@ -90,41 +97,42 @@ def outline(name: str) -> Outline:
 
 
 def _read(
-    tracer: Any,
-    places: Sequence[tuple[str, bool]],
-    weights: Float[Tensor, "rows positions tokens"],
-    batch: Batch,
-    *,
-    remote: Where,
-) -> Float[Tensor, "layers rows positions dim"]:
+    tracer: Any, places: Sequence[tuple[str, bool]], wanted: Tensor, batch: Batch, *, remote: Where
+) -> Float[Tensor, "keys vectors positions dim"]:
     """One traced forward pass. Its body runs where the model is, so it uses torch and plain values only."""
-    modules = [(tracer.get(path), before) for path, before in places]
-    inputs = batch.inputs()
+    modules = [(tracer.get(path), after) for path, after in places]
+    inputs = batch.inputs() | {"use_cache": False}
     with torch.no_grad(), _failures(), tracer.trace(inputs, remote=remote) as run:
         values = []
-        for module, before in modules:
-            seen = module.input if before else module.output
+        for module, after in modules:
+            seen = module.output if after else module.input
             hidden = seen[0] if isinstance(seen, tuple) else seen
-            values.append(torch.einsum("rpt,rtd->rpd", weights.to(hidden.device), hidden.float()).cpu())
+            there = wanted.to(hidden.device)
+            if there.dtype == torch.bool:
+                values.append(hidden[there].float()[:, None].cpu())
+            else:
+                values.append(torch.einsum("rpt,rtd->rpd", there, hidden.float()).cpu())
         found = torch.stack(values).save()  # type: ignore[attr-defined] # put there by nnsight
         run.stop()
     return found
 
 
-def _weights(batch: Batch, picks: Sequence[Position]) -> Float[Tensor, "rows positions tokens"]:
-    """How much each token counts for each position: `pick` is linear, so it is asked about the identity."""
+def _weights(batch: Batch, chosen: Chosen) -> Tensor:
+    """How much each token counts for each position, [rows, positions, tokens]; or, token by token, a mask of them.
+
+    What is chosen is linear in the hidden states, so it is asked about the identity.
+    """
     rows, tokens = batch.input_ids.shape
-    identity = torch.eye(tokens, device=batch.input_ids.device).expand(rows, tokens, tokens)
-    return torch.stack([pick(identity, batch, position) for position in picks], dim=1)
+    if chosen.mask is not None:
+        return chosen.mask
+    return chosen.take(torch.eye(tokens, device=batch.input_ids.device).expand(rows, tokens, tokens))
 
 
-def _places(model: ChatModel, site: str, layers: Sequence[int]) -> list[tuple[str, bool]]:
-    """For each layer the dotted path of the module to read, and whether its input is meant."""
-    before = site == "resid_pre"
-    blocks = (model.blocks[i] for i in layers)
-    read = [block if before else activations._module(block, site) for block in blocks]
+def _places(model: ChatModel, keys: Sequence[tuple[str, int]]) -> list[tuple[str, bool]]:
+    """For each site of a block the dotted path of a module, and whether its output is meant or its input."""
     paths = {id(module): path for path, module in model.causal_lm.named_modules()}
-    return [(paths[id(module)], before) for module in read]
+    found = [tap(model, site, layer) for site, layer in keys]
+    return [(paths[id(at.module)], at.after) for at in found]
 
 
 @contextmanager
@@ -174,10 +182,10 @@ def _failures() -> Iterator[None]:
         ) from error
 
 
-def _provenance(model: ChatModel, remote: Where) -> dict[str, str]:
-    where = "NDIF" if remote is True else "here"
+def _where(remote: Where) -> dict[str, str]:
+    """What to say in the provenance of a result that was traced."""
     theirs = {"revision": "main", "dtype": "", "fingerprint": ""} if remote is True else {}
-    return model.provenance() | theirs | versions() | {"nnsight": _nnsight().__version__, "ran": where}
+    return theirs | {"nnsight": _nnsight().__version__, "ran": "NDIF" if remote is True else "here"}
 
 
 def _nnsight() -> Any:

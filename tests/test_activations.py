@@ -3,10 +3,14 @@
 import pytest
 import tiny
 import torch
+from accelerate import dispatch_model
 
-from replib.activations import Activations, capture, hooked, span
+from replib import reader
+from replib.activations import capture, capture_pair, stream
 from replib.errors import ReplibError
 from replib.models import load
+from replib.positions import span
+from replib.sites import hooked
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]
 RESPONSES = ["w20 w21", "w22", "w23 w24 w25", "w26"]
@@ -43,15 +47,6 @@ def test_resid_pre_of_a_block_is_resid_post_of_the_one_before(model):
     torch.testing.assert_close(pre.values[1:], post.values[:-1])
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
-def test_sublayer_outputs_add_up_to_the_stream(kind, tmp_path):
-    model = load(tiny.save_model(tmp_path, kind))
-    pre, attn, mlp, post = (
-        capture(model, PROMPTS, site=s).values for s in ("resid_pre", "attn_out", "mlp_out", "resid_post")
-    )
-    torch.testing.assert_close(pre + attn + mlp, post, atol=1e-5, rtol=1e-4)
-
-
 def test_batch_size_and_order_do_not_matter(model):
     one, four = capture(model, PROMPTS, batch_size=1), capture(model, PROMPTS, batch_size=4)
     torch.testing.assert_close(one.values, four.values, atol=1e-5, rtol=1e-4)
@@ -85,16 +80,6 @@ def test_reading_stops_after_the_last_wanted_block(llama):
     assert not reached
 
 
-def test_saving_keeps_every_bit_and_the_provenance(llama, tmp_path):
-    acts = capture(llama, PROMPTS, positions=["last_prompt", -2])
-    again = Activations.load(acts.save(tmp_path / "a.safetensors"))
-    assert torch.equal(acts.values, again.values)
-    assert (again.layers, again.positions, again.site) == (acts.layers, acts.positions, acts.site)
-    assert again.provenance == acts.provenance
-    assert again.provenance["n"] == "4"
-    assert not list(tmp_path.glob("*.partial"))
-
-
 def test_hooks_are_gone_after_an_exception_inside_the_forward_pass(llama):
     def explode(_):
         raise RuntimeError("boom")
@@ -120,7 +105,12 @@ def test_adapter_off_reads_the_base(tmp_path):
     [
         ({"layers": [7]}, "Layer 7 is not in .* 0 to 2"),
         ({"positions": "middle"}, "Unknown position 'middle'"),
-        ({"positions": 0}, "Unknown position 0"),
+        ({"positions": 0}, "Position 0 lies beyond the response of 4 of 4 prompts"),
+        ({"positions": []}, "No position was given"),
+        ({"positions": "prompt", "pool": "max"}, "Unknown pooling 'max'"),
+        ({"positions": "last_prompt", "pool": "none"}, "pool='none' takes one span"),
+        ({"labels": ["a"]}, "4 prompts, but 1 labels"),
+        ({"responses": RESPONSES[:1]}, "4 prompts and 1 responses"),
         ({"site": "resid"}, "Unknown site 'resid'"),
         ({"positions": "response"}, "'response' of a row is empty"),
         ({"positions": -9}, "Position -9 lies before the start"),
@@ -152,12 +142,183 @@ def test_nan_activations_name_the_first_broken_layer(tmp_path):
         capture(model, PROMPTS)
 
 
-def test_an_unwritable_folder_is_named(llama, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ReplibError, match="Cannot write .*REPLIB_OUT"):
-        capture(llama, PROMPTS).save(tmp_path / "file" / "a.safetensors")
-
-
 def test_span_names_cover_the_masks(llama):
     batch = llama.encode(PROMPTS, RESPONSES)
     assert torch.equal(span(batch, "prompt") | span(batch, "response"), span(batch, "all"))
+
+
+# --------------------------------------------------------------------------------------------- responses
+def test_integers_from_zero_on_are_tokens_of_the_response(model):
+    forced = ["w20 w21", "w22 w23", "w23 w24 w25", "w26 w20"]
+    acts = capture(model, PROMPTS, responses=forced, positions=[0, 1, -1], layers=[1])
+    for i, (prompt, response) in enumerate(zip(PROMPTS, forced, strict=True)):
+        n = len(prompt.split()) + 3
+        expected = single(model, prompt, response)[2][[n, n + 1, n - 1]]
+        torch.testing.assert_close(acts[1][i], expected, atol=2e-5, rtol=1e-4)
+
+
+def written_by_hand(model, steps):
+    """What decode steps see, with hooks on transformers' own generation, one prompt at a time."""
+    rows = []
+    for prompt in PROMPTS:
+        ids = model.tokenizer(f"<s> {prompt} <end> <ask>", return_tensors="pt")["input_ids"]
+        seen = []
+        handle = model.blocks[1].register_forward_hook(
+            lambda _m, _a, out, seen=seen: seen.append((out if isinstance(out, torch.Tensor) else out[0])[0, -1])
+        )
+        model.causal_lm.generate(ids, max_new_tokens=steps + 1, min_new_tokens=steps + 1, do_sample=False)
+        handle.remove()
+        rows.append(torch.stack(seen[1 : steps + 1]))  # the first call reads the prompt
+    return torch.stack(rows)
+
+
+def test_positions_of_a_written_answer_are_what_decode_steps_compute(model):
+    model.causal_lm.generation_config.eos_token_id = None  # no answer ends early
+    acts = capture(model, PROMPTS, max_new_tokens=4, positions=[0, 1, 3], layers=[1])
+    torch.testing.assert_close(acts[1], written_by_hand(model, 4)[:, [0, 1, 3]], atol=2e-5, rtol=1e-4)
+    before = capture(model, PROMPTS, positions="last_prompt", layers=[1])
+    again = capture(model, PROMPTS, max_new_tokens=4, positions="last_prompt", layers=[1])
+    torch.testing.assert_close(again[1], before[1], atol=1e-5, rtol=1e-4)  # the prompt's last token, not a decoded one
+
+
+def test_an_answer_that_ends_before_the_wanted_token_is_said(llama, monkeypatch):
+    first = llama.written(llama.encode(PROMPTS), 1).input_ids[0, -1].item()
+    monkeypatch.setattr(llama.causal_lm.generation_config, "eos_token_id", first)
+    with pytest.raises(ReplibError, match="Position 2 lies beyond the response of [1-4] of 4 prompts"):
+        capture(llama, PROMPTS, max_new_tokens=4, positions=2)
+
+
+def test_single_tokens_of_a_span(model):
+    acts = capture(model, PROMPTS, responses=RESPONSES, positions="response", pool="none", layers=[0])
+    assert acts.prompt.tolist() == [0, 0, 1, 2, 2, 2, 3]
+    expected = torch.cat(
+        [single(model, p, r)[1][len(p.split()) + 3 :] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    )
+    torch.testing.assert_close(acts[0], expected, atol=2e-5, rtol=1e-4)
+    means = capture(model, PROMPTS, responses=RESPONSES, positions="response", layers=[0])[0]
+    torch.testing.assert_close(torch.stack([acts.of([i])[0].mean(0) for i in range(4)]), means, atol=1e-5, rtol=1e-4)
+
+
+def test_results_are_picked_by_position_and_label(llama):
+    acts = capture(llama, PROMPTS, positions=["last_prompt", -2], labels=["a", "b", "a", "a"])
+    assert torch.equal(acts.at(-2).where("b").values, acts.values[:, 1:2, 1])
+    assert acts.where("a").labels == ("a", "a", "a")
+    with pytest.raises(ReplibError, match="Position -3 is not one of several"):
+        acts.at(-3)
+    with pytest.raises(ReplibError, match="No prompt is labelled 'c'"):
+        acts.where("c")
+    with pytest.raises(ReplibError, match="Layer 9 was not captured"):
+        acts[9]
+
+
+# --------------------------------------------------------------------------------------------- base and bent
+@pytest.fixture(scope="module")
+def bent(tmp_path_factory):
+    folder = tiny.save_model(tmp_path_factory.mktemp("base"))
+    return load(folder, adapter=tiny.save_adapter(tmp_path_factory.mktemp("adapter"), folder))
+
+
+def test_a_pair_is_what_two_captures_give(bent):
+    on, off = capture_pair(bent, PROMPTS, positions=["prompt", -1], batch_size=3)
+    assert torch.equal(on.values, capture(bent, PROMPTS, positions=["prompt", -1], batch_size=3).values)
+    with bent.adapter_off():
+        alone = capture(bent, PROMPTS, positions=["prompt", -1], batch_size=3)
+    assert torch.equal(off.values, alone.values) and off.provenance == alone.provenance
+    assert on.provenance["adapter"] and not off.provenance["adapter"]
+
+
+def test_a_pair_reads_the_answer_of_the_bent_model_twice(bent):
+    on, off = capture_pair(bent, PROMPTS, max_new_tokens=3, positions="response", layers=[0])
+    answers = bent.generate(PROMPTS, max_new_tokens=3)
+    forced = capture_pair(bent, PROMPTS, responses=answers, positions="response", layers=[0])
+    for found, expected in zip((on, off), forced, strict=True):
+        torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-4)
+
+
+def test_without_an_adapter_there_is_no_pair(llama):
+    with pytest.raises(ReplibError, match="carries no adapter"):
+        capture_pair(llama, PROMPTS)
+
+
+# --------------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_streamed_pieces_joined_are_the_capture(llama, window):
+    pieces = list(stream(llama, iter(PROMPTS), window=window, responses=iter(RESPONSES), positions="response"))
+    expected = capture(llama, PROMPTS, responses=RESPONSES, positions="response").values
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-4)
+    assert len(pieces) == -(-len(PROMPTS) // window)
+
+
+def small_memory(monkeypatch, model, most, error=torch.OutOfMemoryError):
+    """A device that can read ``most`` padded tokens at a time."""
+    sizes, forward = [], model.forward
+
+    def refusing(batch):
+        sizes.append(tuple(batch.input_ids.shape))
+        if batch.input_ids.numel() > most:
+            raise error("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(batch)
+
+    monkeypatch.setattr(model, "forward", refusing)
+    return sizes
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(llama, monkeypatch, error):
+    prompts = PROMPTS * 8
+    expected = capture(llama, prompts)
+    sizes = small_memory(monkeypatch, llama, most=40, error=error)
+    found = capture(llama, prompts, batch_size=32)
+    torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-4)
+    refused = [s for s in sizes if s[0] * s[1] > 40]
+    assert len(refused) == 3  # 32 rows of 8 tokens, then 16, then 8; 4 fit, and so does all that is as large
+    assert max(rows for rows, width in sizes if width == 4) > 4  # shorter prompts go on in larger batches
+
+
+def test_a_prompt_that_alone_is_too_large_is_said(llama, monkeypatch):
+    small_memory(monkeypatch, llama, most=7)
+    before = [len(b._forward_hooks) for b in llama.blocks]
+    with pytest.raises(ReplibError, match="A single prompt of 8 tokens does not fit"):
+        capture(llama, PROMPTS)
+    assert [len(b._forward_hooks) for b in llama.blocks] == before
+
+
+def test_other_errors_of_the_forward_pass_are_not_mistaken_for_memory(llama, monkeypatch):
+    monkeypatch.setattr(llama, "forward", lambda batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        capture(llama, PROMPTS)
+    assert not reader.out_of_memory(RuntimeError("shapes do not match"))
+
+
+# --------------------------------------------------------------------------------------------- states of a model
+def test_a_model_in_train_mode_with_dropout_and_checkpointing_is_read_as_in_eval_mode(tmp_path):
+    model = load(tiny.save_model(tmp_path, "gpt2"))  # dropout 0.1
+    expected = capture(model, PROMPTS).values
+    model.model.gradient_checkpointing_enable()
+    model.model.train()
+    assert torch.equal(capture(model, PROMPTS).values, expected)
+    assert model.model.training
+
+
+def test_a_capture_inside_a_capture_disturbs_neither(llama):
+    expected, inner = capture(llama, PROMPTS), []
+
+    def again(_):
+        if not inner:
+            inner.append(None)
+            inner[0] = capture(llama, PROMPTS[::-1], layers=[2, 0])
+
+    with hooked(llama, {("resid_post", 0): again}):
+        outer = capture(llama, PROMPTS)
+    assert torch.equal(outer.values, expected.values)
+    torch.testing.assert_close(inner[0].values.flip(1), expected.values[[2, 0]], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_spread_over_memory_and_disk_is_read_the_same(tmp_path):
+    expected = capture(load(tiny.save_model(tmp_path / "model")), PROMPTS, site="attn_out").values
+    spread = load(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    dispatch_model(spread.model, places, offload_dir=tmp_path / "disk", main_device="cpu", force_hooks=True)
+    assert next(spread.blocks[1].parameters()).is_meta
+    torch.testing.assert_close(capture(spread, PROMPTS, site="attn_out").values, expected)

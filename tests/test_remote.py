@@ -12,12 +12,13 @@ from replib.activations import capture
 from replib.errors import ReplibError
 from replib.models import load
 from replib.remote import outline, trace_capture
+from replib.sites import SITES
 
 PROMPTS = ["w1 w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w11", "w12 w13"]
 RESPONSES = ["w1 w2", "w3", "w4 w5 w6", "w7"]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma2", "olmo2", "gpt_neox", "gpt2"])
 def folder(request, tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -40,10 +41,10 @@ def same(traced, hooked):
         assert traced.provenance[key] == hooked.provenance[key]
 
 
-@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out"])
+@pytest.mark.parametrize("site", SITES)
 def test_a_local_trace_equals_hooks_at_every_site(model, site):
-    if model.causal_lm.config.model_type == "gpt_neox" and site.endswith("_out"):
-        pytest.skip("capture does not find the sublayers of GPT-NeoX")
+    if model.causal_lm.config.model_type == "gpt_neox" and site == "resid_mid":
+        pytest.skip("attention and MLP run side by side in GPT-NeoX: there is nothing between them")
     same(trace_capture(model, PROMPTS, site=site), capture(model, PROMPTS, site=site))
 
 
@@ -53,6 +54,17 @@ def test_a_local_trace_equals_hooks_at_every_site(model, site):
 def test_a_local_trace_equals_hooks_at_every_position(model, positions):
     wanted = {"responses": RESPONSES, "positions": positions, "layers": [-1, 0]}
     same(trace_capture(model, PROMPTS, batch_size=3, **wanted), capture(model, PROMPTS, **wanted))
+
+
+def test_single_tokens_and_written_answers_are_traced_as_they_are_hooked(model):
+    wanted = {"responses": RESPONSES, "positions": "response", "pool": "none", "layers": [1]}
+    traced = trace_capture(model, PROMPTS, **wanted)
+    same(traced, capture(model, PROMPTS, **wanted))
+    assert traced.prompt.tolist() == [0, 0, 1, 2, 2, 2, 3]
+    written = {"max_new_tokens": 3, "positions": "all", "labels": ["a", "b", "b", "a"]}
+    same(trace_capture(model, PROMPTS, **written), capture(model, PROMPTS, **written))
+    with pytest.raises(ReplibError, match="Answers are not written remotely"):
+        trace_capture(model, PROMPTS, remote="local", **written)
 
 
 def test_rows_do_not_depend_on_the_batch_they_are_padded_in(model):
@@ -145,7 +157,7 @@ def test_without_nnsight_the_error_says_what_to_install(model, monkeypatch):
         ({"layers": [7]}, "Layer 7"),
         ({"positions": "middle"}, "position"),
         ({"positions": "response"}, "empty"),
-        ({"site": "resid_mid"}, "site"),
+        ({"site": "resid_middle"}, "site"),
         ({"positions": -40}, "Position -40"),
     ],
 )

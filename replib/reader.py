@@ -1,0 +1,204 @@
+"""Read hidden states of many prompts: hooks that slice, batches of like length, a stop after the last wanted block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replib.chat import Batch, ChatModel, Row, evaluating
+from replib.errors import ReplibError
+from replib.positions import SPANS, Chosen, Position, check_positions, choose
+from replib.progress import progress
+from replib.sites import Hook, check_site, hooked
+
+State = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is read of each prompt. Made by ``capture`` from its arguments, where they are explained."""
+
+    sites: tuple[str, ...]
+    layers: tuple[int, ...]
+    positions: tuple[Position, ...]
+    single: bool
+    pool: str = "mean"
+    max_new_tokens: int = 0
+    system: str | None = None
+    overflow: str = "refuse"
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(
+        cls,
+        model: ChatModel,
+        *,
+        site: str | Sequence[str] = "resid_post",
+        layers: Sequence[int] | None = None,
+        positions: Position | Sequence[Position] = "last_prompt",
+        **more: Any,
+    ) -> Request:
+        """The request that the arguments of ``capture`` make, or an error that names the wrong one."""
+        picks = [positions] if isinstance(positions, str | int) else list(positions)
+        asked = cls(
+            tuple(check_site(s) for s in ([site] if isinstance(site, str) else site)),
+            tuple(check_layers(model, range(model.n_layers) if layers is None else layers)),
+            tuple(check_positions(picks)),
+            isinstance(positions, str | int),
+            **more,
+        )
+        if asked.pool not in ("mean", "none"):
+            raise ReplibError(
+                f"Unknown pooling {asked.pool!r}: use 'mean' (one vector a prompt) or 'none' (one a token)."
+            )
+        if asked.pool == "none" and (not asked.single or picks[0] not in SPANS[1:]):
+            raise ReplibError(f"pool='none' takes one span ({', '.join(SPANS[1:])}), not positions={positions!r}.")
+        return asked
+
+    @property
+    def named_positions(self) -> Position | tuple[Position, ...]:
+        """As they were asked for: one, or several."""
+        return self.positions[0] if self.single else self.positions
+
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        """Every (site, layer), in the order of the results."""
+        return [(site, layer) for site in self.sites for layer in self.layers]
+
+    def recipe(self) -> dict[str, Any]:
+        """As plain values, for a file."""
+        plain = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sites": list(self.sites),
+            "layers": list(self.layers),
+        }
+        return vars(self) | plain | {"positions": list(self.positions)}
+
+
+def check_layers(model: ChatModel, layers: Sequence[int] | range) -> list[int]:
+    """Layers as indices from 0, or an error that names the range."""
+    bad = [i for i in layers if not -model.n_layers <= i < model.n_layers]
+    if bad or not len(layers):
+        raise ReplibError(
+            f"Layer {bad[0] if bad else '(none)'} is not in {model.name}: it has {model.n_layers} blocks, "
+            f"0 to {model.n_layers - 1} (or -1 to {-model.n_layers} from the end)."
+        )
+    return [i % model.n_layers for i in layers]
+
+
+class _Enough(Exception):
+    """The last wanted activation has been read; the rest of the forward pass is not needed."""
+
+
+class Reader:
+    """Reads prompts in batches of like length, longest first; where memory runs out, in smaller ones from then on."""
+
+    def __init__(self, model: ChatModel, ask: Request, batch_size: int, states: Sequence[State] = (nullcontext,)):
+        self.model, self.ask, self.states, self.batch_size = model, ask, states, batch_size
+        self.tokens = float("inf")  # in one batch at most, padding included
+        self.batch: Batch | None = None
+        self.chosen: Chosen | None = None
+        self.found: dict[tuple[str, int], Tensor] = {}
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[str], responses: Sequence[str] | None) -> list[tuple[Tensor, Tensor]]:
+        """For each state of the model ``[sites x layers, vectors, positions, dim]``, and the prompt of each vector."""
+        rows = self.model.tokenize(prompts, responses, system=self.ask.system, overflow=self.ask.overflow)
+        owners, found = [], []
+        with self.ready():
+            for chunk, owner, values in progress(
+                self._batches(rows), "capture", total=-(-len(rows) // self.batch_size)
+            ):
+                owners.append(torch.tensor(chunk)[owner])
+                found.append(values)
+        owner = torch.cat(owners)
+        order = owner.argsort(stable=True)
+        return [(torch.cat(kept, dim=1)[:, order], owner[order]) for kept in zip(*found, strict=True)]
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The model as it must be while batches are read: hooks on, dropout off."""
+        with hooked(self.model, {key: self._hook(key) for key in self.ask.keys}), evaluating(self.model.model):
+            yield
+
+    def values(self, batch: Batch, chosen: Chosen) -> Float[Tensor, "keys vectors positions dim"]:
+        """What is wanted of one batch, on the CPU."""
+        self.batch, self.chosen, self.found = batch, chosen, {}
+        with suppress(_Enough):
+            self.model.forward(batch)
+        found, self.found = self.found, {}
+        return torch.stack([found[key].cpu() for key in self.ask.keys])
+
+    def _hook(self, key: tuple[str, int]) -> Hook:
+        def read(hidden: Tensor) -> None:
+            if self.chosen is None or self.model.reading is not self.batch:
+                return  # the answer is being written, or another capture runs inside this one
+            found = self.chosen.take(hidden).to(self.ask.dtype)
+            self.found[key] = found.cpu() if self.ask.pool == "none" else found
+            if len(self.found) == len(set(self.ask.keys)):
+                raise _Enough
+
+        return read
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], Tensor, list[Tensor]]]:
+        order, start = sorted(range(len(rows)), key=lambda i: -len(rows[i])), 0
+        while start < len(order):
+            width = len(rows[order[start]]) + self.ask.max_new_tokens
+            size = int(max(1, min(self.batch_size, self.tokens // width)))
+            chunk = order[start : start + size]
+            read = self._within_memory([rows[i] for i in chunk])
+            if read:
+                yield chunk, *read
+                start += len(chunk)
+            else:
+                self.tokens = width * (len(chunk) // 2)
+
+    def _within_memory(self, rows: Sequence[Row]) -> tuple[Tensor, list[Tensor]] | None:
+        """What one batch gives, or nothing if it does not fit and could be smaller."""
+        try:
+            return self._pass(rows)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise ReplibError(
+                    f"A single prompt of {len(rows[0])} tokens does not fit into the memory of {self.model.device}: "
+                    "shorten it, load the model in bfloat16, or spread it with device='auto'."
+                ) from error
+        self.found = {}
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return None
+
+    def _pass(self, rows: Sequence[Row]) -> tuple[Tensor, list[Tensor]]:
+        batch = self.model.pad(rows)
+        if self.ask.max_new_tokens:
+            batch = self.model.written(batch, self.ask.max_new_tokens)
+        chosen = choose(batch, self.ask.positions, self.ask.pool)
+        found = []
+        for state in self.states:
+            with state():
+                found.append(self._finite(self.values(batch, chosen)))
+        return chosen.rows.cpu(), found
+
+    def _finite(self, values: Float[Tensor, "keys vectors positions dim"]) -> Tensor:
+        for (site, layer), v in zip(self.ask.keys, values, strict=True):
+            if not v.isfinite().all():
+                raise ReplibError(
+                    f"Activations of {self.model.name} are NaN or infinite from layer {layer} on ({site}, "
+                    f"{self.model.dtype}). Load the model with dtype='float32' or 'bfloat16' (float16 overflows), "
+                    "or check its weights."
+                )
+        return values
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
