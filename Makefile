@@ -13,9 +13,8 @@ PYTHON ?= $(or $(FOUND),python3)
 # CI=true adds the slow tests.
 SLOW := $(if $(filter true,$(CI)),-m "")
 
-# Idle OpenMP threads spin for some microseconds and then sleep: on few cores more spinning costs more than it wins.
+# Idle OpenMP threads sleep: spinning, they would take the cores that other programs are working on.
 export OMP_WAIT_POLICY := passive
-export GOMP_SPINCOUNT := 20000
 
 .PHONY: help demo test lab lint organism clean
 
