@@ -13,8 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from replib.chat import Batch, ChatModel, evaluating
+
+# Exactly these: hybrid layers inherit from them, and their recurrent state would not follow when rows are selected.
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,10 @@ class Prefix:
 
     @property
     def whole(self) -> bool:
-        """Whether the cache is one of keys and values, and every prompt has a token in it."""
-        return isinstance(self.cache, DynamicCache) and bool((self.batch.attention_mask.sum(1) > 1).all())
+        """Whether the cache is one of keys and values in every layer, and every prompt has a token in it."""
+        if not isinstance(self.cache, DynamicCache) or any(type(x) not in KEYS_AND_VALUES for x in self.cache.layers):
+            return False
+        return bool((self.batch.attention_mask.sum(1) > 1).all())
 
     @classmethod
     @torch.no_grad()

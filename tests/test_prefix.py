@@ -50,3 +50,10 @@ def test_a_prompt_of_one_token_has_no_prefix(model):
         assert not Prefix.read(model, ["w1 w2 w3", "w4"]).whole
     finally:
         model.template = template
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "falcon_h1"])
+def test_a_hybrid_model_has_no_prefix_that_can_be_shared(kind, tmp_path):
+    """Its recurrent states, in blocks of their own or beside the attention, cannot be copied row by row."""
+    hybrid = load(tiny.save_model(tmp_path, kind))
+    assert not Prefix.read(hybrid, PROMPTS).whole

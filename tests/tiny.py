@@ -30,6 +30,11 @@ SIZES = {
     "cohere": GROUPED | {"logit_scale": 0.25},
     "granite": GROUPED | {"logits_scaling": 8.0},
 }
+RECURRENT = {
+    "lfm2": GROUPED | {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "falcon_h1": GROUPED
+    | {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4},
+}
 
 
 def tokenizer():
@@ -60,7 +65,7 @@ def save_model(folder: Path, kind: str = "llama") -> Path:
         eos_token_id=2,
         pad_token_id=0,
         initializer_range=0.4,
-        **SIZES[kind],
+        **(SIZES | RECURRENT)[kind],
     )
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
