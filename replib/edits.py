@@ -131,16 +131,18 @@ def _hook(model: ChatModel, edits: Sequence[AffineEdit | None], positions: str) 
             return None
         if len(hidden) % len(edits):
             raise ReplibError(f"{len(hidden)} rows do not fall into {len(edits)} equal groups, one for each edit.")
-        where = torch.ones_like(hidden[..., 0], dtype=torch.bool) if mask is None else mask
-        parts = zip(edits, hidden.chunk(len(edits)), where.chunk(len(edits)), strict=True)
+        where: Sequence[Tensor | None] = [None] * len(edits) if mask is None else mask.chunk(len(edits))
+        parts = zip(edits, hidden.chunk(len(edits)), where, strict=True)
         return torch.cat([_edited(*part) for part in parts])
 
     return run
 
 
-def _edited(edit: AffineEdit | None, hidden: Tensor, where: Tensor) -> Tensor:
+def _edited(edit: AffineEdit | None, hidden: Tensor, where: Tensor | None) -> Tensor:
     if edit is None:
         return hidden
+    if where is None:
+        return edit(hidden)
     edited = hidden.clone()
     edited[where] = edit(hidden[where])
     return edited
