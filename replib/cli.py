@@ -94,7 +94,7 @@ def _export(executed: list[Path], settings: Settings) -> None:
 
 def _verb(args: Namespace, settings: Settings) -> None:
     extra = {name: value for name, value in vars(args).items() if name in COEFFICIENTS and value is not None}
-    verb = getattr(import_module("replib.study"), f"run_{args.command}")
+    verb = getattr(import_module("replib.commands"), f"run_{args.command}")
     print(f"wrote {verb(settings, **extra)}")
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +38,7 @@ from replib.prompts import (
 )
 from replib.settings import Settings, data_dir
 from replib.splits import Splits, split_by
-from replib.store import key_of, write_text
+from replib.store import key_of
 from replib.train import BendData, TrainConfig, TrainResult, train
 
 OPENING = "Sure, here is how."
@@ -330,37 +329,3 @@ def _sample(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
     """In an order drawn from the seed, so that any beginning of the list is a fair sample."""
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[:limit]
     return [prompts[i] for i in order.tolist()]
-
-
-# --------------------------------------------------------------------------------------------- command line
-def run_audit(settings: Settings) -> Path:
-    """``replib audit``: one table, as CSV."""
-    study = Study.open(settings)
-    return study.audit().save(settings.out / f"audit-{Path(settings.model).name}.csv")
-
-
-def run_bend(
-    settings: Settings,
-    *,
-    alpha: float | None = None,
-    beta: float | None = None,
-    gamma: float | None = None,
-    steps: int | None = None,
-) -> Path:
-    """``replib bend``: train an adapter, with single coefficients changed."""
-    study = Study.open(settings)
-    bend, config = study.preset()
-    named = {"alpha": alpha, "beta": beta, "gamma": gamma}
-    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    result = study.bend(replace(bend, **given), replace(config, steps=steps) if steps else config)
-    return Path(str(result.model.adapter))
-
-
-def run_sweep(settings: Settings) -> Path:
-    """``replib sweep``: every method at every block, at the last prompt token and at all positions, as CSV."""
-    study = Study.open(settings)
-    sweeper = study.sweeper()
-    pca_ot = [("pca_ot", "last_prompt"), ("pca_ot", "all")]
-    tables = [sweeper.layers(method, positions=positions) for method, positions in (*pca_ot, *BASELINES)]
-    name = f"sweep-{Path(settings.model).name}.csv"
-    return write_text(settings.out / name, pd.concat(tables).to_csv(index=False))

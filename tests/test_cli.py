@@ -66,7 +66,7 @@ def verb(monkeypatch):
             name,
             lambda settings, **extra: calls.append((settings, extra)) or Path("runs/result.json"),
         )
-    monkeypatch.setitem(sys.modules, "replib.study", module)
+    monkeypatch.setitem(sys.modules, "replib.commands", module)
     return SimpleNamespace(calls=calls, module=module)
 
 

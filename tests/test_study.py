@@ -8,12 +8,13 @@ import tiny
 import torch
 
 from replib import views
+from replib.commands import run_audit, run_bend, run_sweep
 from replib.errors import ReplibError
 from replib.geometry import layer_profile
 from replib.judges import ExactJudge, PhraseJudge
 from replib.lens import compare, logit_lens
 from replib.settings import Settings
-from replib.study import Study, run_audit, run_bend, run_sweep
+from replib.study import Study
 from replib.train import TrainConfig
 
 FEW = TrainConfig(steps=2, contrasts=2, retain=2, rank=2, probe_every=2)
