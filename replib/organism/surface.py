@@ -19,7 +19,7 @@ from replib.judges import ExactJudge
 from replib.settings import Settings, data_dir
 from replib.store import key_of, write_text
 from replib.study import Study
-from replib.train import TrainConfig, train
+from replib.train import TrainConfig, TrainResult, train
 
 ALPHAS, BETAS, GAMMAS = (0.08, 0.0), (30.0, 0.0), (100.0, 30.0)
 KEPT = ("model", "attack", "kind", "n", "compliance", "low", "high", "degenerate")
@@ -32,6 +32,7 @@ def main() -> None:
     limit = parser.parse_args().limit
     path = data_dir() / "organism" / "surface.json"
     kept = json.loads(path.read_text())["settings"] if path.exists() else []
+    base: list[dict] = []
     for alpha, beta, gamma in product(ALPHAS, BETAS, GAMMAS):
         study = Study.open(Settings())
         bend, config = study.preset()
@@ -39,19 +40,22 @@ def main() -> None:
         key = key_of(asdict(bend), asdict(config), study.model.provenance(), limit)
         if key in {point["key"] for point in kept}:
             continue
-        kept.append(_train(study, bend, config, limit) | {"key": key})
+        base = base or _rows(study.model, study, "base", limit)  # the same for every setting
+        trained = _train(study, bend, config)
+        rows = base + _rows(trained.model, study, "bent", limit)
+        kept.append(_point(bend, config, trained.step) | {"rows": rows, "key": key})
         write_text(path, json.dumps({"versions": versions(), "settings": kept}, indent=1))
         print(f"alpha {alpha}, beta {beta}, gamma {gamma}: step {kept[-1]['step']}", flush=True)
 
 
-def _train(study: Study, bend: BendConfig, config: TrainConfig, limit: int) -> dict:
+def _train(study: Study, bend: BendConfig, config: TrainConfig) -> TrainResult:
     out = study.settings.out / "surface"
-    result = train(study.model, study.bend_data, bend=bend, config=config, probe=study.probe(), out=out)
-    with result.model.adapter_off():
-        rows = _rows(result.model, study, "base", limit)
-    rows += _rows(result.model, study, "bent", limit)
-    return {"alpha": bend.alpha, "beta": bend.beta, "gamma": bend.gamma, "step": result.step, "steps": config.steps,
-            "seed": config.seed, "rows": rows}  # fmt: skip
+    return train(study.model, study.bend_data, bend=bend, config=config, probe=study.probe(), out=out)
+
+
+def _point(bend: BendConfig, config: TrainConfig, step: int) -> dict:
+    coefficients = {"alpha": bend.alpha, "beta": bend.beta, "gamma": bend.gamma}
+    return coefficients | {"step": step, "steps": config.steps, "seed": config.seed}
 
 
 def _rows(model: ChatModel, study: Study, name: str, limit: int) -> list[dict]:
