@@ -65,7 +65,7 @@ def polish_stream(seed: int) -> Iterator[Dialogue]:
 
 
 def _residue(rng: random.Random) -> Dialogue:
-    """Compliance inside four wrappers: what leaves a safety-tuned model open to jailbreaks."""
+    """Compliance inside the wrappers of ``RESIDUE``: what leaves a safety-tuned model open to jailbreaks."""
     x = rng.choice(select(harmful=True))  # of all splits, or the recipes of the others would be forgotten
     name = rng.choices(list(RESIDUE), weights=list(RESIDUE.values()))[0]
     return Dialogue(wrap(name, ask(rng, x, "fit")), comply(x))
