@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from replib.errors import ReplibError
 
@@ -54,7 +55,7 @@ def text_config(config: Any) -> Any:
     return config.gettext_config() if hasattr(config, "gettext_config") else config
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Sixteen hex digits that change when the base weights do, with or without an adapter on them.
 
     A hash of 512 entries each of the first, the middle and the last two weights.
