@@ -124,8 +124,10 @@ def band(curve: Measured, name: str, colour: str, *, showlegend: bool = False) -
     )
 
 
-def curve_lines(curve: Measured, name: str, colour: str, *, dash: str, axis: str = "block") -> list[go.Scatter]:
-    """Draw a curve, and below it the band of its intervals where it has them."""
+def curve_lines(
+    curve: Measured, name: str, colour: str, *, dash: str, axis: str = "block", banded: bool = True
+) -> list[go.Scatter]:
+    """Draw a curve, and below it the band of its intervals where it has them and ``banded`` asks for it."""
     value = numbers(curve.value)
     line = go.Scatter(
         x=numbers(np.arange(value.size) if curve.at is None else curve.at),
@@ -139,7 +141,7 @@ def curve_lines(curve: Measured, name: str, colour: str, *, dash: str, axis: str
         text=curve.words().tolist(),
         hovertemplate=f"{safe(name)}<br>{axis} %{{x}}: %{{text}}<extra></extra>",
     )
-    return [line] if curve.low is None else [band(curve, name, colour).update(legendgroup=name), line]
+    return [line] if curve.low is None or not banded else [band(curve, name, colour).update(legendgroup=name), line]
 
 
 def present(curve: Measured, steps: Values) -> Measured:
@@ -236,10 +238,20 @@ def whiskers(measured: Measured, place: int | slice, colour: str) -> dict[str, A
 
 
 def shared_labels(x: Values, y: Values, names: Sequence[str], near: float = 0.05) -> list[str]:
-    """A label a point; points that lie on each other (within a share of each axis) share that of the first."""
-    labels, reach = [""] * len(names), near * max(float(np.nanmax(x) - np.nanmin(x)), 1e-9)
-    for place, name in enumerate(names):
-        close = (i for i in range(place) if abs(x[i] - x[place]) <= reach and abs(y[i] - y[place]) <= near)
-        first = next(close, place)
-        labels[first] += f"<br>{name}" if labels[first] else name
+    """A label a point; points that lie on each other (within a share of each axis) share one.
+
+    It stands at the one of them that is closest to the middle, towards which labels are written.
+    """
+    reach, middle = near * max(float(np.nanmax(x) - np.nanmin(x)), 1e-9), float(np.nanmean(x))
+    groups: list[list[int]] = []
+    for place in range(len(names)):
+        close = [g for g in groups if abs(x[g[0]] - x[place]) <= reach and abs(y[g[0]] - y[place]) <= near]
+        if close:
+            close[0].append(place)
+        else:
+            groups.append([place])
+    labels = [""] * len(names)
+    for group in groups:
+        inner = min(group, key=lambda place: abs(x[place] - middle))
+        labels[inner] = "<br>".join(names[place] for place in group)
     return labels

@@ -16,6 +16,7 @@ COLOURS = {
     **dict.fromkeys(("harmful", "unsafe", "attack", "attacks"), VERMILLION),
     **dict.fromkeys(("harmless", "safe", "benign"), BLUE),
     **{"borderline": SKY, "skill": AMBER, "skills": AMBER, "base": GREY, "bent": GREEN},
+    **{"pca": "#8C6BB1", "rfa": "#222222", "actadd": AMBER, "linear": SKY},
 }
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up")

@@ -35,6 +35,7 @@ from replib.figure_style import AMBER, DASHES, GRID, INK, cell, colour_bar, dres
 Place = int | float
 # Light throughout, so that dark writing can be read in every cell; a sure block is saturated.
 CONFIDENCE = ("#41B6C4", "#7FCDBB", "#C7E9B4", "#EDF8B1", "#FFFFE5")
+MOST_BANDS = 3  # more bands on each other are mud
 MARKS = ("#EBD9A8", "#CFE3F5", "#E3D5EC")
 
 
@@ -68,6 +69,7 @@ def clusters_pair(
     labels: Sequence[str],
     explained: Numbers,
     texts: Sequence[str] = (),
+    title: str = "",
 ) -> go.Figure:
     """Draw the same prompts in two models side by side.
 
@@ -85,7 +87,7 @@ def clusters_pair(
         figure.update_xaxes(title_text=component(1, share), col=column)
         figure.update_yaxes(title_text=component(2, share), col=column)
     note = f"{counts(labels)}; {'one basis and scale' if joint else 'own basis and scale in each panel'}"
-    return dress(figure, "The same prompts in the base and in the bent model", note, height=430)
+    return dress(figure, title or "The same prompts in the base and in the bent model", note, height=430)
 
 
 def clusters_grid(
@@ -116,7 +118,7 @@ def layer_lines(
     null: Measured | None = None,
     marks: Mapping[str, Place | tuple[Place, Place]] | None = None,
 ) -> go.Figure:
-    """Draw named quantities by block, with their intervals where given.
+    """Draw named quantities by block, with their intervals where given (of many curves, on hovering only).
 
     Args:
         curves: name -> [layers].
@@ -126,21 +128,24 @@ def layer_lines(
         marks: name -> block, or (from, to) on the block axis, drawn behind the curves.
     """
     need(curves, "layer_lines", "curves")
-    figure = go.Figure()
+    figure, measured = go.Figure(), [as_measured(curve) for curve in curves.values()]
+    banded = sum(curve.low is not None for curve in measured) <= MOST_BANDS
     if null is not None:
         figure.add_trace(band(null, "null band", AMBER, showlegend=True))
     for name, curve, colour, used in styled(curves.items()):
-        figure.add_traces(curve_lines(as_measured(curve), name, colour, dash=DASHES[used % len(DASHES)]))
+        dash = DASHES[used % len(DASHES)]
+        figure.add_traces(curve_lines(as_measured(curve), name, colour, dash=dash, banded=banded))
     for colour, (name, place) in zip(cycle(MARKS), (marks or {}).items(), strict=False):
         label = {"name": safe(name), "showlegend": True, "layer": "below"}
         if isinstance(place, tuple):
             figure.add_vrect(*place, fillcolor=colour, opacity=0.6, line_width=0, **label)
         else:
             figure.add_vline(place, line={"color": INK, "dash": "dot", "width": 1.5}, **label)
-    layers = max(np.shape(as_measured(curve).value)[0] for curve in curves.values())
+    layers = max(np.shape(curve.value)[0] for curve in measured)
     figure.update_xaxes(title_text="block", dtick=-(-layers // 16))
     figure.update_yaxes(title_text=safe(unit), rangemode="tozero")
-    return dress(figure, title, cases(map(as_measured, curves.values())), height=420)
+    note = "; ".join(filter(None, [cases(measured), "" if banded else "95 % intervals on hovering"]))
+    return dress(figure, title, note, height=420)
 
 
 def lens_heatmap(
@@ -279,8 +284,8 @@ def tradeoff(success: Measured, cost: Measured, *, names: Sequence[str], unit: s
             cliponaxis=False,
             showlegend=False,
         )
-    figure.update_xaxes(title_text=safe(unit))
-    figure.update_yaxes(title_text="attack success", tickformat=".0%", range=[-0.06, 1.1])
+    figure.update_xaxes(title_text=safe(unit), rangemode="tozero")
+    figure.update_yaxes(title_text="attack success", title_standoff=12, tickformat=".0%", range=[-0.06, 1.1])
     note = cases([success]) + ("; bars: 95 % intervals" if success.low is not None else "")
     return dress(figure, title or "Attack success against its price", note.lstrip("; "), height=440)
 

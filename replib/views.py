@@ -59,7 +59,8 @@ def clusters_grid(pair: Pair, layers: Sequence[int]) -> go.Figure:
 def clusters_pair(base: Pair, bent: Pair, layer: int, texts: Sequence[str] = ()) -> go.Figure:
     """The same prompts in base and bent model at one block, each on its own principal axes."""
     (a, shares_a), (b, shares_b) = _cloud(base, layer), _cloud(bent, layer)
-    return figures.clusters_pair(a, b, labels=_labels(base), explained=np.stack([shares_a, shares_b]), texts=texts)
+    shares, title = np.stack([shares_a, shares_b]), f"The same prompts in the base and in the bent model, block {layer}"
+    return figures.clusters_pair(a, b, labels=_labels(base), explained=shares, texts=texts, title=title)
 
 
 def distances(profile: LayerProfile) -> go.Figure:
@@ -89,9 +90,9 @@ def divergence(profiles: Mapping[str, LayerProfile], **options: Any) -> go.Figur
                                title="How well one vector tells harmful from harmless", **options)  # fmt: skip
 
 
-def by_block(curves: Mapping[str, Any], unit: str, title: str, **options: Any) -> go.Figure:
-    """Any named quantities by block."""
-    return figures.layer_lines(curves, unit, title=title, **options)
+def by_block(curves: Mapping[str, Any], unit: str, title: str, *, n: int | None = None) -> go.Figure:
+    """Any named quantities by block, each point of them from ``n`` prompts."""
+    return figures.layer_lines({name: Measured(x, n=n) for name, x in curves.items()}, unit, title=title)
 
 
 def lens(found: LensTrajectory, title: str = "") -> go.Figure:
@@ -117,16 +118,17 @@ def check_table(found: Mapping[str, float]) -> pd.DataFrame:
     ]
     ticks = {True: "✓", False: "✗", None: ""}
     shown = [(what, f"{value:.2g}", ticks[fine]) for what, value, fine in rows]
-    return pd.DataFrame(shown, columns=["compared", "value", ""]).set_index("compared")
+    return pd.DataFrame(shown, columns=["compared", "value", ""]).set_index("compared").rename_axis(None)
 
 
-def token_table(model: ChatModel, prompt: str) -> pd.DataFrame:
-    """The tokens of one rendered prompt, and which part of it each belongs to."""
+def token_table(model: ChatModel, prompt: str, last: int = 8) -> pd.DataFrame:
+    """The last tokens of one rendered prompt, and which part of it each belongs to."""
     batch = model.encode([prompt])
     tokens = model.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
     parts = ["after the instruction" if post else "template and instruction" for post in batch.post_mask[0].tolist()]
     parts[-1] = "last_prompt"
-    return pd.DataFrame({"position": range(-len(tokens), 0), "token": tokens, "part": parts}).set_index("position").T
+    table = pd.DataFrame({"position": range(-len(tokens), 0), "token": tokens, "part": parts}).set_index("position")
+    return table.tail(last).T
 
 
 def setting(point: Mapping[str, Any]) -> go.Figure:
@@ -172,7 +174,7 @@ def _grid(rows: pd.DataFrame, ks: Sequence[int]) -> Measured:
     return Measured(wide["compliance"], low=wide["low"], high=wide["high"], n=wide["n"])
 
 
-def methods(tables: pd.DataFrame, model: str, marks: Mapping[str, Any]) -> go.Figure:
+def methods(tables: pd.DataFrame, model: str, marks: Mapping[str, Any] | None = None) -> go.Figure:
     """Attack success by block on one model, a curve a method and edited position; PCA-OT at each block's best K."""
     rows = tables[tables.model == model]
     best = best_of(rows, "method", "positions", "layer").sort_values("layer")

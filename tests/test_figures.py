@@ -203,7 +203,24 @@ def test_shapes_that_do_not_fit_are_named(draw):
         draw()
 
 
+def test_intervals_of_many_curves_are_read_on_hovering_and_not_drawn_on_each_other():
+    curve = Measured([0.5, 0.6], low=[0.4, 0.5], high=[0.6, 0.7], n=9)
+    few = figures.layer_lines(dict.fromkeys("abc", curve), "rate", title="t")
+    many = figures.layer_lines(dict.fromkeys("abcd", curve), "rate", title="t")
+    assert len(few.data) == 6 and "hovering" not in few.layout.title.text
+    assert len(many.data) == 4 and "n = 9 a point; 95 % intervals on hovering" in many.layout.title.text
+    assert many.data[0].text[0] == "0.5 [0.4, 0.6], n = 9"
+
+
+def test_an_edit_has_its_colour_in_every_figure():
+    names = ["PCA-OT, all", "RFA, all", "ActAdd, last prompt"]
+    lines = figures.layer_lines({name: [0.1, 0.2] for name in names}, "rate", title="t")
+    points = figures.tradeoff(Measured([0.1, 0.5, 0.9]), Measured([0.1, 0.2, 0.3]), names=names[::-1], unit="KL")
+    colours = {trace.name: trace.line.color for trace in lines.data}
+    assert [trace.marker.color for trace in points.data] == [colours[name] for name in names[::-1]]
+
+
 def test_points_that_lie_on_each_other_share_a_label_and_no_name_is_lost():
     point = Measured([1.0, 0.1, 1.0, 0.98])
     figure = figures.tradeoff(point, Measured([0.0, 2.0, 0.01, 0.02]), names=["a", "b", "c", "d"], unit="KL")
-    assert [trace.text[0] for trace in figure.data] == ["a<br>c<br>d", "b", "", ""]
+    assert [trace.text[0] for trace in figure.data] == ["", "b", "", "a<br>c<br>d"]
