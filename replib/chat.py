@@ -52,8 +52,9 @@ class ChatModel:
 
     @property
     def causal_lm(self) -> Any:
-        """The Hugging Face model itself, inside an adapter or not."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        """The Hugging Face model itself, inside an adapter or not, compiled or not."""
+        model = self.model._orig_mod if hasattr(self.model, "_orig_mod") else self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
     def n_layers(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.reader import check_layers
-from replib.sites import SITES, Hook, hooked
+from replib.sites import Hook, check_site, hooked
 
 POSITIONS = ("last_prompt", "prompt", "response", "all")
 Edits = Mapping[int, "AffineEdit"] | Mapping[tuple[str, int], "AffineEdit"]
@@ -114,8 +114,10 @@ def applied(
 def _by_site(model: ChatModel, edits: Edits) -> dict[tuple[str, int], AffineEdit]:
     keyed = {(k if isinstance(k, tuple) else ("resid_post", k)): e for k, e in edits.items()}
     for (site, layer), edit in keyed.items():
-        if site not in SITES:
-            raise ReplibError(f"Unknown site {site!r}: use one of {', '.join(SITES)}.")
+        if check_site(site) == "resid_mid":
+            raise ReplibError(
+                "resid_mid is only read: edit attn_out, and what is added there reaches all that follows."
+            )
         check_layers(model, [layer])
         if len(edit.c) != model.d_model:
             raise ReplibError(f"The edit has width {len(edit.c)}, but {model.name} has {model.d_model}: wrong model?")

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from replib.activations import capture
+from replib.activations import capture, capture_sites
 from replib.edits import AffineEdit, applied
 from replib.errors import ReplibError
 from replib.models import load
@@ -158,6 +158,19 @@ def test_strength_zero_changes_no_bit_and_half_goes_half_way(model):
     torch.testing.assert_close(half, x + 0.5 * edit.displacement(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "olmo2"])
+def test_what_a_sublayer_adds_is_edited_where_it_is_added(kind, tmp_path):
+    """After its last norm, if it has one: so the same vector arrives in the stream."""
+    made, shift = load(tiny.save_model(tmp_path, kind)), torch.linspace(-1, 1, 16)
+    before = capture_sites(made, PROMPTS, ("resid_mid", "resid_post"), layers=[1])
+    with applied(made, {("attn_out", 1): AffineEdit.shift(shift)}):
+        middle = capture(made, PROMPTS, site="resid_mid", layers=[1])[1]
+    with applied(made, {("mlp_out", 1): AffineEdit.shift(shift)}):
+        after = capture(made, PROMPTS, layers=[1])[1]
+    torch.testing.assert_close(middle, before["resid_mid"][1] + shift, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after, before["resid_post"][1] + shift, atol=1e-5, rtol=1e-4)
+
+
 def test_an_edit_keeps_the_type_of_the_stream():
     x = torch.randn(3, 16, dtype=torch.bfloat16)
     assert random_edit()(x).dtype == torch.bfloat16
@@ -169,6 +182,7 @@ def test_an_edit_keeps_the_type_of_the_stream():
         ({9: random_edit()}, {}, "Layer 9 is not in"),
         ({0: random_edit(d=8)}, {}, "width 8, but .* has 16"),
         ({("nowhere", 0): random_edit()}, {}, "Unknown site 'nowhere'"),
+        ({("resid_mid", 0): random_edit()}, {}, "resid_mid is only read: edit attn_out"),
         ({0: random_edit()}, {"positions": "last"}, "Unknown edit positions 'last'"),
         ({0: random_edit()}, {"strength": 1.5}, r"1.5 is outside \[0, 1\]"),
     ],
