@@ -131,17 +131,21 @@ class Template:
         return self.tokenizer(texts, add_special_tokens=self.source is None, return_attention_mask=False, **options)
 
     def _read(self, turns: Sequence[Turn], controls: dict[int, str], **options: Any) -> list[Row]:
-        found = self._ids(turns, return_offsets_mapping=True, **options)
-        pairs = zip(found["input_ids"], found["offset_mapping"], turns, strict=True)
-        return [self._row(ids, offsets, turn, controls) for ids, offsets, turn in pairs]
+        found = self._ids(turns, **options)
+        # The encodings know the offsets; return_offsets_mapping would copy them all once more.
+        pairs = zip(found["input_ids"], found.encodings, turns, strict=True)
+        return [self._row(ids, encoding.offsets, turn, controls) for ids, encoding, turn in pairs]
 
     def _row(self, ids: list[int], offsets: list[tuple[int, int]], turn: Turn, controls: dict[int, str]) -> Row:
         count = len(ids)
         while self.source is None and count > 1 and offsets[count - 1] == (0, 0):
             count -= 1  # an end-of-sequence token that the tokenizer adds would end the answer before it began
         first, last = len(turn.before), len(turn.before) + len(turn.instruction)
-        start = next((i for i, (_, end) in enumerate(offsets[:count]) if end > first), count)
-        stop = count - sum(1 for _ in takewhile(lambda o: o[0] >= last, reversed(offsets[:count])))
+        start, stop = 0, count
+        while start < count and offsets[start][1] <= first:
+            start += 1
+        while stop > start and offsets[stop - 1][0] >= last:
+            stop -= 1
         # A control token that swallows blanks reaches into the instruction, but is the template's.
         start += start < stop and offsets[start][0] < first and ids[start] in controls
         stop -= start < stop and offsets[stop - 1][1] > last and ids[stop - 1] in controls
@@ -149,22 +153,21 @@ class Template:
 
     def _read_without_offsets(self, turns: Sequence[Turn], controls: dict[int, str]) -> list[Row]:
         """For tokenizers that do not say where their tokens stand: what the template alone gives is the template's."""
-        frame = [Turn(turns[0].before, "", ""), Turn("", "", turns[0].after)]
-        head, tail = self._ids(frame)["input_ids"]
+        heads, tails = [Turn(t.before, "", "") for t in turns], [Turn("", "", t.after) for t in turns]
+        found = [self._ids(part)["input_ids"] for part in (turns, heads, tails)]
         rows = []
-        for ids in self._ids(turns)["input_ids"]:
+        for turn, ids, head, tail in zip(turns, *found, strict=True):
             while self.source is None and len(ids) > 1 and ids[-1] in controls:
                 ids.pop()
-            start, after = _shared(ids, head), _shared(ids[::-1], tail[::-1]) if turns[0].after else 0
+            start, after = _shared(ids, head), _shared(ids[::-1], tail[::-1]) if turn.after else 0
             rows.append(Row(ids, (start, max(start, len(ids) - after)), len(ids)))
         return rows
 
     # ------------------------------------------------------------------------------------ control tokens as letters
     def _as_letters(self, index: int, turn: Turn, controls: dict[int, str]) -> Row:
         """A turn whose instruction spells a control token, read with these letters as text."""
-        row = None
-        if self.tokenizer.is_fast:
-            plain = self.source is None
+        row, plain = None, self.source is None
+        if self.tokenizer.is_fast and turn.instruction not in turn.before:  # else the first copy is the template's
             row = self._read([turn], controls, split_special_tokens=True)[0] if plain else self._renamed(turn, controls)
         if row is None or (left := spelled(row, turn, controls)):
             names = ", ".join(map(repr, left if row else [t for t in controls.values() if t in turn.instruction]))
@@ -191,14 +194,14 @@ def spelled(row: Row, turn: Turn, controls: dict[int, str]) -> list[str]:
 
 
 def _apart(index: int, text: str, prompt: str, before: str, after: str) -> Turn:
-    inside = text[len(before) : len(text) - len(after)]
-    fits = text.startswith(before) and text.endswith(after) and inside.strip() == prompt.strip()
-    if not fits:
-        raise ReplibError(
-            f"The chat template rewrites prompt {index}, so its tokens cannot be told from the template's: "
-            f"it begins {prompt[:40]!r}. Change the prompt or the template."
-        )
-    return Turn(before, inside, after)
+    for kept in (prompt, prompt.strip(), prompt.lstrip(), prompt.rstrip()):
+        turn = Turn(before.replace(MARK, kept), kept, after)  # a template that repeats the text has it before, too
+        if turn.text == text:
+            return turn
+    raise ReplibError(
+        f"The chat template rewrites prompt {index}, so its tokens cannot be told from the template's: "
+        f"it begins {prompt[:40]!r}. Change the prompt or the template."
+    )
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
