@@ -44,9 +44,7 @@ def make_model(shape: str, tokenizer: Path, device: str) -> ChatModel:
     config = AutoConfig.for_model("llama", vocab_size=len(words), max_position_embeddings=4096, **sizes)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32 if device == "cpu" else torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     return ChatModel(model.eval(), words, name=f"random {shape} Llama")
 
 
@@ -168,7 +166,9 @@ def report(table: dict[str, dict[str, float]]) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for name, row in table.items():
         error = f"{row['error']:.1e}" if "error" in row else ""
-        ratios = f"{row['seconds'] / ours['seconds']:.2f} | {row['peak_mb']:.0f} | {ours['peak_mb'] / row['peak_mb']:.3f}"
+        ratios = (
+            f"{row['seconds'] / ours['seconds']:.2f} | {row['peak_mb']:.0f} | {ours['peak_mb'] / row['peak_mb']:.3f}"
+        )
         lines.append(f"| {name} | {row['seconds']:.2f} | {ratios} | {error} |")
     return "\n".join(lines)
 

@@ -1,13 +1,15 @@
-"""The parts of a decoder, found by structure: blocks, final norm, unembedding; and a fingerprint of its weights."""
+"""The parts of a decoder, found by structure: blocks, final norm, unembedding; and hashes of its weights."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from replib.errors import ReplibError
@@ -27,19 +29,55 @@ class Anatomy:
 
 
 def find_anatomy(model: Any) -> Anatomy:
-    """Blocks: the module list as long as the config says; norm: its last norm sibling; unembedding: the output head."""
+    """Blocks, final norm and unembedding of a decoder, by structure alone.
+
+    Blocks are the module list as long as the config says. Where several are (a vision tower beside the text decoder,
+    experts inside a block), it is the one nearest the token embedding, and of these the one with most parameters.
+    The norm is the first beside the blocks that follows them and is as wide as the stream; the unembedding is the
+    output head.
+
+    Raises:
+        ReplibError: a part is not there; the message shows the line that names it.
+    """
     depth = text_config(model.config).num_hidden_layers
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     head = model.get_output_embeddings()
     if not lists or head is None:
         raise ReplibError(f"Cannot find the {depth} decoder blocks of {type(model).__name__}. {ANATOMY_HINT}")
-    blocks = min(lists, key=len)
-    parent = blocks.rpartition(".")[0]
-    norms = [n for n, m in resolve(model, parent).named_children() if "norm" in type(m).__name__.lower()]
+    words = _path_of(model, model.get_input_embeddings())
+    blocks = max(lists, key=lambda found: (_together(found[0], words), _size(found[1])))[0]
+    return Anatomy(blocks, _norm_after(model, blocks), _path_of(model, head))
+
+
+def _norm_after(model: Any, blocks: str) -> str:
+    parent, _, own = blocks.rpartition(".")
+    children = list(resolve(model, parent).named_children())
+    place = [name for name, _ in children].index(own)
+    width = text_config(model.config).hidden_size
+    norms = [(i, n) for i, (n, m) in enumerate(children) if "norm" in type(m).__name__.lower() and _fits(m, width)]
     if not norms:
         raise ReplibError(f"Cannot find the final norm of {type(model).__name__}. {ANATOMY_HINT}")
-    unembed = next(n for n, m in model.named_modules() if m is head)
-    return Anatomy(blocks, f"{parent}.{norms[-1]}".lstrip("."), unembed)
+    name = next((n for i, n in norms if i > place), norms[-1][1])
+    return f"{parent}.{name}".lstrip(".")
+
+
+def _path_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _together(path: str, other: str) -> int:
+    """How many steps two paths go together."""
+    pairs = zip(path.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _size(part: nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters())
+
+
+def _fits(norm: nn.Module, width: int) -> bool:
+    """Whether a norm is as wide as the stream; one without weights fits any."""
+    return all(p.numel() == width for p in norm.parameters())
 
 
 def resolve(model: nn.Module, path: str) -> Any:
@@ -52,17 +90,48 @@ def resolve(model: nn.Module, path: str) -> Any:
 
 def text_config(config: Any) -> Any:
     """The text part of a multimodal configuration, or the configuration itself."""
-    return config.gettext_config() if hasattr(config, "gettext_config") else config
+    return config.get_text_config()
 
 
+# --------------------------------------------------------------------------------------------- hashes of weights
 def fingerprint(model: PreTrainedModel) -> str:
     """Sixteen hex digits that change when the base weights do, with or without an adapter on them.
 
-    A hash of 512 entries each of the first, the middle and the last two weights.
+    A hash of 512 entries each of the first, the middle and the last two weights, read from disk where they were
+    offloaded. Quantised weights have another one than those that they were made of.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
-    weights = [p for n, p in model.named_parameters() if "lora_" not in n]
-    for weight in (weights[0], weights[len(weights) // 2], weights[-2], weights[-1]):
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 512)][:512]
+    weights = [(n, p) for n, p in model.named_parameters() if "lora_" not in n]
+    for name, weight in (weights[0], weights[len(weights) // 2], weights[-2], weights[-1]):
+        flat = _materialised(model, name, weight).detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 512)][:512]
         digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _materialised(model: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """The weight itself, where accelerate's hook holds it outside the model."""
+    if not weight.is_meta:
+        return weight
+    from accelerate.utils import align_module_device
+
+    owner, _, own = name.rpartition(".")
+    with align_module_device(part := model.get_submodule(owner), torch.device("cpu")):
+        found = getattr(part, own).detach()
+        if found.is_meta:
+            raise ReplibError(f"The weights {name} were never loaded: load the model from its files.")
+        return found.clone()
+
+
+def adapter_hash(model: nn.Module) -> str:
+    """Sixteen hex digits of all that an adapter adds, in the order of its names; "" where there is none."""
+    added = sorted(_added(model), key=lambda pair: pair[0])
+    digest = hashlib.sha256()
+    for name, weight in added:
+        digest.update(name.encode())
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16] if added else ""
+
+
+def _added(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((n, p) for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n)

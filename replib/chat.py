@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedTokenizerBase
 
-from replib.anatomy import Anatomy, find_anatomy, fingerprint, resolve, text_config
+from replib.anatomy import Anatomy, adapter_hash, find_anatomy, fingerprint, resolve, text_config
 from replib.errors import ReplibError
 from replib.template import MARK, Template
 from replib.tokens import Batch, Row, fitted, padded
@@ -38,6 +38,7 @@ class ChatModel:
         self.tokenizer, self.name = tokenizer, name
         self.revision: str | None = about.get("revision")
         self.adapter: str | None = about.get("adapter")
+        self.merged: str = about.get("merged", "")  # hash of an adapter that was added into the weights
         self.template: str | None = about.get("template", tokenizer.chat_template)
         self.reading: Batch | None = None  # the batch in the forward pass: tells edits where the prompt ends
         self.rebind(about.get("anatomy"))
@@ -68,13 +69,13 @@ class ChatModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter; inputs go there."""
-        return next(self.model.parameters()).device
+        """Device of the first parameter that is in memory; inputs go there."""
+        return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the weights."""
-        return next(self.model.parameters()).dtype
+        """Floating-point type of the weights; of the others, where some are quantised."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def context(self) -> int:
@@ -88,6 +89,7 @@ class ChatModel:
             "model": self.name,
             "revision": self.revision or "",
             "adapter": self.adapter or "",
+            "adapter_hash": self.merged or adapter_hash(self.model),
             "fingerprint": fingerprint(self.causal_lm),
             "template": hashlib.sha256((self.template or "").encode()).hexdigest()[:16],
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -164,6 +166,15 @@ class ChatModel:
         with self.reading_batch(batch):
             return self.model(**batch.inputs(), use_cache=False).logits
 
+    def decode(self, hidden: Float[Tensor, "... dim"]) -> Float[Tensor, "... vocab"]:
+        """Logits of residual vectors, float32: final norm, unembedding, and what the architecture does to logits."""
+        logits = self.unembed(self.final_norm(hidden)).float()
+        config = text_config(self.causal_lm.config).to_dict()
+        logits = logits * (config.get("logit_scale") or 1.0)  # Cohere
+        logits = logits / (config.get("logits_scaling") or 1.0)  # Granite
+        cap = config.get("final_logit_softcapping")  # Gemma
+        return cap * torch.tanh(logits / cap) if cap else logits
+
     @torch.no_grad()
     def generate(
         self,
@@ -204,6 +215,9 @@ class ChatModel:
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=1.0,  # some models bring one in their settings, and the answer is not greedy then
+                no_repeat_ngram_size=0,
+                num_beams=1,
                 pad_token_id=self.pad_id,
             )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -86,7 +86,7 @@ def logit_lens(
     """
     window = _window(model, prompt, response, layers=layers, span=span)
     stream = _stream(model, window)
-    parts = [_measure(_decode(model, hidden), ids, top) for hidden, ids in _chunks(stream, window)]
+    parts = [_measure(model.decode(hidden), ids, top) for hidden, ids in _chunks(stream, window)]
     return _trajectory(model, window, parts)
 
 
@@ -176,22 +176,11 @@ def _stream(model: ChatModel, window: _Window) -> Float[Tensor, "layers tokens d
 def _check_decoding(model: ChatModel, hidden: Tensor, logits: Tensor) -> None:
     """The lens must read the model's own prediction off its last block."""
     slack = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
-    if not torch.allclose(_decode(model, hidden), logits.float(), rtol=slack, atol=slack):
+    if not torch.allclose(model.decode(hidden), logits.float(), rtol=slack, atol=slack):
         raise ReplibError(
             f"The logit lens cannot read {model.name}: its logits are not final norm and unembedding of the "
             f"last block's output. Check load(..., anatomy=...), found {model.anatomy}."
         )
-
-
-def _decode(model: ChatModel, hidden: Float[Tensor, "readings dim"]) -> Float[Tensor, "readings vocab"]:
-    """Logits of residual vectors: final norm, unembedding, and what the architecture does to logits then."""
-    logits = model.unembed(model.final_norm(hidden)).float()
-    config: Any = model.causal_lm.config
-    config = config.get_text_config().to_dict()
-    logits = logits * (config.get("logit_scale") or 1.0)  # Cohere
-    logits = logits / (config.get("logits_scaling") or 1.0)  # Granite
-    cap = config.get("final_logit_softcapping")  # Gemma
-    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _chunks(stream: Tensor, window: _Window) -> Iterator[tuple[Tensor, Tensor]]:
@@ -218,8 +207,8 @@ def _measure_pair(
     model: ChatModel, base: Tensor, bent: Tensor, next_ids: Tensor, top: int
 ) -> tuple[_Part, _Part, Float[Tensor, " readings"]]:
     with model.adapter_off():  # an adapter may sit in the unembedding too
-        base_logits = _decode(model, base)
-    bent_logits = _decode(model, bent)
+        base_logits = model.decode(base)
+    bent_logits = model.decode(bent)
     js = js_discrete(base_logits, bent_logits).cpu()
     return _measure(base_logits, next_ids, top), _measure(bent_logits, next_ids, top), js
 

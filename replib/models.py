@@ -5,23 +5,35 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
-from replib.activations import capture
-from replib.anatomy import Anatomy, fingerprint
+from replib.anatomy import Anatomy, adapter_hash, fingerprint
 from replib.chat import ChatModel
+from replib.checks import next_logits, self_check, ticks
 from replib.errors import ReplibError
-from replib.progress import watched
+from replib.progress import say, watched
 from replib.settings import data_dir
 
 __all__ = ["Anatomy", "ChatModel", "attached", "fingerprint", "load", "merged", "self_check"]
+
+Device = str | dict[str, Any]
 
 
 def load(
@@ -30,47 +42,58 @@ def load(
     adapter: str | Path | None = None,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     template: str = "auto",
     anatomy: Anatomy | None = None,
+    quantize: str | None = None,
+    check: bool | None = None,
 ) -> ChatModel:
     """Load an organism variant, a local folder or a Hugging Face id, with an optional LoRA adapter on top.
 
     Args:
         name: "base", "aligned", "planted", "deep" (the organism), a folder, or a hub id.
         adapter: folder of a LoRA adapter trained on exactly this model.
-        revision: commit or tag of a hub id.
+        revision: commit or tag of a hub id; the commit that it stands for is recorded.
         dtype: default float32 on CPU, bfloat16 on an accelerator.
-        device: "cpu", "cuda", ...; "auto" spreads a large model over the devices; default the first accelerator.
+        device: "cpu", "cuda", ...; "auto" spreads a large model over the devices, a dict of parts and devices as you
+            say (as transformers' device_map; "disk" keeps a part on disk); default the first accelerator.
         template: "auto" (the tokenizer's chat template, or plain text with a warning where it has none),
             "chat" (refuse if there is none), "plain", or a Jinja template.
         anatomy: where blocks, final norm and unembedding are, if they cannot be found.
+        quantize: "4bit" or "8bit" weights, through bitsandbytes.
+        check: say in one line whether its numbers can be trusted (``self_check``, a few short passes); default where
+            somebody looks on.
 
     Raises:
-        ReplibError: missing folder or id, no tokenizer, no chat template, not a causal LM, foreign adapter.
+        ReplibError: missing folder or id, no tokenizer, no chat template, not a causal LM, foreign adapter, no
+            bitsandbytes.
     """
     if not watched():
         disable_progress_bar()
     source = _locate(str(name))
     config = _config(source, revision)
+    revision = getattr(config, "_commit_hash", None) or revision  # a branch may move on while its files are read
     tokenizer = _tokenizer(source, revision)
     target = device or _default_device()
-    dtype = dtype or (torch.float32 if target == "cpu" else torch.bfloat16)
-    model = _weights(source, revision, config, dtype, target)
-    chat = ChatModel(
-        model.eval(),
-        tokenizer,
-        name=str(name),
-        revision=revision or getattr(config, "_commit_hash", None),
-        anatomy=anatomy,
-    )
+    dtype = dtype or (torch.float32 if _on_cpu(target) else torch.bfloat16)
+    model = _weights(source, revision, config, dtype, target, quantize)
+    chat = ChatModel(model.eval(), tokenizer, name=str(name), revision=revision, anatomy=anatomy)
     chat.template = _template(tokenizer, template, str(name))
-    return chat if adapter is None else attached(chat, Path(adapter))
+    watch = watched() if check is None else check
+    base = next_logits(chat) if watch and adapter is not None else None
+    chat = chat if adapter is None else attached(chat, Path(adapter))
+    if watch:
+        say(ticks(self_check(chat, base=base), chat.dtype))
+    return chat
 
 
 def _default_device() -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
+
+
+def _on_cpu(device: Device) -> bool:
+    return set(device.values()) <= {"cpu", "disk"} if isinstance(device, dict) else device == "cpu"
 
 
 def _locate(name: str) -> str:
@@ -118,25 +141,55 @@ def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _weights(source: str, revision: str | None, config: Any, dtype: Any, device: str) -> nn.Module:
-    placement = {"device_map": "auto"} if device == "auto" else {}
+def _weights(
+    source: str, revision: str | None, config: Any, dtype: Any, device: Device, quantize: str | None
+) -> nn.Module:
+    options: dict[str, Any] = _quantised(quantize, dtype)
+    placed = device == "auto" or isinstance(device, dict) or bool(options)
+    if placed:
+        options |= {"device_map": device, "offload_folder": (shelf := mkdtemp(prefix="replib-offloaded-"))}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, config=config, dtype=dtype, trust_remote_code=False, **placement
+        model = _class(config).from_pretrained(
+            source, revision=revision, config=config, dtype=dtype, trust_remote_code=False, **options
         )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ReplibError(
             f"{source!r} is a {config.model_type!r} model, not a causal language model: "
-            "replib reads decoders that transformers' AutoModelForCausalLM can load."
+            "replib reads decoders that transformers' AutoModelForCausalLM or AutoModelForImageTextToText can load."
         ) from error
     except OSError as error:
         raise ReplibError(
             f"Cannot load weights from {source!r}: {str(error).splitlines()[0]} "
             "The folder must hold *.safetensors files made by save_pretrained."
         ) from error
-    return model if placement else model.to(device)
+    if not placed:
+        return model.to(device)
+    finalize(model, rmtree, shelf, ignore_errors=True)  # what was put on disk is read as long as the model lives
+    return model
+
+
+def _class(config: Any) -> Any:
+    """The auto class that knows a decoder, also one that comes with a vision tower around it."""
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    wrapped = type(config) in AutoModelForImageTextToText._model_mapping and not config.is_encoder_decoder
+    return AutoModelForImageTextToText if wrapped and not known else AutoModelForCausalLM
+
+
+def _quantised(quantize: str | None, dtype: Any) -> dict[str, Any]:
+    if quantize is None:
+        return {}
+    if quantize not in ("4bit", "8bit"):
+        raise ReplibError(f"quantize={quantize!r}: say '4bit' or '8bit', or leave it out.")
+    if find_spec("bitsandbytes") is None or _default_device() == "cpu":
+        raise ReplibError(
+            f"quantize={quantize!r} needs the package bitsandbytes (pip install bitsandbytes) and a GPU. "
+            "Without them load the model unquantised, or a smaller one."
+        )
+    # Four bits: the format of QLoRA, with products in the type that the rest of the model has.
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(**(four if quantize == "4bit" else {"load_in_8bit": True}))}
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> str | None:
@@ -171,7 +224,11 @@ def attached(model: ChatModel, folder: Path) -> ChatModel:
         )
     card = folder / "replib.json"
     expected = json.loads(card.read_text()).get("fingerprint") if card.exists() else None
-    if expected not in (None, found := fingerprint(model.causal_lm)):
+    if expected and getattr(model.causal_lm, "is_quantized", False):
+        warnings.warn(
+            f"Whether the adapter in {str(folder)!r} fits cannot be told: the base is quantised.", stacklevel=3
+        )
+    elif expected not in (None, found := fingerprint(model.causal_lm)):
         raise ReplibError(
             f"The adapter in {str(folder)!r} was trained on another model (base fingerprint {expected}, this one "
             f"is {found}). Load the base it names in {card.name}."
@@ -203,41 +260,14 @@ def merged(model: ChatModel) -> ChatModel:
     """
     if not hasattr(model.model, "merge_and_unload"):
         raise ReplibError(f"{model.name} carries no adapter to merge.")
+    added = adapter_hash(model.model)
     return ChatModel(
         model.model.merge_and_unload().eval(),
         model.tokenizer,
+        merged=added,
         name=model.name,
         revision=model.revision,
         adapter=model.adapter,
         template=model.template,
         anatomy=model.anatomy,
     )
-
-
-# --------------------------------------------------------------------------------------------- self-check
-@torch.no_grad()
-def self_check(
-    model: ChatModel, prompts: Sequence[str] = ("Hello.", "What is the opposite of hot, please?")
-) -> dict[str, float]:
-    """Two numbers that should be near zero, what the adapter does, and the residual scale that losses are weighed by.
-
-    Returns:
-        ``padded``: worst logit difference between a padded batch and single prompts; ``lens``: between
-        unembed(final_norm(last block)) and the logits (nonzero where logits are soft-capped or scaled);
-        ``adapter_effect``: between adapter off and adapter on (0.0 without an adapter, and large with one);
-        ``residual_norm``: mean norm of resid_post at half depth, last prompt token.
-    """
-    batch = model.encode(prompts)
-    logits = model.forward(batch)[:, -1].float()
-    singles = torch.cat([model.forward(model.encode([p]))[:, -1] for p in prompts]).float()
-    last = capture(model, prompts, layers=[model.n_layers - 1]).values[0].to(model.device, model.dtype)
-    lens = model.unembed(model.final_norm(last)).float()
-    with model.adapter_off():
-        base = model.forward(batch)[:, -1].float()
-    middle = capture(model, prompts, layers=[model.n_layers // 2]).values[0]
-    return {
-        "padded": (logits - singles).abs().max().item(),
-        "lens": (logits - lens).abs().max().item(),
-        "adapter_effect": (logits - base).abs().max().item(),
-        "residual_norm": middle.norm(dim=-1).mean().item(),
-    }

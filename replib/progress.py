@@ -20,3 +20,9 @@ def watched() -> bool:
 def progress(items: Iterable[T], title: str, *, total: int | None = None) -> Iterable[T]:
     """Iterate with a bar in a terminal or a live notebook; without one when executed headless."""
     return tqdm(items, desc=title, total=total, disable=not watched(), delay=2, leave=False)
+
+
+def say(text: str) -> None:
+    """One line to whoever looks on, above any bar that runs; signs that the terminal cannot show become "?"."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    tqdm.write(text.encode(encoding, "replace").decode(encoding))

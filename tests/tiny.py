@@ -35,6 +35,18 @@ RECURRENT = {
     "falcon_h1": GROUPED
     | {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4},
 }
+# A vision tower as deep as the text decoder and wider, so that neither depth nor size tells them apart.
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 8}
+SEEING = {
+    "llava": {
+        "text_config": {"model_type": "llama"} | GROUPED,
+        "vision_config": TOWER | {"model_type": "clip_vision_model"},
+    },
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text"} | GEMMA,
+        "vision_config": {"model_type": "siglip_vision_model"} | TOWER,
+    },
+}
 
 
 def tokenizer():
@@ -56,18 +68,25 @@ def save_model(folder: Path, kind: str = "llama") -> Path:
     """A random three-block model of an architecture, with its tokenizer, as `from_pretrained` reads it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
     words = tokenizer()
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=len(words),
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.4,
-        **(SIZES | RECURRENT)[kind],
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    own = {"vocab_size": len(words), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.4}
+    return _save(AutoModelForCausalLM, AutoConfig.for_model(kind, **own, **(SIZES | RECURRENT)[kind]), words, folder)
+
+
+def save_seeing(folder: Path, kind: str) -> Path:
+    """A random text decoder with a vision tower around it."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    words = tokenizer()
+    own = {"vocab_size": len(words), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.4}
+    parts = {name: part | (own if name == "text_config" else {"patch_size": 4}) for name, part in SEEING[kind].items()}
+    config = AutoConfig.for_model(kind, **parts, image_token_index=5, image_token_id=5, mm_tokens_per_image=1)
+    return _save(AutoModelForImageTextToText, config, words, folder)
+
+
+def _save(auto, config, words, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = auto.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name:  # a norm that does nothing would hide a norm forgotten
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

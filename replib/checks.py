@@ -1,0 +1,97 @@
+"""Can the numbers of a loaded model be trusted? A few short passes that must agree, and what it means if not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replib.activations import capture
+from replib.chat import ChatModel, evaluating
+
+PROMPTS = ("Hello.", "What is the opposite of hot, please?")
+MEANING = {
+    "padded": "padding changes what the model reads, so every batched result depends on its neighbours: pass "
+    "batch_size=1, or look at the model's attention mask and position ids",
+    "adapter_off": "the adapter has changed the base itself, so comparisons with the base are void: load both again",
+    "lens": "final norm, unembedding or a scale of the logits is not where it was looked for, so the logit lens "
+    "misleads: name the parts with load(..., anatomy=...)",
+}
+TITLES = {"padded": "batch = single", "adapter_off": "adapter off = base", "lens": "lens = logits"}
+
+
+@torch.no_grad()
+def self_check(
+    model: ChatModel,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    base: Float[Tensor, "prompts vocab"] | None = None,
+) -> dict[str, float]:
+    """Numbers that should be near zero, what the adapter does, and the residual scale that losses are weighed by.
+
+    Args:
+        model: what to check; it is left in the mode it was in.
+        prompts: read together and one by one.
+        base: ``next_logits`` of the same prompts from before the adapter was attached.
+
+    Returns:
+        ``padded``: worst logit difference between a padded batch and single prompts; ``lens``: between
+        ``decode`` of the last block's output and the logits; ``adapter_effect``: between adapter off and adapter on
+        (0.0 without an adapter, and large with one); ``residual_norm``: mean norm of resid_post at half depth, last
+        prompt token; ``scale``: the largest logit, against which differences are to be read; with ``base`` also
+        ``adapter_off``: worst difference between it and the logits with the adapter off.
+    """
+    logits = next_logits(model, prompts)
+    singles = torch.cat([next_logits(model, [p]) for p in prompts])
+    middle, last = capture(model, prompts, layers=[model.n_layers // 2, model.n_layers - 1]).values
+    lens = model.decode(last.to(model.device, model.dtype)).float().cpu()
+    with model.adapter_off():
+        off = next_logits(model, prompts)
+    found = {
+        "padded": _worst(logits, singles),
+        "lens": _worst(logits, lens),
+        "adapter_effect": _worst(logits, off),
+        "residual_norm": middle.norm(dim=-1).mean().item(),
+        "scale": logits.abs().max().item(),
+    }
+    return found if base is None else found | {"adapter_off": _worst(off, base)}
+
+
+@torch.no_grad()
+def next_logits(model: ChatModel, prompts: Sequence[str] = PROMPTS) -> Float[Tensor, "prompts vocab"]:
+    """Logits after the last token of each prompt, float32 on the CPU."""
+    with evaluating(model.model):
+        return model.forward(model.encode(prompts))[:, -1].float().cpu()
+
+
+def ticks(found: Mapping[str, float], dtype: torch.dtype) -> str:
+    """The self-check in one line of ticks, and a sentence for each that failed."""
+    allowed = tolerance(dtype, found["scale"])
+    verdicts = {key: _verdict(found.get(key), allowed) for key in TITLES}
+    marks = [f"{verdicts[key]} {TITLES[key]} ({_value(found.get(key))})" for key in TITLES]
+    failed = [f"✗ {TITLES[key]}: {MEANING[key]}." for key, verdict in verdicts.items() if verdict == "✗"]
+    return "\n".join(["   ".join(marks), *failed])
+
+
+def tolerance(dtype: torch.dtype, scale: float) -> float:
+    """Largest difference of logits that rounding explains, for logits as large as ``scale``."""
+    return max(1e-4, 4 * torch.finfo(dtype).eps) * max(1.0, scale)
+
+
+def _verdict(value: float | None, allowed: float) -> str:
+    if value is None:
+        return "–"
+    return "✓" if value <= allowed else "✗"  # NaN fails
+
+
+def _value(value: float | None) -> str:
+    if value is None:
+        return "no adapter"
+    return "0" if value == 0 else f"{value:.0e}" if math.isfinite(value) else "not finite"
+
+
+def _worst(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
