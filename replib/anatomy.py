@@ -113,14 +113,14 @@ def _materialised(model: nn.Module, name: str, weight: Tensor) -> Tensor:
     """The weight itself, where accelerate's hook holds it outside the model."""
     if not weight.is_meta:
         return weight
-    from accelerate.utils import align_module_device
+    from accelerate.utils import align_module_device, has_offloaded_params
 
     owner, _, own = name.rpartition(".")
-    with align_module_device(part := model.get_submodule(owner), torch.device("cpu")):
-        found = getattr(part, own).detach()
-        if found.is_meta:
-            raise ReplibError(f"The weights {name} were never loaded: load the model from its files.")
-        return found.clone()
+    part = model.get_submodule(owner)
+    if not has_offloaded_params(part):
+        raise ReplibError(f"The weights {name} were never loaded: load the model from its files.")
+    with align_module_device(part, torch.device("cpu")):
+        return getattr(part, own).detach().clone()
 
 
 def adapter_hash(model: nn.Module) -> str:

@@ -24,6 +24,7 @@ from replib.tokens import Row
 
 MARK = "\ue000"  # a private-use character: stands for the instruction while a template is taken apart
 CHUNK = 4096  # prompts tokenised in one call: the offsets of all at once would fill the memory
+NONE = "\0"  # in no text
 SPARE = 0xF0000  # private-use characters from here on stand for control tokens while text is kept from being one
 # A template that prints today's date would give other activations tomorrow: it prints this day instead.
 DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
@@ -146,9 +147,9 @@ class Template:
             start += 1
         while stop > start and offsets[stop - 1][0] >= last:
             stop -= 1
-        # A control token that swallows blanks reaches into the instruction, but is the template's.
-        start += start < stop and offsets[start][0] < first and ids[start] in controls
-        stop -= start < stop and offsets[stop - 1][1] > last and ids[stop - 1] in controls
+        if start < stop:  # a control token of the template that swallows blanks reaches into the instruction
+            start += controls.get(ids[start], NONE) in turn.before[offsets[start][0] :]
+            stop -= controls.get(ids[stop - 1], NONE) in turn.after[: max(0, offsets[stop - 1][1] - last)]
         return Row(ids[:count], (start, stop), count)
 
     def _read_without_offsets(self, turns: Sequence[Turn], controls: dict[int, str]) -> list[Row]:
@@ -184,7 +185,8 @@ class Template:
         given = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
         before, after = (given.sub(lambda m: names[m[0]], part) for part in (turn.before, turn.after))
         found = copy.encode((new := Turn(before, turn.instruction, after)).text, add_special_tokens=False)
-        return self._row([ids.get(i, i) for i in found.ids], found.offsets, new, controls)
+        renamed = {i: names.get(text, text) for i, text in controls.items()}
+        return self._row([ids.get(i, i) for i in found.ids], found.offsets, new, renamed)
 
 
 def spelled(row: Row, turn: Turn, controls: dict[int, str]) -> list[str]:

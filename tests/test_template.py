@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from replib.errors import ReplibError
 from replib.models import load
@@ -176,3 +176,19 @@ def test_one_beginning_of_sequence_whoever_writes_it(tokenizer, real):
     for template, count in ((by_template, 1), (None, words_adds)):
         row = next(Template(words, template).rows(["x"]))
         assert row.ids.count(words.bos_token_id) == count == (row.ids[0] == words.bos_token_id)
+
+
+@pytest.mark.parametrize("text", ["x", "  x", "<mask> x", " x <mask>", "x <|im_end|>"])
+def test_control_tokens_that_swallow_blanks_are_the_templates_or_letters(text, shared_data):
+    words = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "hf-qwen2.5")
+    words.add_special_tokens(
+        {"extra_special_tokens": [AddedToken("<|user|>", rstrip=True), AddedToken("<mask>", lstrip=True)]}
+    )
+    for template in ("Q <|user|> {{ messages[0]['content'] }} <mask> A", "Q  {{ messages[0]['content'] }}<|im_end|>"):
+        reader = Template(words, template)
+        row, turn = next(reader.rows([text])), reader.turns([text])[0]
+        start, stop = row.instruction
+        assert not set(row.ids[start:stop]) & set(words.added_tokens_decoder)
+        assert bare(words.decode(row.ids[start:stop])) == bare(text)
+        assert bare(words.decode(row.ids[:start])) == bare(turn.before)
+        assert bare(words.decode(row.ids[stop:])) == bare(turn.after)
