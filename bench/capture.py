@@ -133,7 +133,8 @@ def machine(device: torch.device) -> str:
     """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").open() if x.startswith("model name")), cpu)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     return f"{where}; torch {torch.__version__}, transformers {transformers.__version__}"
 

@@ -41,6 +41,7 @@ class ChatModel:
         self.merged: str = about.get("merged", "")  # hash of an adapter that was added into the weights
         self.template: str | None = about.get("template", tokenizer.chat_template)
         self.reading: Batch | None = None  # the batch in the forward pass: tells edits where the prompt ends
+        self.as_base = False  # whether the adapter is switched off at this moment
         self.rebind(about.get("anatomy"))
 
     def rebind(self, anatomy: Anatomy | None = None) -> None:
@@ -88,8 +89,8 @@ class ChatModel:
         return {
             "model": self.name,
             "revision": self.revision or "",
-            "adapter": self.adapter or "",
-            "adapter_hash": self.merged or adapter_hash(self.model),
+            "adapter": "" if self.as_base else self.adapter or "",
+            "adapter_hash": "" if self.as_base else self.merged or adapter_hash(self.model),
             "fingerprint": fingerprint(self.causal_lm),
             "template": hashlib.sha256((self.template or "").encode()).hexdigest()[:16],
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -241,7 +242,16 @@ class ChatModel:
         """
         if self.adapter and not hasattr(self.model, "disable_adapter"):
             raise ReplibError(f"The adapter {self.adapter} is merged into {self.name}: load the base by itself.")
-        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+        return self._without_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        before, self.as_base = self.as_base, True
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.as_base = before
 
 
 @contextmanager

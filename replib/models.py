@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -133,12 +134,22 @@ def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
             "Save one there: tokenizer.save_pretrained(folder)."
         )
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, padding_side="left")
+        made = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, padding_side="left")
+        return made if made("text")["input_ids"] else _as_saved(source, revision)
     except (OSError, ValueError) as error:
         raise ReplibError(
             f"Cannot load the tokenizer of {source!r}: {str(error).splitlines()[0]} "
             "Save it beside the weights: tokenizer.save_pretrained(folder)."
         ) from error
+
+
+def _as_saved(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that tokenizer.json describes.
+
+    For some model types (Qwen2) transformers builds one of its own kind from the vocabulary, whatever kind the file
+    is; where that one reads every text as nothing, the file was of another.
+    """
+    return PreTrainedTokenizerFast.from_pretrained(source, revision=revision, padding_side="left")
 
 
 def _weights(

@@ -258,3 +258,9 @@ def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(folder, tmp_pa
     (adapter / "replib.json").write_text('{"fingerprint": "0123456789abcdef"}')
     with pytest.raises(ReplibError, match="trained on another model .*0123456789abcdef"):
         load(folder, adapter=adapter)
+
+
+def test_a_tokenizer_that_transformers_would_rebuild_as_another_kind_is_read_as_saved(tmp_path):
+    model = load(tiny.save_model(tmp_path, "qwen2"))  # whole words, where Qwen's own tokenizer is of bytes
+    assert not AutoTokenizer.from_pretrained(tmp_path)("w20 w21")["input_ids"]
+    assert model.tokenizer.convert_ids_to_tokens(model.tokenizer("w20 w21")["input_ids"]) == ["w20", "w21"]
