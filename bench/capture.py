@@ -14,6 +14,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from replib.activations import capture
@@ -51,8 +54,8 @@ def make_model(shape: str, tokenizer: Path, device: str) -> ChatModel:
 class Contenders:
     """The ways to read the last prompt token of every block, as ``[layers, prompts, dim]``."""
 
-    def __init__(self, model: ChatModel, prompts: list[str], batch_size: int):
-        self.model, self.prompts, self.batch_size = model, prompts, batch_size
+    def __init__(self, model: ChatModel, prompts: list[str], batch_size: int, peer: Path | None = None):
+        self.model, self.prompts, self.batch_size, self.peer = model, prompts, batch_size, peer
         rows = model.tokenize(prompts)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -60,6 +63,8 @@ class Contenders:
         self.batches = [model.pad([rows[i] for i in chunk]).inputs() for chunk in chunks]
         self.tokens = sum(map(len, rows))
         self._traced = None
+        self._worker: subprocess.Popen | None = None
+        self._folder = tempfile.TemporaryDirectory()
 
     def ours(self) -> torch.Tensor:
         """replib: from text to vectors, tokenisation included."""
@@ -77,6 +82,14 @@ class Contenders:
         for inputs in self.batches:
             states = self.model.causal_lm(**inputs, use_cache=False, output_hidden_states=True).hidden_states[1:]
             found.append(torch.stack([h[:, -1].float().cpu() for h in states]))
+        return torch.cat(found, dim=1)[:, self.back]
+
+    def states_without_logits(self) -> torch.Tensor:
+        """The same of the decoder alone, which spares the logits: the best that can be made of it."""
+        found = []
+        for inputs in self.batches:
+            states = self.model.causal_lm.base_model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+            found.append(torch.stack([h[:, -1].float().cpu() for h in states[1:]]))
         return torch.cat(found, dim=1)[:, self.back]
 
     def nnsight(self) -> torch.Tensor:
@@ -104,6 +117,27 @@ class Contenders:
             states = self.model.causal_lm(**ids, output_hidden_states=True).hidden_states[1:]
             found.append(torch.stack([h[0, -1].float().cpu() for h in states]))
         return torch.stack(found, dim=1)
+
+    def transformer_lens(self) -> torch.Tensor:
+        """The bridge of TransformerLens, in a process of its own, since it needs an environment of its own."""
+        if self._worker is None:
+            self._worker = self._started()
+        self._worker.stdin.write("go\n")
+        self._worker.stdin.flush()
+        while (line := self._worker.stdout.readline()) != "done\n":  # the library prints of its own accord
+            if not line:
+                raise SystemExit("The worker of TransformerLens died; its own message stands above.")
+        return load_file(Path(self._folder.name) / "found.safetensors")["values"][:, self.back]
+
+    def _started(self) -> subprocess.Popen:
+        self.model.causal_lm.save_pretrained(self._folder.name)
+        self.model.tokenizer.save_pretrained(self._folder.name)
+        named = {f"ids.{i}": b["input_ids"] for i, b in enumerate(self.batches)}
+        named |= {f"mask.{i}": b["attention_mask"] for i, b in enumerate(self.batches)}
+        save_file(named, Path(self._folder.name) / "batches.safetensors")
+        worker = Path(__file__).with_name("transformer_lens_worker.py")
+        command = [str(self.peer), str(worker), self._folder.name]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def _wait(self) -> None:
         if self.model.device.type == "cuda":
@@ -149,8 +183,9 @@ def measure(contenders: Contenders, names: list[str], rounds: int) -> dict[str, 
         if name not in ("ours", "bare"):
             error = (way()[:-1] - expected[:-1]).norm() / expected[:-1].norm()
             table[name] = {"error": error.item()}
-        memory = sorted(peak_bytes(way, contenders.model.device) for _ in range(3))[1]
-        table[name] = table.get(name, {}) | {"peak_mb": memory / 2**20}
+        if name != "transformer_lens":
+            memory = sorted(peak_bytes(way, contenders.model.device) for _ in range(3))[1]
+            table[name] = table.get(name, {}) | {"peak_mb": memory / 2**20}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -166,11 +201,9 @@ def report(table: dict[str, dict[str, float]]) -> str:
     lines = ["| | s | speed of ours over it | peak MB above the model | peak of ours over it | difference |"]
     lines += ["|---|---|---|---|---|---|"]
     for name, row in table.items():
-        error = f"{row['error']:.1e}" if "error" in row else ""
-        ratios = (
-            f"{row['seconds'] / ours['seconds']:.2f} | {row['peak_mb']:.0f} | {ours['peak_mb'] / row['peak_mb']:.3f}"
-        )
-        lines.append(f"| {name} | {row['seconds']:.2f} | {ratios} | {error} |")
+        peak, error = row.get("peak_mb"), f"{row['error']:.1e}" if "error" in row else ""
+        memory = f"{peak:.0f} | {ours['peak_mb'] / peak:.3f}" if peak else " | "
+        lines.append(f"| {name} | {row['seconds']:.2f} | {row['seconds'] / ours['seconds']:.2f} | {memory} | {error} |")
     return "\n".join(lines)
 
 
@@ -185,13 +218,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--without", action="append", default=[], help="contender to leave out")
+    parser.add_argument("--transformer-lens", type=Path, help="Python of an environment that has TransformerLens")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     each = args.n // len(args.prompts)
     prompts = [p.text for source in args.prompts for p in load_prompts(source)[:each]]
     model = make_model(args.shape, args.tokenizer, args.device)
-    contenders = Contenders(model, prompts, args.batch_size)
-    names = ["ours", "bare", "hidden_states", "nnsight", "one_at_a_time"]
+    contenders = Contenders(model, prompts, args.batch_size, args.transformer_lens)
+    names = ["ours", "bare", "hidden_states", "states_without_logits", "nnsight", "one_at_a_time"]
+    names += ["transformer_lens"] if args.transformer_lens else []
     table = measure(contenders, [n for n in names if n not in args.without], args.rounds)
     about = f"{model.name}, {len(prompts)} prompts, {contenders.tokens} tokens, batches of {args.batch_size}"
     print(f"{about}; medians of {args.rounds} rounds in turn.\n{machine(model.device)}\n\n{report(table)}")

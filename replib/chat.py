@@ -162,10 +162,10 @@ class ChatModel:
         finally:
             self.reading = before
 
-    def forward(self, batch: Batch) -> Float[Tensor, "rows tokens vocab"]:
-        """Next-token logits of a batch."""
+    def forward(self, batch: Batch, inputs: dict[str, Any] | None = None) -> Float[Tensor, "rows tokens vocab"]:
+        """Next-token logits of a batch; ``inputs``: what the model takes, if not just the batch."""
         with self.reading_batch(batch):
-            return self.model(**batch.inputs(), use_cache=False).logits
+            return self.model(**(inputs or batch.inputs()), use_cache=False).logits
 
     def decode(self, hidden: Float[Tensor, "... dim"]) -> Float[Tensor, "... vocab"]:
         """Logits of residual vectors, float32: final norm, unembedding, and what the architecture does to logits."""

@@ -13,12 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from replib.chat import Batch, ChatModel, evaluating
-
-# Exactly these: hybrid layers inherit from them, and their recurrent state would not follow when rows are selected.
-KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+from replib.shared import KEYS_AND_VALUES
 
 
 @dataclass(frozen=True)

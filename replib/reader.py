@@ -15,6 +15,7 @@ from replib.chat import Batch, ChatModel, Row, evaluating
 from replib.errors import ReplibError
 from replib.positions import SPANS, Chosen, Position, check_positions, choose
 from replib.progress import progress
+from replib.shared import Beginning, read_beginning, shared_length, untouched
 from replib.sites import Hook, check_site, hooked
 
 State = Callable[[], AbstractContextManager]
@@ -99,10 +100,13 @@ class _Enough(Exception):
 class Reader:
     """Reads prompts in batches of like length, longest first; where memory runs out, in smaller ones from then on."""
 
+    shares = True  # what all prompts begin with is read once
+
     def __init__(self, model: ChatModel, ask: Request, batch_size: int, states: Sequence[State] = (nullcontext,)):
         self.model, self.ask, self.states, self.batch_size = model, ask, states, batch_size
         self.tokens = float("inf")  # in one batch at most, padding included
         self.batch: Batch | None = None
+        self.beginnings: list[Beginning | None] = [None for _ in states]
         self.chosen: Chosen | None = None
         self.found: dict[tuple[str, int], Tensor] = {}
 
@@ -110,11 +114,10 @@ class Reader:
     def read(self, prompts: Sequence[str], responses: Sequence[str] | None) -> list[tuple[Tensor, Tensor]]:
         """For each state of the model ``[sites x layers, vectors, positions, dim]``, and the prompt of each vector."""
         rows = self.model.tokenize(prompts, responses, system=self.ask.system, overflow=self.ask.overflow)
-        owners, found = [], []
+        rows = self._without_beginning(rows)
+        owners, found, total = [], [], -(-len(rows) // self.batch_size)
         with self.ready():
-            for chunk, owner, values in progress(
-                self._batches(rows), "capture", total=-(-len(rows) // self.batch_size)
-            ):
+            for chunk, owner, values in progress(self._batches(rows), "capture", total=total):
                 owners.append(torch.tensor(chunk)[owner])
                 found.append(values)
         owner = torch.cat(owners)
@@ -127,11 +130,28 @@ class Reader:
         with hooked(self.model, {key: self._hook(key) for key in self.ask.keys}), evaluating(self.model.model):
             yield
 
-    def values(self, batch: Batch, chosen: Chosen) -> Float[Tensor, "keys vectors positions dim"]:
+    def _without_beginning(self, rows: list[Row]) -> list[Row]:
+        """The rows without what they all begin with, if that can be read once for all."""
+        self.beginnings = [None for _ in self.states]
+        length = 0 if self.ask.max_new_tokens else shared_length(rows, self.ask.positions)
+        if not length or not self.shares or not untouched(self.model):
+            return rows
+        found = []
+        for state in self.states:
+            with state(), evaluating(self.model.model):
+                found.append(read_beginning(self.model, rows[0].ids[:length], max(map(len, rows))))
+        if None in found:
+            return rows
+        self.beginnings = found
+        return [row.following(length) for row in rows]
+
+    def values(
+        self, batch: Batch, chosen: Chosen, beginning: Beginning | None
+    ) -> Float[Tensor, "keys vectors positions dim"]:
         """What is wanted of one batch, on the CPU."""
         self.batch, self.chosen, self.found = batch, chosen, {}
         with suppress(_Enough):
-            self.model.forward(batch)
+            self.model.forward(batch, beginning.inputs(batch) if beginning else None)
         found, self.found = self.found, {}
         return torch.stack([found[key].cpu() for key in self.ask.keys])
 
@@ -182,9 +202,9 @@ class Reader:
             batch = self.model.written(batch, self.ask.max_new_tokens)
         chosen = choose(batch, self.ask.positions, self.ask.pool)
         found = []
-        for state in self.states:
+        for state, beginning in zip(self.states, self.beginnings, strict=True):
             with state():
-                found.append(self._finite(self.values(batch, chosen)))
+                found.append(self._finite(self.values(batch, chosen, beginning)))
         return chosen.rows.cpu(), found
 
     def _finite(self, values: Float[Tensor, "keys vectors positions dim"]) -> Tensor:

@@ -23,6 +23,7 @@ from replib.chat import Batch, ChatModel
 from replib.errors import ReplibError
 from replib.positions import Chosen
 from replib.reader import Reader, Request
+from replib.shared import Beginning
 from replib.sites import SITES, tap
 
 KEY = "NDIF_API_KEY"
@@ -54,6 +55,8 @@ def trace_capture(model: ChatModel, prompts: Sequence[str], *, remote: Where = F
 class TraceReader(Reader):
     """Reads through nnsight instead of hooks; everything else is the same."""
 
+    shares = False  # a trace takes whole prompts
+
     def __init__(self, model: ChatModel, ask: Request, batch_size: int, remote: Where):
         super().__init__(model, ask, batch_size)
         self.remote, self.tracer = remote, None
@@ -66,7 +69,12 @@ class TraceReader(Reader):
         with _traced(self.model, self.remote) as self.tracer:
             yield
 
-    def values(self, batch: Batch, chosen: Chosen) -> Float[Tensor, "keys vectors positions dim"]:
+    def values(
+        self,
+        batch: Batch,
+        chosen: Chosen,
+        beginning: Beginning | None,  # noqa: ARG002
+    ) -> Float[Tensor, "keys vectors positions dim"]:
         """What is wanted of one batch, from one traced forward pass."""
         found = _read(self.tracer, self.places, _weights(batch, chosen), batch, remote=self.remote)
         return found[[self.order.index(key) for key in self.ask.keys]].to(self.ask.dtype)

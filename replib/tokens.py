@@ -30,6 +30,11 @@ class Row:
         """The same row with more response."""
         return replace(self, ids=self.ids + list(response))
 
+    def following(self, count: int) -> Row:
+        """The same row without its first ``count`` tokens, which belong to its prompt."""
+        start, stop = (max(0, end - count) for end in self.instruction)
+        return Row(self.ids[count:], (start, stop), self.prompt - count)
+
     def shortened(self, count: int) -> Row:
         """The same row without the last ``count`` tokens of its instruction."""
         start, stop = self.instruction

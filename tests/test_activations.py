@@ -259,11 +259,11 @@ def small_memory(monkeypatch, model, most, error=torch.OutOfMemoryError):
     """A device that can read ``most`` padded tokens at a time."""
     sizes, forward = [], model.forward
 
-    def refusing(batch):
+    def refusing(batch, inputs=None):
         sizes.append(tuple(batch.input_ids.shape))
         if batch.input_ids.numel() > most:
             raise error("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(batch)
+        return forward(batch, inputs)
 
     monkeypatch.setattr(model, "forward", refusing)
     return sizes
@@ -290,7 +290,7 @@ def test_a_prompt_that_alone_is_too_large_is_said(llama, monkeypatch):
 
 
 def test_other_errors_of_the_forward_pass_are_not_mistaken_for_memory(llama, monkeypatch):
-    monkeypatch.setattr(llama, "forward", lambda batch: 1 / 0)
+    monkeypatch.setattr(llama, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         capture(llama, PROMPTS)
     assert not reader.out_of_memory(RuntimeError("shapes do not match"))
