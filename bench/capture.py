@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from replib.activations import capture
 from replib.chat import ChatModel
 from replib.prompts import load_prompts
+from replib.reader import Reader
 
 SHAPES = {  # hidden size, MLP, blocks, heads, key-value heads
     "tiny": (128, 352, 6, 4, 2),
@@ -69,6 +70,14 @@ class Contenders:
     def ours(self) -> torch.Tensor:
         """replib: from text to vectors, tokenisation included."""
         return capture(self.model, self.prompts, batch_size=self.batch_size).values
+
+    def ours_unshared(self) -> torch.Tensor:
+        """replib, with the beginning that all prompts share read in every row, as the others read it."""
+        Reader.shares = False
+        try:
+            return self.ours()
+        finally:
+            Reader.shares = True
 
     def bare(self) -> None:
         """The decoder alone, without unembedding, keeping nothing."""
@@ -225,7 +234,7 @@ def main() -> None:
     prompts = [p.text for source in args.prompts for p in load_prompts(source)[:each]]
     model = make_model(args.shape, args.tokenizer, args.device)
     contenders = Contenders(model, prompts, args.batch_size, args.transformer_lens)
-    names = ["ours", "bare", "hidden_states", "states_without_logits", "nnsight", "one_at_a_time"]
+    names = ["ours", "ours_unshared", "bare", "hidden_states", "states_without_logits", "nnsight", "one_at_a_time"]
     names += ["transformer_lens"] if args.transformer_lens else []
     table = measure(contenders, [n for n in names if n not in args.without], args.rounds)
     about = f"{model.name}, {len(prompts)} prompts, {contenders.tokens} tokens, batches of {args.batch_size}"

@@ -145,3 +145,19 @@ def test_sites_are_found_while_an_edit_is_in_place(tmp_path):
     with applied(model, edit), applied(fresh, edit):
         expected, found = (capture_sites(m, PROMPTS, ["attn_in"])["attn_in"].values for m in (model, fresh))
     assert torch.equal(found, expected)
+
+
+def test_blocks_that_return_tuples_are_read_and_edited_alike(tmp_path, monkeypatch):
+    """As all did before transformers 5, and as those written elsewhere still do."""
+    model, old = load(tiny.save_model(tmp_path)), load(tmp_path)
+    block = old.blocks[1]
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda *a, **k: (forward(*a, **k), "attention weights"))
+    block.register_forward_hook(lambda _m, _a, out: out)  # so that a tuple passes through hooks of others too
+    following = old.blocks[2].forward
+    monkeypatch.setattr(old.blocks[2], "forward", lambda hidden, *a, **k: following(hidden[0], *a, **k))
+    expected, found = (capture_sites(m, PROMPTS, ["resid_post"], layers=[1])["resid_post"] for m in (model, old))
+    torch.testing.assert_close(found.values, expected.values)
+    with applied(model, {1: AffineEdit.shift(torch.ones(16))}), applied(old, {1: AffineEdit.shift(torch.ones(16))}):
+        edited = [capture_sites(m, PROMPTS, ["resid_post"], layers=[2])["resid_post"].values for m in (model, old)]
+    torch.testing.assert_close(edited[0], edited[1])
