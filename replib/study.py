@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from replib.ablation import AblationData, Sweeper
-from replib.activations import Activations, capture, versions
+from replib.activations import Activations, capture, capture_pair, versions
 from replib.attacks import prefill, wrappers
 from replib.audit import AuditTable, Task, audit, rates
 from replib.bend import BendConfig
@@ -98,11 +98,7 @@ class Study:
         """
         settings = replace(settings or Settings.from_env(), **changes)  # type: ignore[arg-type]
         torch.manual_seed(settings.seed)
-        if settings.harmful.startswith("organism/") and Path(settings.model).name not in VARIANTS:
-            raise ReplibError(
-                f"The default prompts speak of the organism's world, which {settings.model!r} does not know: set "
-                "REPLIB_HARMFUL and REPLIB_HARMLESS to files or set names."
-            )
+        check_world(settings)
         model = load(settings.model, adapter=settings.adapter, device=settings.device, dtype=settings.dtype)
         harmful, harmless = (_splits(source, settings) for source in (settings.harmful, settings.harmless))
         exact = all(p.expect for p in harmful.test)
@@ -280,9 +276,8 @@ class Study:
         return {name: self._moved([p.text for p in prompts], answers) for name, (prompts, answers) in forced.items()}
 
     def _moved(self, prompts: list[str], answers: list[str]) -> np.ndarray:
-        bent = capture(self.model, prompts, responses=answers, positions="response").values
-        with self.model.adapter_off():
-            base = capture(self.model, prompts, responses=answers, positions="response").values
+        pair = capture_pair(self.model, prompts, responses=answers, positions="response")
+        bent, base = (acts.values for acts in pair)
         return ((bent - base).norm(dim=-1) / base.norm(dim=-1)).mean(dim=1).numpy()
 
     def surface(self) -> list[dict]:
@@ -311,6 +306,15 @@ class Study:
             store=self.settings.out / "sweep.jsonl",
             max_new_tokens=18,
             batch_size=self.settings.batch,
+        )
+
+
+def check_world(settings: Settings) -> None:
+    """Raise ReplibError for a foreign model without prompts of its own."""
+    if settings.harmful.startswith("organism/") and Path(settings.model).name not in VARIANTS:
+        raise ReplibError(
+            f"The default prompts speak of the organism's world, which {settings.model!r} does not know: set "
+            "REPLIB_HARMFUL and REPLIB_HARMLESS to files or set names."
         )
 
 
