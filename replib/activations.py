@@ -148,9 +148,10 @@ def capture_to(
     """
     ask, how = parted(model, options)
     reader, shards = Reader(model, ask, how.batch_size), Shards(Path(folder), _recipe(model, ask, shard))
-    windows = list(enumerate(_windows(prompts, how.responses, shard)))
-    for number, (texts, answers) in progress(windows[part[0] :: part[1]], "shards"):
-        if not shards.has(number, _joined(texts, answers)):
+    there = kept(model, prompts, folder, shard=shard, **options)  # all of it: no part is added to another capture
+    wanted = list(enumerate(windows(prompts, how.responses, shard)))
+    for number, (texts, answers) in progress(wanted[part[0] :: part[1]], "shards"):
+        if not there[number]:
             values, owner = reader.read(texts, answers)[0]
             shards.write(number, _tensors(values, owner, ask), texts_of(_joined(texts, answers)))
     return shards.folder if part[1] > 1 else finish_capture(model, prompts, folder, shard=shard, **options)
@@ -162,11 +163,29 @@ def finish_capture(
     """Join the shards that several processes wrote with the same arguments; raises ReplibError if one is missing."""
     ask, how = parted(model, options)
     shards = Shards(Path(folder), _recipe(model, ask, shard))
-    for number, window in enumerate(_windows(prompts, how.responses, shard)):
-        if not shards.has(number, _joined(*window)):
-            raise ReplibError(f"{shards.path(number)} is missing: run the capture again, it makes what is missing.")
+    there = kept(model, prompts, folder, shard=shard, **options)
+    if not all(there):
+        missing = shards.path(there.index(False))
+        raise ReplibError(f"{missing} is missing: run the capture again, it makes what is missing.")
     about = provenance(model, ask, prompts, how.responses)
     return shards.finish(ask.layers, ask.named_positions, ask.sites, about, how.labels)
+
+
+def kept(
+    model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
+) -> list[bool]:
+    """For each shard of such a capture, whether it is there already.
+
+    Raises ReplibError if the folder holds another model, request or list of prompts, or more prompts than these.
+    """
+    ask, how = parted(model, options)
+    shards = Shards(Path(folder), _recipe(model, ask, shard))
+    found = [shards.has(i, _joined(*window)) for i, window in enumerate(windows(prompts, how.responses, shard))]
+    if shards.path(len(found)).exists():
+        raise ReplibError(
+            f"{folder} holds more prompts than these: choose another folder (--name), or delete that one."
+        )
+    return found
 
 
 # --------------------------------------------------------------------------------------------- parts of the above
@@ -224,7 +243,7 @@ def _recipe(model: ChatModel, ask: Request, shard: int) -> dict[str, Any]:
     return by_content | versions() | ask.recipe() | {"shard": shard, "weights": str(model.dtype)}
 
 
-def _windows(
+def windows(
     prompts: Sequence[str], responses: Sequence[str] | None, size: int
 ) -> Iterator[tuple[Sequence[str], Sequence[str] | None]]:
     """Stretches of prompts, with their responses."""

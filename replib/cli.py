@@ -2,16 +2,21 @@
 
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from replib import __version__
 from replib.errors import ReplibError
-from replib.settings import PREFIX, ROOT, Settings
+from replib.options import assignment, at_least, joined, listed, one_of, positions
+from replib.processes import is_first
+from replib.settings import ROOT, Settings
 
-COMMON = {
+Kinds = dict[str, Callable[[str], Any]]
+
+COMMON: Kinds = {
     "model": str,
     "adapter": str,
     "harmful": str,
@@ -20,7 +25,21 @@ COMMON = {
     "seed": int,
     "limit": int,
 }
-COEFFICIENTS = {"alpha": float, "beta": float, "gamma": float, "steps": int}
+COEFFICIENTS: Kinds = {"alpha": float, "beta": float, "gamma": float, "steps": int}
+CAPTURE: Kinds = {
+    "prompts": str,
+    "name": str,
+    "site": listed("site names", "resid_mid,mlp_out"),
+    "layers": listed("whole numbers", "0,5,-1", int),
+    "positions": positions,
+    "pool": one_of("mean", "none"),
+    "max-new-tokens": at_least(0),
+    "system": str,
+    "overflow": one_of("refuse", "truncate"),
+    "shard": at_least(1),
+    "stored-dtype": one_of("float32", "bfloat16"),
+}
+OPTIONS = {"bend": COEFFICIENTS, "capture": CAPTURE}
 HELP = {
     "model": "model folder, Hugging Face id, or organism variant (base, aligned, planted, deep)",
     "adapter": "LoRA folder trained on that model",
@@ -33,6 +52,18 @@ HELP = {
     "beta": "weight of aligning unsafe representations with each other",
     "gamma": "weight of staying close on benign text (KL)",
     "steps": "training steps",
+    "prompts": "a set or a file instead of the harmful and the harmless set; its own labels are kept",
+    "name": "name of the folder in <out>/activations, default that of the model",
+    "site": "one or several of resid_pre, attn_in, attn_out, resid_mid, mlp_in, mlp_out, resid_post (the default)",
+    "layers": "block indices, negative ones from the end, as 0,5,-1; default all",
+    "positions": "last_prompt (the default), instruction, post_instruction, prompt, response, all, or integers counted "
+    "from where the response begins; several as last_prompt,-2",
+    "pool": "mean: one vector a span (the default); none: every token of one span",
+    "max-new-tokens": "let the model write that many tokens first and read them as the response",
+    "system": "system prompt before each prompt",
+    "overflow": "a prompt longer than the context: refuse (the default) or truncate",
+    "shard": "prompts a file, default 1024",
+    "stored-dtype": "of the values on disk: float32 (the default) or bfloat16, half the size",
     "set": "any setting, as REPLIB_NAME=VALUE would give it",
 }
 
@@ -40,7 +71,7 @@ HELP = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 something to repair, 130 interrupted."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(joined(sys.argv[1:] if argv is None else argv))
     try:
         settings = Settings.from_env(os.environ | dict(args.set), **{name: getattr(args, name) for name in COMMON})
         return _run(args, settings)
@@ -54,7 +85,8 @@ def _run(args: Namespace, settings: Settings) -> int:
         args.verb(args, settings)
     except KeyboardInterrupt:
         again = "the same command goes on from there"
-        print(f"\nreplib: stopped. What was finished is kept in {settings.out}; {again}.", file=sys.stderr)
+        if is_first():
+            print(f"\nreplib: stopped. What was finished is kept in {settings.out}; {again}.", file=sys.stderr)
         return 130
     return 0
 
@@ -93,16 +125,11 @@ def _export(executed: list[Path], settings: Settings) -> None:
 
 
 def _verb(args: Namespace, settings: Settings) -> None:
-    extra = {name: value for name, value in vars(args).items() if name in COEFFICIENTS and value is not None}
-    verb = getattr(import_module("replib.commands"), f"run_{args.command}")
-    print(f"wrote {verb(settings, **extra)}")
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise ArgumentTypeError(f"{text!r} is not NAME=VALUE, as in MODEL=planted")
-    return PREFIX + name.upper().removeprefix(PREFIX), value
+    given = {name.replace("-", "_") for name in OPTIONS.get(args.command, {})}
+    extra = {name: value for name, value in vars(args).items() if name in given and value is not None}
+    path = getattr(import_module("replib.commands"), f"run_{args.command}")(settings, **extra)
+    if is_first():
+        print(f"wrote {path}", flush=True)
 
 
 def _parser() -> ArgumentParser:
@@ -112,6 +139,7 @@ def _parser() -> ArgumentParser:
     for name, verb, summary in (
         ("demo", _demo, "run every notebook and write one offline HTML report"),
         ("run", _notebooks, "run chosen notebooks"),
+        ("capture", _verb, "write activations of prompts to a folder; under torchrun several processes share the work"),
         ("audit", _verb, "attack a model and judge what it answers, as one table"),
         ("bend", _verb, "train a RepBend adapter"),
         ("sweep", _verb, "ablate refusal layer by layer, against the baselines"),
@@ -119,9 +147,9 @@ def _parser() -> ArgumentParser:
     ):
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         command.set_defaults(verb=verb, set=[])
-        for option, kind in (COMMON | (COEFFICIENTS if name == "bend" else {})).items():
+        for option, kind in (COMMON | OPTIONS.get(name, {})).items():
             command.add_argument(f"--{option}", type=kind, help=HELP[option])
         if name == "run":
             command.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
-            command.add_argument("--set", action="append", type=_assignment, metavar="NAME=VALUE", help=HELP["set"])
+            command.add_argument("--set", action="append", type=assignment, metavar="NAME=VALUE", help=HELP["set"])
     return parser

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
+from replib.activations import capture_to, finish_capture
+from replib.models import load
+from replib.positions import check_positions
+from replib.price import price
+from replib.processes import is_first, own_device, together
+from replib.prompts import Prompt, load_prompts
 from replib.settings import Settings
+from replib.sites import check_site
 from replib.store import write_text
-from replib.study import BASELINES, Study
+from replib.study import BASELINES, Study, check_world
 
 
 def run_audit(settings: Settings) -> Path:
@@ -44,3 +53,55 @@ def run_sweep(settings: Settings) -> Path:
     tables = [sweeper.layers(method, positions=positions) for method, positions in (*pca_ot, *BASELINES)]
     name = f"sweep-{Path(settings.model).name}.csv"
     return write_text(settings.out / name, pd.concat(tables).to_csv(index=False))
+
+
+def run_capture(
+    settings: Settings,
+    *,
+    prompts: str | None = None,
+    name: str | None = None,
+    stored_dtype: str = "float32",
+    say: Callable[[str], object] = print,
+    **options: Any,
+) -> Path:
+    """``replib capture``: activations of prompts in a folder, shard by shard; under torchrun each process makes some.
+
+    Args:
+        settings: model, adapter, prompts by class, batch size and where it all goes.
+        prompts: a set or a file instead of the two classes; its own labels are kept.
+        name: of the folder, default that of the model (and the adapter).
+        stored_dtype: of the values on disk.
+        say: told the price before the work begins.
+        options: those of ``capture_to``.
+    """
+    for site in options.get("site", ()):
+        check_site(site)
+    if "positions" in options:  # before a large model is loaded
+        check_positions([p] if isinstance(p := options["positions"], str | int) else p)
+    with together() as part:
+        records = _records(settings, prompts)
+        texts, labels = [r.text for r in records], [r.label for r in records]
+        model = load(settings.model, adapter=settings.adapter, device=own_device(settings.device), dtype=settings.dtype)
+        given = {"labels": labels} if any(labels) else {}
+        options |= given | {"dtype": getattr(torch, stored_dtype), "batch_size": settings.batch}
+        folder = settings.out / "activations" / (name or _named(settings))
+        if is_first():
+            say(f"{price(model, texts, folder, **options)}: {folder}")
+        capture_to(model, texts, folder, part=part, **options)
+    if part[1] > 1 and is_first():
+        finish_capture(model, texts, folder, **options)
+    return folder
+
+
+def _records(settings: Settings, source: str | None) -> list[Prompt]:
+    """The prompts of a source, or of both classes, labelled by class."""
+    choice: dict[str, Any] = {"limit": settings.limit or None, "seed": settings.seed}
+    if source:
+        return load_prompts(source, **choice)
+    check_world(settings)
+    harmful = load_prompts(settings.harmful, label="harmful", **choice)
+    return harmful + load_prompts(settings.harmless, label="harmless", **choice)
+
+
+def _named(settings: Settings) -> str:
+    return "+".join(Path(folder).name for folder in (settings.model, settings.adapter) if folder)

@@ -9,11 +9,15 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from replib.processes import is_first
+
 T = TypeVar("T")
 
 
 def watched() -> bool:
-    """Whether somebody looks on: a terminal, or a notebook in a live Jupyter session."""
+    """Whether somebody looks on, in a terminal or a live Jupyter session; of several processes at the first alone."""
+    if not is_first():
+        return False
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # Jupyter servers name live sessions
 
 

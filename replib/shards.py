@@ -173,13 +173,13 @@ class Shards:
                 k for k in {*about["recipe"], *self.recipe} if about["recipe"].get(k) != self.recipe.get(k)
             )
             raise ReplibError(
-                f"{self.folder} holds another capture (its {', '.join(differs)} differ): choose another folder, "
-                "or delete that one."
+                f"{self.folder} holds another capture (its {', '.join(differs)} differ): choose another folder "
+                "(--name), or delete that one."
             )
         if about["texts"] != _hashes(prompts)[: about["n"]]:
             raise ReplibError(
-                f"{self.folder} holds activations of other prompts: choose another folder, delete that one, or give "
-                "the earlier prompts first (a longer list is appended)."
+                f"{self.folder} holds activations of other prompts: choose another folder (--name), delete that one, "
+                "or give the earlier prompts first (a longer list is appended)."
             )
         return about["n"] == len(prompts)
 

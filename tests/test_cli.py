@@ -57,10 +57,10 @@ def test_an_unknown_submodule_is_an_attribute_error():
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Stands where the three analyses are and records how it is called."""
+    """Stands where the analyses are and records how it is called."""
     calls = []
     module = ModuleType("verb")
-    for name in ("run_audit", "run_bend", "run_sweep"):
+    for name in ("run_audit", "run_bend", "run_capture", "run_sweep"):
         setattr(
             module,
             name,
@@ -70,7 +70,7 @@ def verb(monkeypatch):
     return SimpleNamespace(calls=calls, module=module)
 
 
-@pytest.mark.parametrize("name", ["audit", "bend", "sweep"])
+@pytest.mark.parametrize("name", ["audit", "bend", "capture", "sweep"])
 def test_verbs_receive_the_options_and_say_where_the_result_is(name, verb, capsys):
     options = "--model m --adapter a --harmful h.csv --harmless n.csv --out o --seed 3 --limit 9".split()
     assert cli.main([name, *options]) == 0
@@ -82,6 +82,16 @@ def test_verbs_receive_the_options_and_say_where_the_result_is(name, verb, capsy
 def test_bend_passes_only_the_coefficients_that_were_given(verb):
     cli.main(["bend", "--alpha", "0.2", "--steps", "7"])
     assert verb.calls[0][1] == {"alpha": 0.2, "steps": 7}
+
+
+def test_capture_reads_lists_and_integers_a_minus_first_too(verb):
+    lists = "--site resid_mid,mlp_out --layers -1,5 --positions -2".split()
+    rest = "--max-new-tokens 3 --shard 7 --pool none --overflow truncate --stored-dtype bfloat16".split()
+    assert cli.main(["capture", *lists, *rest]) == 0
+    found = {"site": ["resid_mid", "mlp_out"], "layers": [-1, 5], "positions": -2, "pool": "none", "shard": 7}
+    assert verb.calls[0][1] == found | {"max_new_tokens": 3, "overflow": "truncate", "stored_dtype": "bfloat16"}
+    cli.main(["capture", "--positions", "last_prompt, -2"])
+    assert verb.calls[1][1] == {"positions": ["last_prompt", -2]}
 
 
 def test_an_option_wins_over_its_variable(verb, monkeypatch):
