@@ -1,0 +1,52 @@
+"""The README's example of activations runs as it stands, and gives what its comments say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from replib import cli
+from replib.activations import capture
+from replib.settings import data_dir
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+SECTION = README.partition("## Activations\n")[2].partition("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The names that the example leaves."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny.save_adapter(folder / "my-adapter", data_dir() / "organism" / "aligned")
+    (code,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        names = {}
+        exec(code, names)
+        yield names
+
+
+def test_slices_hold_what_a_capture_gives(found):
+    assert found["labels"] == ["harmful"] * 100 + ["harmless"] * 100
+    direct = capture(found["model"], found["texts"][:100], layers=[5]).values[0]
+    torch.testing.assert_close(found["harmful"], direct, atol=1e-3, rtol=1e-3)
+
+
+def test_the_pair_is_the_adapter_on_and_off_and_the_trace_agrees_with_it(found):
+    bent, base, traced = (found[name].values for name in ("bent", "base", "traced"))
+    assert (traced - base).abs().max() < 1e-4 * base.abs().max() < 0.1 * (bent - base).abs().max()
+
+
+def test_streamed_moments_are_those_of_all_vectors(found):
+    values = capture(found["model"], found["texts"]).values.double()
+    torch.testing.assert_close(found["moments"].mean, values.mean(dim=1), atol=1e-4, rtol=1e-4)
+    largest = torch.linalg.svdvals(values[5] - values[5].mean(dim=0))[:2].square() / (len(values[5]) - 1)
+    torch.testing.assert_close(found["variances"][5], largest, atol=0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("line", re.findall(r"replib (capture .*?)(?:\s+#.*)?$", SECTION, re.MULTILINE))
+def test_every_option_of_the_commands_shown_is_one(line):
+    args = cli._parser().parse_args(cli.joined(line.replace("...", "").split()))
+    assert args.command == "capture"
