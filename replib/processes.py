@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 from replib.errors import ReplibError
 
@@ -71,7 +72,10 @@ def together() -> Iterator[tuple[int, int]]:
         yield part()
         return
     try:
-        yield part()
+        with catch_warnings():
+            if not is_first():
+                simplefilter("ignore")  # the first says them all
+            yield part()
     except BaseException as error:
         with suppress(Exception):  # the error itself matters more
             _store().set(_key(FAILED), str(error) or type(error).__name__)

@@ -1,6 +1,7 @@
 """Several processes of one command: their parts, their devices, and how they wait for each other."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -108,6 +109,15 @@ def test_others_that_are_gone_are_not_waited_for_without_end(store, monkeypatch)
     monkeypatch.setattr(processes, "_store", lambda: (_ for _ in ()).throw(RuntimeError("connection reset")))
     with pytest.raises(ReplibError, match="Lost the other processes .connection reset"), together():
         pass
+
+
+@pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])
+def test_only_the_first_process_warns(store, monkeypatch, recwarn, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    store.add(processes._key(processes.DONE), 1)
+    with together():
+        warnings.warn("long prompts", stacklevel=1)
+    assert len(recwarn) == said
 
 
 def test_only_the_first_process_shows_a_bar(monkeypatch, second_of_two):
