@@ -19,6 +19,8 @@ from replib.shared import Beginning, read_beginning, shared_length, untouched
 from replib.sites import Hook, check_site, hooked
 
 State = Callable[[], AbstractContextManager]
+# Tokens in one batch at most, padding included. On a CPU more cost memory and win nothing (bench/capture.py).
+ON_CPU, ON_DEVICE = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Reader:
 
     def __init__(self, model: ChatModel, ask: Request, batch_size: int, states: Sequence[State] = (nullcontext,)):
         self.model, self.ask, self.states, self.batch_size = model, ask, states, batch_size
-        self.tokens = float("inf")  # in one batch at most, padding included
+        self.tokens = ON_CPU if model.device.type == "cpu" else ON_DEVICE
         self.batch: Batch | None = None
         self.beginnings: list[Beginning | None] = [None for _ in states]
         self.chosen: Chosen | None = None
