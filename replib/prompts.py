@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from pandas import DataFrame, isna
+from pandas import DataFrame
 
 from replib.errors import ReplibError
 from replib.public import PUBLIC, Layout
 from replib.settings import data_dir
 from replib.splits import Splits, check_disjoint, split_by
-from replib.tables import read_table
+from replib.tables import LISTS, clean, read_table
 
 __all__ = [
     "PUBLIC",
@@ -40,7 +39,6 @@ R = TypeVar("R")
 
 LABELS = ("harmful", "harmless", "borderline", "skill")
 TEXT_COLUMNS = ("text", "prompt", "instruction", "goal", "behavior", "question", "query", "forbidden_prompt")
-LISTS = (list, tuple, np.ndarray)  # Parquet gives arrays where JSON gives lists
 COMPLIANCE_OPENINGS = ("sure", "certainly", "of course", "absolutely", "here is", "here's", "here are")
 
 
@@ -113,7 +111,7 @@ def load_prompts(
     table = read_table(file)
     layout = _with_text_column(layout, table, file, column)
     rows = _swapped_back(table.to_dict("records"), layout, file)
-    prompts = [_prompt(row, layout, file.stem) for row in rows if not _clean(row.get(layout.without))]
+    prompts = [_prompt(row, layout, file.stem) for row in rows if not clean(row.get(layout.without))]
     if label is not None:
         prompts = [replace(p, label=label) for p in prompts]
     return _select(_distinct(prompts, file), file, split=split, limit=limit, seed=seed)
@@ -215,36 +213,29 @@ def _swapped_back(rows: list[dict[Any, Any]], layout: Layout, file: Path) -> lis
 
 def _complying(rows: list[dict[Any, Any]], column: str) -> float:
     """Share of rows whose column opens as an answer that complies."""
-    return sum(_clean(row[column]).lower().startswith(COMPLIANCE_OPENINGS) for row in rows) / len(rows)
+    return sum(clean(row[column]).lower().startswith(COMPLIANCE_OPENINGS) for row in rows) / len(rows)
 
 
 def _prompt(row: Mapping[Any, Any], layout: Layout, stem: str) -> Prompt:
-    values: dict[str, Any] = {name: _clean(row.get(column)) for name, column in layout.columns.items()}
+    values: dict[str, Any] = {name: clean(row.get(column)) for name, column in layout.columns.items()}
     values |= {"label": _label(row, layout, stem)} | dict(layout.fixed)
     values["expect"] = _words(row.get(layout.columns.get("expect")))
-    parts = (_clean(row.get(layout.context)), _clean(row[layout.text[0]]))
+    parts = (clean(row.get(layout.context)), clean(row[layout.text[0]]))
     return Prompt(text="\n\n---\n\n".join(filter(None, parts)) if parts[1] else "", **values)
 
 
 def _words(cell: Any) -> tuple[str, ...]:
     """A list of words from a JSON cell, or from one text with blanks between them."""
-    return tuple(map(str, cell)) if isinstance(cell, LISTS) else tuple(_clean(cell).split())
+    return tuple(map(str, cell)) if isinstance(cell, LISTS) else tuple(clean(cell).split())
 
 
 def _label(row: Mapping[Any, Any], layout: Layout, stem: str) -> str:
     """A file's own label where it is one of ours, else the first rule of the layout that fires."""
     if "label" in layout.columns:
-        own = _clean(row[layout.columns["label"]])
+        own = clean(row[layout.columns["label"]])
         return own if own in LABELS else ""
-    cells = {"": stem} | {c: _clean(row[c]) for c, _, _ in layout.labels if c in row}
+    cells = {"": stem} | {c: clean(row[c]) for c, _, _ in layout.labels if c in row}
     return next((label for column, text, label in layout.labels if text in cells.get(column, ())), "")
-
-
-def _clean(cell: Any) -> str:
-    """Any cell as text: missing is empty, lists are joined, line ends are one character."""
-    if isinstance(cell, LISTS):
-        return ", ".join(map(_clean, cell))
-    return "" if isna(cell) is True else str(cell).replace("\r\n", "\n").strip()
 
 
 def _distinct(prompts: list[Prompt], file: Path) -> list[Prompt]:
@@ -270,10 +261,10 @@ def _load_records(kind: type[R], source: str | Path, columns: Mapping[str, str],
             'Map them, as columns={"prompt": "question"}.'
         )
     rows = table.to_dict("records")
-    full = [row for row in rows if all(_clean(row[column]) for column in needed)]
+    full = [row for row in rows if all(clean(row[column]) for column in needed)]
     if left_out := len(rows) - len(full):
         log.warning("%s: left out %d of %d rows with an empty %s", file, left_out, len(rows), " or ".join(needed))
-    records = [kind(**{name: _clean(row.get(column)) for name, column in names.items()}) for row in full]
+    records = [kind(**{name: clean(row.get(column)) for name, column in names.items()}) for row in full]
     return _select(records, file, **choice)
 
 

@@ -5,10 +5,14 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from replib.errors import ReplibError
+
+LISTS = (list, tuple, np.ndarray)  # Parquet gives arrays where JSON gives lists
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -35,6 +39,13 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if table.empty:
         raise ReplibError(f"{path} has no rows. Download or write it again.")
     return table.rename(columns=str)
+
+
+def clean(cell: Any) -> str:
+    """Any cell as text: missing is empty, lists are joined, line ends are one character."""
+    if isinstance(cell, LISTS):
+        return ", ".join(map(clean, cell))
+    return "" if pd.isna(cell) is True else str(cell).replace("\r\n", "\n").strip()
 
 
 def _check_file(path: Path) -> None:
