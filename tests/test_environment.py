@@ -22,6 +22,7 @@ from replib import bootstrap
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+LEFT_OUT = {"all", "eval", "data"}
 TEN = {
     "jupyterlab", "torch", "transformers", "peft", "nnsight",
     "plotly", "scikit-learn", "numpy", "scipy", "ipywidgets",
@@ -33,7 +34,7 @@ def requirements(*texts):
 
 
 def bounds():
-    everything = [text for name, texts in EXTRAS.items() if name not in {"all", "eval"} for text in texts]
+    everything = [text for name, texts in EXTRAS.items() if name not in LEFT_OUT for text in texts]
     return requirements(*PROJECT["dependencies"], *everything)
 
 
@@ -58,9 +59,9 @@ def test_environment_python_is_new_enough_and_pip_is_named():
     assert "pip" in conda
 
 
-def test_all_is_every_extra_but_eval():
+def test_all_is_every_extra_but_those_left_out():
     (text,) = EXTRAS["all"]
-    assert Requirement(text).extras == set(EXTRAS) - {"all", "eval"}
+    assert Requirement(text).extras == set(EXTRAS) - LEFT_OUT
 
 
 def test_constraints_pin_every_direct_dependency_inside_its_bounds():

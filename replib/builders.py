@@ -1,0 +1,188 @@
+"""What defences train on, read from public sets with the papers' filters; every build counts what each filter left.
+
+All builders take ``n`` (None: all rows), ``seed`` (of the draw) and ``avoid`` (prompts of an evaluation set: rows with
+the same prompt, letter by letter or but for case, blanks and punctuation, are left out and counted). They return rows
+and the ``Build`` that says how they came about; ``build.table()`` shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from replib.errors import ReplibError
+from replib.prompts import Contrast, Dialogue, Prompt
+from replib.sieve import Built, Sieve
+from replib.sources import Source, read_rows
+from replib.tables import LISTS, clean
+
+Row = Mapping[str, Any]
+
+
+def _cleaned(rows: Iterable[Row]) -> Iterator[dict[str, str]]:
+    return ({column: clean(cell) for column, cell in row.items()} for row in rows)
+
+
+# --------------------------------------------------------------------------------------------- WildGuardMix
+WILDGUARD: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+    "safe": (("unharmful", "compliance", "unharmful"), ("harmful", "refusal", "unharmful")),
+    "unsafe": (("harmful", "compliance", ""),),
+}
+"""Harm of the prompt, refusal and harm of the response; empty: whatever it says (RepBend, dataset.py:86-98)."""
+
+
+def wildguardmix(
+    side: str,
+    source: Source | None = "allenai/wildguardmix",
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    avoid: Iterable[str | Prompt] = (),
+) -> Built:
+    """Unpaired answers of WildGuardMix as dialogues; ``label`` is the prompt's harm.
+
+    ``safe``: harmless prompts answered and harmful ones refused, the response unharmful. ``unsafe``: harmful prompts
+    complied with, whatever ``response_harm_label`` says. Rows without a response, over half of the set, are left out;
+    so are repeated ones, which the authors keep.
+
+    Raises:
+        ReplibError: as ``read_rows``; ``side`` is neither; no row has the labels that the filters ask for.
+    """
+    if side not in WILDGUARD:
+        raise ReplibError(f"WildGuardMix has the sides safe and unsafe, not {side!r}.")
+    called, rows = read_rows("wildguardmix", source)
+    sieve = Sieve(f"wildguardmix {side}", called, _cleaned(rows))
+    sieve.keep("with a response", lambda row: row["response"])
+    sieve.keep(f"labels of the {side} side", lambda row: any(_labelled(row, want) for want in WILDGUARD[side]))
+    return sieve.records(_wildguard).built(n=n, seed=seed, avoid=avoid)
+
+
+def _labelled(row: Row, wanted: Sequence[str]) -> bool:
+    found = (row["prompt_harm_label"], row["response_refusal_label"], row["response_harm_label"])
+    return all(want in ("", label) for want, label in zip(wanted, found, strict=True))
+
+
+def _wildguard(row: Row) -> Dialogue:
+    label = {"harmful": "harmful", "unharmful": "harmless"}[row["prompt_harm_label"]]
+    return Dialogue(row["prompt"], row["response"], "fit", label, way="wildguardmix")
+
+
+# --------------------------------------------------------------------------------------------- WildJailbreak
+def wildjailbreak_pairs(
+    source: Source | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
+) -> Built:
+    """Contrasts of RepBend's own ``wildjailbreak.jsonl``: harmful prompts, each once, with both answers.
+
+    The public TSV has the safe side only: ``wildjailbreak_safe``, to be paired by ``pair`` with answers of your own.
+    """
+    called, rows = read_rows("wildjailbreak_pairs", source)
+    sieve = Sieve("wildjailbreak pairs", called, _cleaned(rows))
+    sieve.keep("prompt_type harmful", lambda row: row["prompt_type"] == "harmful")
+    sieve.keep("with both answers", lambda row: row["harmless_answer"] and row["harmful_answer"])
+    sieve.once("prompt not repeated", lambda row: row["prompt"])
+    sieve.records(lambda r: Contrast(r["prompt"], r["harmless_answer"], r["harmful_answer"], "fit", way="vanilla"))
+    return sieve.built(n=n, seed=seed, avoid=avoid)
+
+
+def wildjailbreak_safe(
+    source: Source | None = "allenai/wildjailbreak",
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    avoid: Iterable[str | Prompt] = (),
+) -> Built:
+    """Refusals of vanilla harmful prompts, each prompt once, from the public training TSV: its ``completion``.
+
+    The authors of RepBend drop repeated ``vanilla`` over all rows and may so keep the completion of an adversarial
+    rewriting; here only ``data_type`` vanilla_harmful is read, whose completion answers the vanilla prompt itself.
+    """
+    called, rows = read_rows("wildjailbreak", source)
+    sieve = Sieve("wildjailbreak safe", called, _cleaned(rows))
+    sieve.keep("data_type vanilla_harmful", lambda row: row["data_type"] == "vanilla_harmful")
+    sieve.once("vanilla not repeated", lambda row: row["vanilla"])
+    sieve.records(lambda row: Dialogue(row["vanilla"], row["completion"], "fit", "harmful", way="vanilla"))
+    return sieve.built(n=n, seed=seed, avoid=avoid)
+
+
+def pair(safe: Iterable[Dialogue], unsafe: Iterable[Dialogue]) -> list[Contrast]:
+    """Contrasts of the prompts that have an answer on both sides, in the order of the safe ones."""
+    answers = {d.prompt: d.response for d in unsafe}
+    return [
+        Contrast(d.prompt, d.response, answers[d.prompt], d.split, d.group, d.way) for d in safe if d.prompt in answers
+    ]
+
+
+# --------------------------------------------------------------------------------------------- the others
+def ultrachat(
+    split: str = "train_sft",
+    source: Source | None = "HuggingFaceH4/ultrachat_200k",
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    avoid: Iterable[str | Prompt] = (),
+) -> Built:
+    """First exchanges of UltraChat-200k: the first user turn is the prompt, the assistant turn after it the response.
+
+    Later turns are left out, because they cannot be read without the ones before (the papers read whole dialogues,
+    and the first 10,001 of them). A dialogue that does not open with user and assistant, such as one with a system
+    turn, is left out and counted. ``split`` names the part of a hub set, train_sft or test_sft; a file is what it is.
+    """
+    called, rows = read_rows("ultrachat", source, split=split)
+    sieve = Sieve(f"ultrachat {split}", called, (first_exchange(row["messages"]) for row in rows))
+    sieve.keep("opens with user and assistant", lambda exchange: exchange is not None)
+    sieve.records(lambda turns: Dialogue(turns[0], turns[1], "fit", "harmless", way="ultrachat"))
+    return sieve.built(n=n, seed=seed, avoid=avoid)
+
+
+def first_exchange(messages: Any) -> tuple[str, str] | None:
+    """The first user turn and the assistant turn after it; None where the dialogue opens otherwise."""
+    if not isinstance(messages, LISTS) or not all(isinstance(turn, Mapping) for turn in messages):
+        raise ReplibError(
+            f"messages must be a list of turns with role and content, not {str(messages)[:60]!r}; "
+            "keep UltraChat as Parquet or JSONL, a CSV cannot hold it."
+        )
+    if [turn.get("role") for turn in messages[:2]] != ["user", "assistant"]:
+        return None
+    return clean(messages[0].get("content")), clean(messages[1].get("content"))
+
+
+def circuit_breakers(
+    source: Source | None,
+    *,
+    side: str = "unsafe",
+    n: int | None = None,
+    seed: int = 0,
+    avoid: Iterable[str | Prompt] = (),
+) -> Built:
+    """Circuit Breaker's own set, train or val: harmful prompts with ``output`` (``unsafe``) or ``llama3_output``.
+
+    The latter (``safe``) are refusals of Llama-3; the val file has none.
+    """
+    keys = {"unsafe": ("circuit_breakers", "output"), "safe": ("circuit_breaker_refusals", "llama3_output")}
+    if side not in keys:
+        raise ReplibError(f"the circuit breakers set has the sides unsafe and safe, not {side!r}.")
+    key, answer = keys[side]
+    called, rows = read_rows(key, source)
+    sieve = Sieve(f"circuit breakers {side}", called, _cleaned(rows))
+    sieve.records(lambda row: Dialogue(row["prompt"], row[answer], "fit", "harmful", way="circuit_breakers"))
+    return sieve.built(n=n, seed=seed, avoid=avoid)
+
+
+def xstest_compliances(
+    source: Source | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
+) -> Built:
+    """XSTest prompts that GPT-4 answered in full (``final_label`` 1_full_compliance), as Circuit Breaker retains them.
+
+    A model trained on these has seen 230 of the 450 prompts: its XSTest score is contaminated and must not be
+    reported, or ``avoid`` must name them. One of the 230 is a contrast prompt, labelled harmful here; the recipe
+    retains it too.
+    """
+    called, rows = read_rows("xstest_completions", source)
+    sieve = Sieve("xstest compliances", called, _cleaned(rows))
+    sieve.keep("final_label 1_full_compliance", lambda row: row["final_label"] == "1_full_compliance")
+    return sieve.records(_xstest).built(n=n, seed=seed, avoid=avoid)
+
+
+def _xstest(row: Row) -> Dialogue:
+    label = "harmful" if row["type"].startswith("contrast_") else "borderline"
+    return Dialogue(row["prompt"], row["completion"], "fit", label, row["type"], "xstest")
