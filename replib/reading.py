@@ -13,21 +13,29 @@ from replib.chat import Batch, ChatModel
 from replib.prompts import Contrast, Dialogue
 from replib.sites import Hook, hooked
 
-SAFE, UNSAFE, RETAIN, TURNED = range(4)
+SAFE, UNSAFE, RETAIN, TURNED, KEPT = range(5)
 
 
 def collate(
-    chat: ChatModel, contrasts: Sequence[Contrast], retain: Sequence[Dialogue], complied: Sequence[Contrast] = ()
+    chat: ChatModel,
+    contrasts: Sequence[Contrast],
+    retain: Sequence[Dialogue],
+    complied: Sequence[Contrast] = (),
+    safe: Sequence[Dialogue] = (),
+    unsafe: Sequence[Dialogue] = (),
 ) -> tuple[Batch, Tensor]:
     """One padded batch of refusals, benign dialogues and unsafe answers, and the group of each row.
 
     TURNED rows are refusals of prompts that the model complies with: their answers are kept, their decision is not.
+    KEPT rows are unpaired safe answers to prompts that are not harmful: no refusals, so nothing is gathered on them.
     """
     rows = (
         [(SAFE, c.prompt, c.safe_response) for c in contrasts]
         + [(TURNED, c.prompt, c.safe_response) for c in complied]
         + [(RETAIN, d.prompt, d.response) for d in retain]
         + [(UNSAFE, c.prompt, c.unsafe_response) for c in complied or contrasts]
+        + [(SAFE if d.label == "harmful" else KEPT, d.prompt, d.response) for d in safe]
+        + [(UNSAFE, d.prompt, d.response) for d in unsafe]
     )
     groups, prompts, responses = zip(*rows, strict=True)
     batch = chat.encode(prompts, [r + (chat.tokenizer.eos_token or "") for r in responses])
@@ -97,7 +105,7 @@ def _before_answers(batch: Batch, groups: Tensor, last: Tensor, refusals: bool) 
     """Tokens whose next token belongs to an answer to be kept: where the KL is taken."""
     shifted = torch.zeros_like(batch.response_mask)
     shifted[:, :-1] = batch.response_mask[:, 1:]
-    kept = (groups == RETAIN) | (refusals & ((groups == SAFE) | (groups == TURNED)))
+    kept = (groups == RETAIN) | (refusals & (groups != UNSAFE))
     return shifted & kept[:, None] & ~(last & (groups == TURNED)[:, None])
 
 

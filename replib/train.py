@@ -28,6 +28,7 @@ from replib.errors import ReplibError
 from replib.models import attached
 from replib.prompts import Contrast, Dialogue, content_hash
 from replib.reading import Reading, bend_terms, collate, read
+from replib.sieve import Build
 
 Probe = Callable[[ChatModel], dict[str, float]]
 
@@ -42,6 +43,12 @@ class BendData:
     """P_s: benign dialogues, in the safe term and in the KL."""
     complied: Sequence[Contrast] = ()
     """P_uu: read with either response. () takes the contrasts themselves, in pairs."""
+    safe: Sequence[Dialogue] = ()
+    """Unpaired safe answers, refusals (``label`` harmful) and others: in the safe term, in the KL as refusals are."""
+    unsafe: Sequence[Dialogue] = ()
+    """Unpaired unsafe answers."""
+    builds: tuple[Build, ...] = ()
+    """How the groups came about, where ``replib.mixtures`` made them."""
 
     def __post_init__(self) -> None:
         if not self.contrasts or not self.retain:
@@ -60,7 +67,7 @@ class TrainConfig:
     steps: int = 120
     learning_rate: float = 2e-4
     contrasts: int = 16
-    """Contrasts a step: as many safe and as many unsafe sequences."""
+    """Contrasts a step: as many safe and as many unsafe sequences; where there are unpaired answers, as many again."""
     retain: int = 24
     """Retained dialogues a step."""
     rank: int = 16
@@ -160,6 +167,8 @@ def train(
         "train": asdict(config),
         "contrasts": content_hash([*data.contrasts, *data.complied]),
         "retain": content_hash(data.retain),
+        "unpaired": content_hash([*data.safe, *data.unsafe]),
+        "builds": [asdict(build) for build in data.builds],
     }  # fmt: skip
     bent.model.eval()
     return TrainResult(
@@ -206,21 +215,21 @@ def attach(model: ChatModel, config: TrainConfig) -> ChatModel:
 
 # --------------------------------------------------------------------------------------------- batches
 class _Steps(Dataset):
-    """One item is one step's worth of dialogues: three lists. Shuffled once from the seed, without replacement."""
+    """One item is one step's worth of dialogues: a list a group. Shuffled once from the seed, without replacement."""
 
     def __init__(self, data: BendData, config: TrainConfig):
         rng = random.Random(config.seed)
-        contrasts, retain, complied = (_endless(x, rng) for x in (data.contrasts, data.retain, data.complied))
-        draw = lambda items, n: list(islice(items, n))  # noqa: E731
+        groups = (data.contrasts, data.retain, data.complied, data.safe, data.unsafe)
+        counts = (config.contrasts, config.retain, *3 * (config.contrasts,))
+        streams = [_endless(group, rng) for group in groups]
         self.steps = [
-            (draw(contrasts, config.contrasts), draw(retain, config.retain), draw(complied, config.contrasts))
-            for _ in range(config.steps)
+            tuple(list(islice(x, n)) for x, n in zip(streams, counts, strict=True)) for _ in range(config.steps)
         ]
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, i: int) -> tuple[list[Contrast], list[Dialogue], list[Contrast]]:
+    def __getitem__(self, i: int) -> tuple[list[Any], ...]:
         return self.steps[i]
 
 
