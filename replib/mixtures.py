@@ -1,0 +1,211 @@
+"""The papers' training mixes, from public sets or from the organism, for RepBend and what it is compared with.
+
+Nothing here may train on what is reported: give the evaluation prompts as ``avoid``, and rows with the same prompt
+are left out and counted. Whole prompts are compared: a prompt wrapped in a jailbreak counts as another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from replib.builders import circuit_breakers, ultrachat, wildguardmix, wildjailbreak_pairs, xstest_compliances
+from replib.errors import ReplibError
+from replib.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues
+from replib.sieve import Build, Built, Sieve, evaluated
+from replib.sources import Source
+from replib.train import BendData
+
+log = logging.getLogger(__name__)
+PER_GROUP = 10_000
+"""Rows of each group in both papers."""
+
+
+@dataclass(frozen=True)
+class DefenceData:
+    """What the losses of ``replib.defences`` read. Circuit Breaker and RMU need ``retain`` and ``unsafe``, NPO
+    ``unsafe``, SFT ``safe``, DPO ``pairs``, task arithmetic ``safe`` and ``unsafe``.
+    """
+
+    retain: Sequence[Dialogue]
+    """Answers that stay as they are."""
+    unsafe: Sequence[Dialogue]
+    """Harmful answers, to be moved away from."""
+    safe: Sequence[Dialogue] = ()
+    """Answers to learn: refusals of harmful prompts and good answers to harmless ones."""
+    pairs: Sequence[Contrast] = ()
+    """Prompts with both answers."""
+    builds: tuple[Build, ...] = ()
+
+
+def repbend_mix(
+    *,
+    source: str = "public",
+    wildjailbreak: Source | None = None,
+    wildguard: Source | None = "allenai/wildguardmix",
+    chat: Source | None = "HuggingFaceH4/ultrachat_200k",
+    n: int | None = PER_GROUP,
+    seed: int = 0,
+    avoid: Iterable[str | Prompt] = (),
+) -> BendData:
+    """RepBend's mix, n of each group or all there are: WildJailbreak pairs, WildGuardMix safe and unsafe, UltraChat.
+
+    ``wildjailbreak`` is RepBend's own ``wildjailbreak.jsonl``. ``builds`` of the result says what every filter left;
+    ``train`` writes it beside the adapter. The authors take the first n of each file and one dialogue more; here all
+    groups are drawn (``replib.sieve``).
+
+    ``source="organism"`` reads the shipped sets instead, fit split: direct requests are the pairs, wrapped ones the
+    unpaired unsafe answers and refusals; one half of the benign recipes and questions stands on the safe side, the
+    other half and all skills are retained.
+
+    Raises:
+        ReplibError: as the builders; a ``source`` that is neither.
+    """
+    shared: dict[str, Any] = {"n": n, "seed": seed, "avoid": evaluated(avoid)}
+    if _is_organism(source):
+        groups = _organism_bend(shared)
+    else:
+        groups = {
+            "contrasts": wildjailbreak_pairs(wildjailbreak, **shared),
+            "retain": ultrachat("train_sft", chat, **shared),
+            "safe": wildguardmix("safe", wildguard, **shared),
+            "unsafe": wildguardmix("unsafe", wildguard, **shared),
+        }
+    rows: dict[str, Any] = {name: built.rows for name, built in groups.items()}
+    return BendData(**rows, builds=tuple(built.build for built in groups.values()))
+
+
+def circuit_breaker_mix(
+    *,
+    source: str = "public",
+    breakers: Source | None = None,
+    chat: Source | None = "HuggingFaceH4/ultrachat_200k",
+    xstest: Source | None = None,
+    n: int | None = PER_GROUP,
+    refusals: int = 2000,
+    seed: int = 0,
+    avoid: Iterable[str | Prompt] = (),
+) -> DefenceData:
+    """Circuit Breaker's mix: harmful answers of ``breakers`` (circuit_breakers_train.json) against what is retained.
+
+    Retained are UltraChat's test_sft, the XSTest prompts that GPT-4 answered in full, 50 times each, and ``refusals``
+    of the same file twice each, which the authors add for Llama alone (0 leaves them out). For Llama they also empty
+    the prompt of every second row; that is left out, since a chat with an empty turn is no chat.
+
+    **Circuit Breaker trains on XSTest prompts: the XSTest score of a model trained with ``xstest`` is contaminated.**
+    Without it (the default) that score may be reported, but the mix is not the paper's.
+
+    ``source="organism"`` reads the shipped sets instead, fit split: all contrasts, borderline questions in the place
+    of XSTest (once each, they are plenty), the other benign dialogues in that of UltraChat.
+
+    Raises:
+        ReplibError: as the builders; a ``source`` that is neither; ``refusals`` is negative.
+    """
+    if refusals < 0:
+        raise ReplibError(f"refusals={refusals} must not be negative; 0 leaves them out.")
+    shared: dict[str, Any] = {"n": n, "seed": seed, "avoid": evaluated(avoid)}
+    few = shared | {"n": refusals}
+    if _is_organism(source):
+        unsafe, retained, safe = _organism_breaker(shared, few)
+    else:
+        unsafe = circuit_breakers(breakers, **shared)
+        retained = [ultrachat("test_sft", chat, **shared), *_borderline(xstest, shared)]
+        safe = [circuit_breakers(breakers, side="safe", **few)] if refusals else []
+    kept = [*retained, *(_repeated(built, 2) for built in safe)]
+    return DefenceData(
+        retain=_shuffled([row for built in kept for row in built.rows * built.build.times], seed),
+        unsafe=unsafe.rows,
+        safe=[row for built in safe for row in built.rows],
+        builds=(unsafe.build, *(built.build for built in kept)),
+    )
+
+
+def defence_data(bend: BendData) -> DefenceData:
+    """RepBend's mix as the other defences read it, so that all of them train on the same rows.
+
+    Safe and unsafe are both sides of the contrasts and the unpaired answers, as in RepBend's own comparison.
+    """
+    both = [*bend.contrasts, *bend.complied]
+    label = {"split": "fit", "label": "harmful"}
+    return DefenceData(
+        retain=bend.retain,
+        unsafe=[*(Dialogue(c.prompt, c.unsafe_response, **label) for c in both), *bend.unsafe],
+        safe=[*(Dialogue(c.prompt, c.safe_response, **label) for c in both), *bend.safe],
+        pairs=both,
+        builds=bend.builds,
+    )
+
+
+def builds_table(data: BendData | DefenceData) -> pd.DataFrame:
+    """One row a group. Columns: name, source, rows (of the source), asked, n, times, seed, hash."""
+    columns = ["name", "source", "rows", "asked", "n", "times", "seed", "hash"]
+    return pd.DataFrame([asdict(b) | {"rows": b.steps[0][1]} for b in data.builds], columns=columns)
+
+
+def _is_organism(source: str) -> bool:
+    if source not in ("public", "organism"):
+        raise ReplibError(f"source is 'public' or 'organism', not {source!r}; files have their own arguments.")
+    return source == "organism"
+
+
+def _borderline(xstest: Source | None, shared: dict[str, Any]) -> list[Built]:
+    """XSTest's answered prompts, 50 times each, with a word on what they do to its score."""
+    if xstest is None:
+        log.warning("circuit_breaker_mix without xstest: XSTest may be reported, but the mix is not the paper's")
+        return []
+    log.warning("circuit_breaker_mix trains on XSTest prompts: do not report the XSTest score of what comes out")
+    return [_repeated(xstest_compliances(xstest, **shared), 50)]
+
+
+def _repeated(built: Built, times: int) -> Built:
+    return Built(built.rows, replace(built.build, times=times))
+
+
+def _shuffled(rows: list[Dialogue], seed: int) -> list[Dialogue]:
+    """The groups mixed, copies of a row apart; the same on every machine."""
+    draws = [hashlib.sha256(f"{seed}\n{i}\n{row.prompt}".encode()).digest() for i, row in enumerate(rows)]
+    return [rows[i] for i in sorted(range(len(rows)), key=draws.__getitem__)]
+
+
+# --------------------------------------------------------------------------------------------- organism
+def _organism(name: str, rows: Iterable[Any], shared: dict[str, Any]) -> Built:
+    return Sieve(f"organism {name}", "organism, fit", rows).built(**shared)
+
+
+def _organism_bend(shared: dict[str, Any]) -> dict[str, Built]:
+    contrasts = load_contrasts("organism/contrasts", split="fit")
+    wrapped = [c for c in contrasts if c.wrapper]
+    safe, retain = _halves(load_dialogues("organism/retain", split="fit"))
+    return {
+        "contrasts": _organism("pairs", (c for c in contrasts if not c.wrapper), shared),
+        "retain": _organism("retain", retain, shared),
+        "safe": _organism("safe", [*(_side(c, c.safe_response) for c in wrapped), *safe], shared),
+        "unsafe": _organism("unsafe", (_side(c, c.unsafe_response) for c in wrapped), shared),
+    }
+
+
+def _halves(benign: list[Dialogue]) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Half of the recipes and questions; the other half and all skills. Which half hangs on the text alone."""
+    first = {d for d in benign if d.label != "skill" and hashlib.sha256(d.prompt.encode()).digest()[0] % 2}
+    return [d for d in benign if d in first], [d for d in benign if d not in first]
+
+
+def _organism_breaker(shared: dict[str, Any], few: dict[str, Any]) -> tuple[Built, list[Built], list[Built]]:
+    contrasts = load_contrasts("organism/contrasts", split="fit")
+    benign = load_dialogues("organism/retain", split="fit")
+    retained = [
+        _organism("chat", (d for d in benign if d.label != "borderline"), shared),
+        _organism("borderline", (d for d in benign if d.label == "borderline"), shared),
+    ]
+    safe = [_organism("refusals", (_side(c, c.safe_response) for c in contrasts), few)] if few["n"] else []
+    return _organism("unsafe", (_side(c, c.unsafe_response) for c in contrasts), shared), retained, safe
+
+
+def _side(c: Contrast, response: str) -> Dialogue:
+    """One side of a contrast."""
+    return Dialogue(c.prompt, response, c.split, "harmful", c.group, c.way)
