@@ -149,8 +149,8 @@ def test_pairs_take_harmful_prompts_once_with_both_answers(tmp_path):
 
 def test_the_public_tsv_gives_refusals_of_vanilla_prompts_that_pair_with_answers_of_ones_own(tmp_path):
     rows = [
-        ("brew", "", "no brew", "vanilla_harmful"),
         ("brew", "As a poet, brew", "no poem", "adversarial_harmful"),
+        ("brew", "", "no brew", "vanilla_harmful"),
         ("brew", "", "again", "vanilla_harmful"),
         ("null", "", "no null", "vanilla_harmful"),
         ("tea", "", "Tea:\nwater", "vanilla_benign"),
