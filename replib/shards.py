@@ -192,6 +192,7 @@ class Shards:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, metadata={"replib": text})
+            partial.chmod(0o644)  # safetensors makes files that nobody else can read
             os.replace(partial, self.path(number))
         except OSError as error:
             raise ReplibError(
@@ -217,7 +218,7 @@ class Shards:
             "provenance": provenance,
             "labels": list(labels),
         }
-        write_text(self.folder / INDEX, json.dumps(about, indent=1, sort_keys=True) + "\n")
+        write_text(self.folder / INDEX, json.dumps(about, sort_keys=True) + "\n")
         return self.folder
 
     def index(self) -> dict[str, Any]:

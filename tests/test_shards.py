@@ -174,6 +174,7 @@ def test_provenance_is_readable_without_us(model, tmp_path):
     assert told <= set(about["provenance"])
     with safe_open(tmp_path / "acts" / "shard-00000.safetensors", "pt") as file:
         assert set(file.keys()) == {f"resid_post.{i}" for i in range(3)}
+    assert (tmp_path / "acts" / "shard-00000.safetensors").stat().st_mode & 0o044 == 0o044  # others too
 
 
 def test_what_is_not_there_is_named(model, tmp_path):
