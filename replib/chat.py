@@ -169,7 +169,11 @@ class ChatModel:
 
     def decode(self, hidden: Float[Tensor, "... dim"]) -> Float[Tensor, "... vocab"]:
         """Logits of residual vectors, float32: final norm, unembedding, and what the architecture does to logits."""
-        logits = self.unembed(self.final_norm(hidden)).float()
+        return self.logits(self.final_norm(hidden))
+
+    def logits(self, normed: Float[Tensor, "... dim"]) -> Float[Tensor, "... vocab"]:
+        """Logits of what left the final norm, float32: unembedding, and what the architecture does to logits."""
+        logits = self.unembed(normed).float()
         config = text_config(self.causal_lm.config).to_dict()
         logits = logits * (config.get("logit_scale") or 1.0)  # Cohere
         logits = logits / (config.get("logits_scaling") or 1.0)  # Granite
