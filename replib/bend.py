@@ -1,10 +1,15 @@
-"""The four terms of RepBend as pure functions (arXiv 2504.01550, Algorithm 1), with the paper's coefficients.
+"""The terms of RepBend as pure functions (arXiv 2504.01550, Algorithm 1), with the paper's coefficients.
 
     L = 1/2 ||v_s||_2  -  alpha ||v_u||_2  -  beta cos_sim(A_u)  +  gamma KL(M || M')
 
 v_s and v_u are the differences between bent and base activations on safe and unsafe answers, A_u the bent activations
-of unsafe prompts. Norms are per token and not squared, as in the authors' code. The paper leaves the averaging open;
-here every term is a mean over layers and tokens (or pairs), and the KL a mean over tokens.
+of unsafe prompts. Norms are per token and not squared, as in the authors' code, which calls the coefficients alpha
+(our 1/2), beta (alpha), gamma (beta) and epsilon (gamma), and adds eta times a fifth term, off by default. Every
+distance is a mean over layers and tokens, the cosine one over layers and pairs.
+
+**The start.** With LoRA-B = 0 bent and base are equal, and there the gradients of all distances and of the KL are zero.
+The cosine (and the pairing term) alone have one, so beta > 0 is what moves the first step, the same way every time.
+With beta = eta = 0 the first step follows rounding noise; ``TrainConfig.perturbation`` is the way out then.
 """
 
 from __future__ import annotations
@@ -17,34 +22,61 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.errors import ReplibError
+from replib.scope import FIDELITIES, Scope, check_choice
+
+LOSS_MODES = ("request_last", "request_all", "request_response", "response_all", "response_one", "response_R")
+BEND_SITES = ("resid_post", "resid_mid", "attn_in", "mlp_in")
+PAIRED = 20  # tokens at most that response_R and the pairing term compare
 
 
 @dataclass(frozen=True)
 class BendConfig:
-    """Coefficients in the paper's meaning. Safeguards are off (None) unless named."""
+    """Coefficients in the paper's meaning, and what is read. Safeguards are off unless named."""
 
     alpha: float = 0.5
     """Weight of the distance by which unsafe answers are pushed away."""
     beta: float = 0.1
     """Weight of the cosine term that gathers unsafe prompts; it also breaks the stationary start of LoRA."""
     gamma: float = 0.3
-    """Weight of the KL divergence to the base model on retained dialogues (mean over tokens)."""
+    """Weight of the KL divergence to the base model on retained dialogues."""
+    eta: float = 0.0
+    """Weight of the pairing term, which is not in the paper: bent states of an unsafe answer are drawn to the base's
+    states of the refusal of the same prompt."""
     temperature: float = 2.0
     """Of the KL term, which is multiplied by its square."""
+    schedule: str = "constant"
+    """"constant", or "ramps" as in Circuit Breakers: p goes from 0 to 1/2 during training, what keeps the model as it
+    is counts p-fold (safe, KL), what changes it (1 - p)-fold (unsafe, cosine, pairing)."""
     target_layers: tuple[int, ...] = ()
-    """Blocks whose outputs are pushed and gathered; () means 60-95 % of the depth."""
+    """Blocks whose outputs are pushed and gathered; () means a share of the depth (60-95 %, see ``Scope.until``)."""
+    fidelity: str = "replib"
+    """Whose reading of the formulas: "replib", "official" or "paper"; see ``replib.scope``."""
+    custom: Scope | None = None
+    """Another scope instead of the one of ``fidelity``."""
+    loss_mode: str = "response_all"
+    """Tokens of both distances. request_last: the last token of the prompt; request_all: the prompt with its template;
+    request_response: everything; response_all: the answer; response_one: its first token; response_R: its first R
+    tokens, R the length of the shortest answer in the batch and 20 at most.
+
+    Repaired: the official request_last covers half of the unsafe batch only (here all of it), and the official
+    response_R reads R before it is set, as a minimum over all steps so far (here of the batch itself)."""
+    alpha_mode: str = "all"
+    """Layers of the safe term: "all", or "target"."""
+    site: str = "resid_post"
+    """Where in a block: resid_post (its output), resid_mid (after attention), attn_in or mlp_in (behind the norm before
+    attention or MLP). The paper found little difference."""
     max_distance: float | None = None
     """Hinge: unsafe distances beyond this, as a multiple of the base model's norm, earn nothing more.
 
     Without it the objective has no lower bound."""
+    relative: bool = False
+    """Whether distances are divided by the base model's norm, so that late layers count no more than early ones."""
     directional: bool = False
     """Whether unsafe states are brought to the base's norm before the distance is taken.
 
     The next block's RMSNorm divides the norm away: pushing by growth alone changes no answer."""
     decision: bool = False
     """Whether distances are also taken at the last prompt token, where the first word of the answer is decided."""
-    refusals: bool = False
-    """Whether the KL covers refusals too, as Algorithm 1 has it; the authors' code takes benign dialogues alone."""
     anchored: bool = False
     """Whether unsafe prompts are gathered on the refused ones; False is the paper's cosine between all of them.
 
@@ -53,21 +85,40 @@ class BendConfig:
     """
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma", "temperature"):
+        for name in ("alpha", "beta", "gamma", "eta", "temperature"):
             value = getattr(self, name)
             if not value >= 0 or value == float("inf"):
                 raise ReplibError(f"{name}={value} must be a finite number, zero or more.")
+        check_choice("fidelity", self.fidelity, FIDELITIES)
+        check_choice("schedule", self.schedule, ("constant", "ramps"))
+        check_choice("loss_mode", self.loss_mode, LOSS_MODES)
+        check_choice("alpha_mode", self.alpha_mode, ("all", "target"))
+        check_choice("site", self.site, BEND_SITES)
+        if self.anchored and self.scope.gathered == "harmful":
+            raise ReplibError(
+                "anchored gathers unsafe prompts on refused ones: it needs a scope with gathered='unsafe'."
+            )
+
+    @property
+    def scope(self) -> Scope:
+        """Rows, tokens, layers and averages: ``custom``, or what ``fidelity`` stands for."""
+        return self.custom or FIDELITIES[self.fidelity]
+
+    @property
+    def escapes(self) -> bool:
+        """Whether a term has a gradient at LoRA's start."""
+        return bool(self.beta or self.eta)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The target blocks of a model with ``depth`` blocks."""
-        layers = self.target_layers or tuple(range(round(0.6 * depth), round(0.95 * depth)))
+        layers = self.target_layers or tuple(range(round(0.6 * depth), round(self.scope.until * depth)))
         if bad := [i for i in layers if not 0 <= i < depth]:
             raise ReplibError(f"Target layer {bad[0]} is outside the model's blocks 0 to {depth - 1}.")
         return layers
 
 
 class BendTerms(NamedTuple):
-    """The four terms before weighting, each a scalar."""
+    """The terms before weighting, each a scalar."""
 
     safe: Tensor
     """Mean distance of safe answers from the base model: kept small."""
@@ -76,12 +127,36 @@ class BendTerms(NamedTuple):
     cosine: Tensor
     """Mean cosine similarity between unsafe prompts: made large."""
     kl: Tensor
-    """KL divergence to the base model on retained dialogues, nats per token: kept small."""
+    """KL divergence to the base model, nats per token or per sequence: kept small."""
+    pairing: Tensor | None = None
+    """Mean distance of unsafe answers from the base's refusals of the same prompts: made small. None without eta."""
+
+    def values(self) -> dict[str, float]:
+        """As plain numbers by name, without those that are not taken."""
+        return {name: x.item() for name, x in self._asdict().items() if x is not None}
 
 
-def bend_loss(terms: BendTerms, config: BendConfig) -> Tensor:
-    """The weighted sum of Algorithm 1, line 13."""
-    return 0.5 * terms.safe - config.alpha * terms.unsafe - config.beta * terms.cosine + config.gamma * terms.kl
+class Weights(NamedTuple):
+    """What each term is multiplied by; all are zero or more, their signs are those of Algorithm 1."""
+
+    safe: float
+    unsafe: float
+    cosine: float
+    kl: float
+    pairing: float
+
+
+def weights(config: BendConfig, progress: float = 0.0) -> Weights:
+    """Coefficients after a share of training, from 0 to 1."""
+    keep, change = (progress / 2, 1 - progress / 2) if config.schedule == "ramps" else (1.0, 1.0)
+    return Weights(0.5 * keep, config.alpha * change, config.beta * change, config.gamma * keep, config.eta * change)
+
+
+def bend_loss(terms: BendTerms, config: BendConfig, progress: float = 0.0) -> Tensor:
+    """The weighted sum of Algorithm 1, line 13, and the pairing term."""
+    w = weights(config, progress)
+    loss = w.safe * terms.safe - w.unsafe * terms.unsafe - w.cosine * terms.cosine + w.kl * terms.kl
+    return loss if terms.pairing is None else loss + w.pairing * terms.pairing
 
 
 def distance(
@@ -90,17 +165,20 @@ def distance(
     *,
     max_distance: float | None = None,
     directional: bool = False,
+    relative: bool = False,
 ) -> Float[Tensor, ""]:
     """Mean L2 distance per token and layer, in float32; with a hinge, counted up to a multiple of the base norm.
 
-    ``directional``: the bent states are first brought to the norm of the base's.
+    ``directional``: the bent states are first brought to the norm of the base's. ``relative``: as a share of it.
     """
     bent, base = bent.float(), base.float()
     norms = torch.linalg.vector_norm(base, dim=-1)
     if directional:
         bent = torch.nn.functional.normalize(bent, dim=-1) * norms[..., None]
     lengths = torch.linalg.vector_norm(bent - base, dim=-1)
-    return (lengths if max_distance is None else torch.minimum(lengths, max_distance * norms)).mean()
+    if max_distance is not None:
+        lengths = torch.minimum(lengths, max_distance * norms)
+    return (lengths / norms.clamp(min=1e-12) if relative else lengths).mean()
 
 
 def mean_cosine(x: Float[Tensor, "layers rows dim"]) -> Float[Tensor, ""]:
@@ -127,12 +205,27 @@ def anchored_cosine(
     return mean_cosine(torch.cat([bent, refused], dim=1).float() - centre.float())
 
 
+def remembered(
+    queue: Float[Tensor, "layers before dim"] | None, new: Float[Tensor, "layers rows dim"], length: int
+) -> Float[Tensor, "layers kept dim"] | None:
+    """A_u for the next step: the newest ``length`` rows, without gradients; None where nothing is kept."""
+    if not length:
+        return None
+    rows = new.detach() if queue is None else torch.cat([queue, new.detach()], dim=1)
+    return rows[:, -length:]
+
+
 def kl_divergence(
     base_logits: Float[Tensor, "tokens vocab"],
     bent_logits: Float[Tensor, "tokens vocab"],
     temperature: float = 2.0,
+    sequences: int | None = None,
 ) -> Float[Tensor, ""]:
-    """tau^2 KL(base || bent) at temperature tau, mean over tokens, in nats."""
+    """tau^2 KL(base || bent) at temperature tau, in nats.
+
+    Mean over tokens; with ``sequences``, the sum over tokens divided by that number.
+    """
     p = (base_logits.float() / temperature).log_softmax(-1)
     q = (bent_logits.float() / temperature).log_softmax(-1)
-    return temperature**2 * torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    mean = temperature**2 * torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    return mean if sequences is None else mean * (len(p) / sequences)

@@ -25,7 +25,7 @@ COMMON: Kinds = {
     "seed": int,
     "limit": int,
 }
-COEFFICIENTS: Kinds = {"alpha": float, "beta": float, "gamma": float, "steps": int}
+COEFFICIENTS: Kinds = {"preset": str, "alpha": float, "beta": float, "gamma": float, "steps": int}
 CAPTURE: Kinds = {
     "prompts": str,
     "name": str,
@@ -48,6 +48,7 @@ HELP = {
     "out": "output folder",
     "seed": "seed of every random choice",
     "limit": "prompts per set, 0 for the default",
+    "preset": "organism, short, llama3-8b, mistral-7b, gemma2-2b or qwen2.5-14b; default by model",
     "alpha": "weight of pushing unsafe representations away (the paper's meaning)",
     "beta": "weight of aligning unsafe representations with each other",
     "gamma": "weight of staying close on benign text (KL)",

@@ -13,6 +13,7 @@ import torch
 from replib.activations import capture_to, finish_capture
 from replib.models import load
 from replib.positions import check_positions
+from replib.presets import named
 from replib.price import price
 from replib.processes import is_first, own_device, together
 from replib.prompts import Prompt, load_prompts
@@ -31,16 +32,25 @@ def run_audit(settings: Settings) -> Path:
 def run_bend(
     settings: Settings,
     *,
+    preset: str | None = None,
     alpha: float | None = None,
     beta: float | None = None,
     gamma: float | None = None,
     steps: int | None = None,
+    say: Callable[[str], object] = print,
 ) -> Path:
-    """``replib bend``: train an adapter, with single coefficients changed."""
+    """``replib bend``: train an adapter with a preset (``replib.presets``), single coefficients changed.
+
+    Raises:
+        ReplibError: no preset has that name.
+    """
+    chosen = named(preset) if preset else None  # before a large model is loaded
     study = Study.open(settings)
-    bend, config = study.preset()
-    named = {"alpha": alpha, "beta": beta, "gamma": gamma}
-    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    bend, config = study.preset(preset)
+    for note in chosen.fitted(study.model.n_layers).notes if chosen else ():
+        say(note)
+    coefficients = {"alpha": alpha, "beta": beta, "gamma": gamma}
+    given: dict[str, Any] = {name: value for name, value in coefficients.items() if value is not None}
     result = study.bend(replace(bend, **given), replace(config, steps=steps) if steps else config)
     return Path(str(result.model.adapter))
 

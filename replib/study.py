@@ -27,6 +27,7 @@ from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import load, merged
 from replib.organism import suite
 from replib.organism.language import REFUSAL
+from replib.presets import named
 from replib.prompts import (
     Contrast,
     Dialogue,
@@ -59,24 +60,6 @@ BASELINES = (
     ("act", "all"),
 )
 # RFA has no last-token form in its source: it removes a direction wherever it is written.
-
-# Found on the validation split of the aligned organism; on other models the paper's coefficients stand.
-ORGANISM_BEND = BendConfig(
-    alpha=0.08,
-    beta=30.0,
-    gamma=100.0,
-    temperature=1.0,
-    target_layers=(7, 8, 9, 10, 11),
-    max_distance=0.8,
-    directional=True,
-    decision=True,
-    refusals=True,
-    anchored=True,
-)
-ORGANISM_TRAIN = TrainConfig(
-    steps=40, contrasts=8, retain=40, dropout=0.0, learning_rate=1e-3, schedule="linear", probe_every=8
-)
-ELSEWHERE_TRAIN = TrainConfig(steps=30, contrasts=4, retain=4, learning_rate=1e-4, probe_every=15)
 
 
 @dataclass(frozen=True)
@@ -186,9 +169,13 @@ class Study:
         )
 
     # ------------------------------------------------------------------------------------- bending
-    def preset(self) -> tuple[BendConfig, TrainConfig]:
-        """Coefficients and schedule: the organism's, or the paper's with a short schedule."""
-        bend, config = (ORGANISM_BEND, ORGANISM_TRAIN) if self.organism else (BendConfig(), ELSEWHERE_TRAIN)
+    def preset(self, name: str | None = None) -> tuple[BendConfig, TrainConfig]:
+        """Coefficients and schedule by name, for this model: the organism's, or the paper's with a short schedule.
+
+        Raises:
+            ReplibError: no preset has that name.
+        """
+        bend, config, _ = named(name or ("organism" if self.organism else "short")).fitted(self.model.n_layers)
         return bend, replace(config, seed=self.settings.seed)
 
     def bend(self, bend: BendConfig | None = None, config: TrainConfig | None = None) -> TrainResult:

@@ -12,6 +12,7 @@ from replib.errors import ReplibError
 from replib.models import load
 from replib.prompts import Contrast, Dialogue
 from replib.reading import RETAIN, SAFE, TURNED, UNSAFE, bend_terms, collate, read
+from replib.scope import Scope
 from replib.train import BendData, TrainConfig, TrainResult, attach, default_choice, train
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(6)]
@@ -162,7 +163,7 @@ def test_terms_and_gradients_equal_the_literal_statement(kind, tmp_path):
         base = read(chat, chat.model, batch, groups, layers)
     fast = bend_terms(read(chat, chat.model, batch, groups, layers), base, config)
     slow = literal_terms(chat, layers)
-    for name, a, b in zip(BendTerms._fields, fast, slow, strict=True):
+    for name, a, b in zip(BendTerms._fields[:4], fast[:4], slow[:4], strict=True):
         assert a.item() == pytest.approx(b.item(), rel=1e-4, abs=1e-5), name
     a, b = (torch.autograd.grad(bend_loss(t, config), weights) for t in (fast, slow))
     for x, y in zip(a, b, strict=True):
@@ -180,6 +181,7 @@ def test_at_loras_start_only_the_cosine_term_has_a_gradient(model):
     size = {
         name: sum(g.norm().item() for g in torch.autograd.grad(term, weights, retain_graph=True))
         for name, term in terms._asdict().items()
+        if term is not None
     }
     assert size["safe"] == 0 and size["unsafe"] == 0 and size["kl"] < 1e-4 and size["cosine"] > 1e-2
 
@@ -196,7 +198,7 @@ def test_turned_rows_keep_their_answer_and_not_their_decision(model):
     assert [int((groups == g).sum()) for g in (SAFE, TURNED, RETAIN, UNSAFE)] == [2, 2, 3, 2]
     size = lambda *which: sum(int(batch.response_mask[groups == g].sum()) for g in which)  # noqa: E731
     plain = read(model, model.model, batch, groups, (1,))
-    every = read(model, model.model, batch, groups, (1,), BendConfig(decision=True, refusals=True))
+    every = read(model, model.model, batch, groups, (1,), BendConfig(decision=True, custom=Scope(kl_rows="safe")))
     assert plain.safe.shape[1] == size(SAFE, TURNED, RETAIN) and plain.logits.shape[0] == size(RETAIN)
     assert every.safe.shape[1] == plain.safe.shape[1] + 5 and every.unsafe.shape[1] == plain.unsafe.shape[1] + 2
     assert every.logits.shape[0] == size(SAFE, TURNED, RETAIN) - 2 and every.refused.shape[1] == 2

@@ -14,9 +14,10 @@ from replib.judges import ExactJudge, Outcome
 from replib.models import load, self_check
 from replib.organism import language, mixes, sets, suite, train
 from replib.organism.world import FAMILIES, HARMFUL_FAMILIES, PER_FAMILY, artefacts, select
+from replib.presets import ORGANISM_BEND
 from replib.prompts import load_contrasts, load_dialogues, load_prompts
 from replib.settings import Settings, data_dir
-from replib.study import ORGANISM_BEND, Study
+from replib.study import Study
 
 SPLITS = tuple(PER_FAMILY)
 FOLDER = data_dir() / "organism"

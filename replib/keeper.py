@@ -1,0 +1,79 @@
+"""Which training step is kept: a probe of validation prompts every few steps, and a score of what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import TrainerCallback
+
+from replib.chat import ChatModel
+
+Probe = Callable[[ChatModel], dict[str, float]]
+
+
+def default_choice(now: dict[str, float], before: dict[str, float]) -> float:
+    """What validation found: the less attack success, degenerate answers and lost benign behaviour, the higher.
+
+    A benign rate may fall by two points; what it loses beyond them counts tenfold.
+    """
+    lost = [max(0.0, before[k] - now[k]) for k in ("harmless", "borderline", "skill") if k in before]
+    beyond = sum(max(0.0, x - 0.02) for x in lost)
+    return -now.get("attack", 0.0) - now.get("degenerate", 0.0) - sum(lost) - 10 * beyond
+
+
+class Keeper(TrainerCallback):
+    """Runs the validation probe, keeps the adapter of the best step, and ends training where nothing gets better.
+
+    Args:
+        chat: the model in training.
+        probe: measures it; None keeps the last step.
+        choose: score of a probe given the probe before training.
+        every: steps between probes; the last step is always probed.
+        patience: probes in a row without a better score after which training ends; None goes on to the last step.
+    """
+
+    def __init__(
+        self,
+        chat: ChatModel,
+        probe: Probe | None,
+        choose: Callable[..., float],
+        every: int,
+        patience: int | None = None,
+    ):
+        self.chat, self.probe, self.choose, self.every, self.patience = chat, probe, choose, every, patience
+        self.rows: list[dict[str, float]] = []
+        self.before: dict[str, float] = {}
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.steps = self.waited = 0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Probe the model before the first step."""
+        if self.probe:
+            self.before = self.probe(self.chat)
+            self.rows.append({"step": 0} | self.before)
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Probe where a probe is due."""
+        self.steps = state.global_step
+        if not self.probe or (self.steps % self.every and self.steps < state.max_steps):
+            return
+        found = self.probe(self.chat)
+        self.rows.append({"step": self.steps} | found)
+        self.waited += 1
+        self._compare(self.choose(found, self.before))
+        control.should_training_stop |= self.patience is not None and self.waited >= self.patience
+
+    def _compare(self, score: float) -> None:
+        if self.best is None or score > self.best[0]:
+            weights = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(self.chat.model).items()}
+            self.best, self.waited = (score, self.steps, weights), 0
+
+    def restore_best(self) -> int:
+        """Put the chosen adapter back; returns its step."""
+        if self.best is None:
+            return self.steps
+        set_peft_model_state_dict(self.chat.model, self.best[2])
+        return self.best[1]
