@@ -42,13 +42,14 @@ def announced(bend: BendConfig, config: TrainConfig, depth: int) -> str:
     layers = bend.layers(depth)
     chosen = "as given" if bend.target_layers else f"by relative depth, 60 to {bend.scope.until:.0%}"
     guards = [
-        f"{name} {value:g}" if isinstance(value, float) else name
+        name if value is True else f"{name} {value:g}"
         for name, value in {"max_distance": bend.max_distance, "relative": bend.relative,
                             "directional": bend.directional, "max_grad_norm": config.max_grad_norm,
                             "patience": config.patience}.items()
         if value
     ]  # fmt: skip
-    return (f"RepBend ({bend.fidelity} fidelity) bends blocks {', '.join(map(str, layers))} of {depth} ({chosen}). "
+    fidelity = "a scope of its own" if bend.custom else f"{bend.fidelity} fidelity"
+    return (f"RepBend ({fidelity}) bends blocks {', '.join(map(str, layers))} of {depth} ({chosen}). "
             f"Safeguards: {', '.join(guards) or 'none'}.")  # fmt: skip
 
 

@@ -80,8 +80,8 @@ def test_verbs_receive_the_options_and_say_where_the_result_is(name, verb, capsy
 
 
 def test_bend_passes_only_the_coefficients_that_were_given(verb):
-    cli.main(["bend", "--alpha", "0.2", "--steps", "7"])
-    assert verb.calls[0][1] == {"alpha": 0.2, "steps": 7}
+    cli.main(["bend", "--preset", "llama3-8b", "--alpha", "0.2", "--steps", "7"])
+    assert verb.calls[0][1] == {"preset": "llama3-8b", "alpha": 0.2, "steps": 7}
 
 
 def test_capture_reads_lists_and_integers_a_minus_first_too(verb):
