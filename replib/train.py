@@ -26,6 +26,7 @@ from replib.errors import ReplibError
 from replib.keeper import Keeper, Probe, default_choice
 from replib.lora import attached_lora, perturb
 from replib.models import attached
+from replib.processes import is_first
 from replib.prompts import Contrast, Dialogue, content_hash
 from replib.reading import Reading, bend_terms, collate, read
 from replib.recipe import TrainConfig, announced, warn_of_the_start
@@ -128,7 +129,8 @@ def train(
     """
     bend, config = bend or BendConfig(), config or TrainConfig()
     layers = bend.layers(model.n_layers)
-    say(announced(bend, config, model.n_layers))
+    if is_first():
+        say(announced(bend, config, model.n_layers))
     warn_of_the_start(bend, config)
     bent = attach(model, config, max(layers) + 2 if bend.scope.adapted == "target" else None)
     keeper = Keeper(bent, probe, choose or default_choice, config.probe_every, config.patience)

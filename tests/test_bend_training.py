@@ -1,6 +1,7 @@
 """RepBend's training: its start, schedules, safeguards, accumulation and presets."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -16,6 +17,8 @@ from replib.prompts import Contrast, Dialogue
 from replib.reading import bend_terms, collate, read
 from replib.recipe import announced
 from replib.scope import FIDELITIES, OFFICIAL, Scope
+from replib.settings import Settings
+from replib.study import Study
 from replib.train import BendData, BendTrainer, TrainConfig, _arguments, _Steps, attach, train
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]
@@ -159,6 +162,24 @@ def test_the_gradient_of_equal_micro_batches_is_that_of_one(tmp_path):
         found.append(grads.found)
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
     assert found[0].norm() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_organism_is_bent_as_it_was_before_there_were_fidelities(tmp_path):
+    """The first three steps of the run whose outcome the suite reports, as they were logged then."""
+    study = Study.open(Settings(out=tmp_path))
+    bend, config = study.preset()
+    config = replace(config, steps=3)
+    history = train(study.model, study.bend_data, bend=bend, config=config, out=tmp_path, **QUIET).history
+    then = {
+        "loss": [1.85322, 1.56398, 0.508408],
+        "safe": [0.0, 0.647827, 0.904746],
+        "unsafe": [0.0, 0.993844, 1.372719],
+        "cosine": [-0.061774, -0.043589, -0.003279],
+        "kl": [0.0, 0.000119087, 0.000674849],
+    }
+    for name, values in then.items():  # another machine rounds otherwise
+        assert history[name].tolist() == pytest.approx(values, rel=2e-2, abs=1e-5), name
 
 
 # ------------------------------------------------------------------------------------------- presets
