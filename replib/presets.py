@@ -88,7 +88,7 @@ class Preset:
         if name == "target_layers":
             layers = replace(self.bend, target_layers=()).layers(depth)
             return f"The target blocks are not published: {layers[0]} to {layers[-1]} of {depth}, by relative depth."
-        return f"{name} is not published: {getattr(self.train, name):g}, that of Llama-3, is taken."
+        return f"{name} is not published: {getattr(self.train, name):g}, that of Llama-3, unless another is given."
 
 
 PRESETS = {

@@ -202,8 +202,8 @@ def test_a_preset_fits_other_depths_and_says_what_is_not_published():
     bend, config, notes = named("gemma2-2b").fitted(26)
     assert bend.layers(26) == tuple(range(16, 25)) and config.steps == 450
     assert notes == [
-        "steps is not published: 450, that of Llama-3, is taken.",
-        "learning_rate is not published: 1e-05, that of Llama-3, is taken.",
+        "steps is not published: 450, that of Llama-3, unless another is given.",
+        "learning_rate is not published: 1e-05, that of Llama-3, unless another is given.",
         "The target blocks are not published: 16 to 24 of 26, by relative depth.",
     ]
     with pytest.raises(ReplibError, match="no preset 'llama': use one of organism"):
