@@ -10,7 +10,8 @@
 
 Where a value is unknown, ``published`` says None, that of Llama-3 is taken (for layers, its relative depth), and
 ``fitted`` says so. The published step has 4 micro-batches of 4 examples, each of 5 sequences: two safe, two unsafe and
-one retained. Here a micro-batch is 8 contrasts (8 safe and 8 unsafe sequences) and 4 dialogues.
+one retained: four contrasts, four unpaired safe and unsafe answers each and four dialogues, as `mixtures.repbend_mix`
+gives them. Without unpaired answers the contrasts are all there is.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ ORGANISM_TRAIN = TrainConfig(
     steps=40, contrasts=8, retain=40, dropout=0.0, learning_rate=1e-3, schedule="linear", probe_every=8
 )
 SHORT_TRAIN = TrainConfig(steps=30, contrasts=4, retain=4, learning_rate=1e-4, probe_every=15)
+# A micro-batch is four of each group of `mixtures.repbend_mix`: pairs, unpaired safe and unsafe answers, dialogues.
 # Clipping is none in the shipped configuration, as far as it can be read: it was not run.
 PUBLISHED_TRAIN = TrainConfig(
-    steps=450, learning_rate=1e-5, contrasts=8, retain=4, accumulation=4, max_grad_norm=0.0, probe_every=50
+    steps=450, learning_rate=1e-5, contrasts=4, retain=4, accumulation=4, max_grad_norm=0.0, probe_every=50
 )
 PUBLISHED_BEND = BendConfig(fidelity="official", target_layers=tuple(range(19, 30)))
 UNKNOWN = ("steps", "learning_rate", "target_layers")

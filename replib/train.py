@@ -129,6 +129,8 @@ def train(
     """
     bend, config = bend or BendConfig(), config or TrainConfig()
     layers = bend.layers(model.n_layers)
+    if bend.eta and (data.safe or data.unsafe):
+        raise ReplibError("The pairing term takes contrasts alone: leave out the unpaired answers, or set eta=0.")
     if is_first():
         say(announced(bend, config, model.n_layers))
     warn_of_the_start(bend, config)

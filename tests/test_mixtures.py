@@ -26,6 +26,7 @@ from replib.mixtures import builds_table, circuit_breaker_mix, defence_data, rep
 from replib.models import load
 from replib.prompts import Contrast, Dialogue, Prompt, content_hash
 from replib.reading import KEPT, RETAIN, SAFE, UNSAFE, collate, read
+from replib.scope import Scope
 from replib.settings import ROOT
 from replib.sieve import Sieve, same_words
 from replib.sources import SCHEMAS, identify
@@ -484,7 +485,8 @@ def test_unpaired_answers_enter_the_terms_they_belong_to(tmp_path):
     batch, groups = collate(model, PAIRS[:2], BENIGN[:3], (), SAFE_ROWS, UNSAFE_ROWS)
     assert groups.tolist() == [SAFE] * 2 + [RETAIN] * 3 + [UNSAFE] * 2 + [SAFE, KEPT, UNSAFE]
     for refusals in (False, True):
-        reading = read(model, model.model, batch, groups, (1, 2), BendConfig(refusals=refusals))
+        scope = Scope(kl_rows="safe") if refusals else None
+        reading = read(model, model.model, batch, groups, (1, 2), BendConfig(custom=scope))
         assert reading.safe.shape[1] == 2 * 3 + 3 * 3 + (2 + 4)  # answers with their end
         assert reading.unsafe.shape[1] == 2 * 4 + 3
         assert (reading.last.shape[1], reading.refused.shape[1]) == (3, 3)
@@ -497,9 +499,15 @@ def test_a_step_draws_as_many_unpaired_answers_as_contrasts_and_old_draws_stay()
         _Steps(BendData(PAIRS, BENIGN, safe=safe, unsafe=unsafe), config)
         for safe, unsafe in [((), ()), (SAFE_ROWS, UNSAFE_ROWS)]
     )
-    assert [[len(group) for group in step] for step in plain.steps] == [[2, 3, 0, 0, 0]] * 3
-    assert [[len(group) for group in step] for step in mixed.steps] == [[2, 3, 0, 2, 2]] * 3
-    assert mixed.steps[0][:2] == plain.steps[0][:2]
+    assert [[len(group) for group in step.values()] for step in plain.steps] == [[2, 3, 0, 0, 0]] * 3
+    assert [[len(group) for group in step.values()] for step in mixed.steps] == [[2, 3, 0, 2, 2]] * 3
+    assert all(mixed.steps[0][name] == plain.steps[0][name] for name in ("contrasts", "retain"))
+
+
+def test_the_pairing_term_takes_no_unpaired_answers(tmp_path):
+    model = load(tiny.save_model(tmp_path))
+    with pytest.raises(ReplibError, match="pairing term .*unpaired"):
+        train(model, BendData(PAIRS, BENIGN, unsafe=UNSAFE_ROWS), bend=BendConfig(eta=0.1), out=tmp_path / "run")
 
 
 def test_training_takes_a_mix_and_writes_its_record_beside_the_adapter(tmp_path):
