@@ -120,7 +120,7 @@ def _materialised(model: nn.Module, name: str, weight: Tensor) -> Tensor:
     if not has_offloaded_params(part):
         raise ReplibError(f"The weights {name} were never loaded: load the model from its files.")
     with align_module_device(part, torch.device("cpu")):
-        return getattr(part, own).detach().clone()
+        return part.get_parameter(own).detach().clone()
 
 
 def adapter_hash(model: nn.Module) -> str:

@@ -135,7 +135,7 @@ def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
         )
     try:
         made = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, padding_side="left")
-        return made if made("text")["input_ids"] else _as_saved(source, revision)
+        return made if made("text", add_special_tokens=False)["input_ids"] else _as_saved(source, revision)
     except (OSError, ValueError) as error:
         raise ReplibError(
             f"Cannot load the tokenizer of {source!r}: {str(error).splitlines()[0]} "

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from replib.chat import Batch, ChatModel, evaluating
-from replib.shared import KEYS_AND_VALUES
+from replib.shared import of_keys_and_values
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class Prefix:
     @property
     def whole(self) -> bool:
         """Whether the cache is one of keys and values in every layer, and every prompt has a token in it."""
-        if not isinstance(self.cache, DynamicCache) or any(type(x) not in KEYS_AND_VALUES for x in self.cache.layers):
-            return False
-        return bool((self.batch.attention_mask.sum(1) > 1).all())
+        return of_keys_and_values(self.cache) and bool((self.batch.attention_mask.sum(1) > 1).all())
 
     @classmethod
     @torch.no_grad()

@@ -63,20 +63,10 @@ def _bytes(rows: Sequence[Row], ask: Request, width: int) -> int:
     """Of the tensors of one shard; at most, where the model writes answers of a length it chooses itself."""
     vector = len(ask.keys) * width * ask.dtype.itemsize
     if ask.pool == "none":
-        return sum(_span(row, ask) for row in rows) * (vector + 8)  # and the number of its prompt
+        span = str(ask.positions[0])
+        written = ask.max_new_tokens if span in ("response", "all") else 0
+        return sum(len(row.span(span)) + written for row in rows) * (vector + 8)  # and the number of its prompt
     return len(rows) * len(ask.positions) * vector
-
-
-def _span(row: Row, ask: Request) -> int:
-    """Tokens of the span whose tokens are all read."""
-    start, stop = row.instruction
-    return {
-        "instruction": stop - start,
-        "post_instruction": row.prompt - stop,
-        "prompt": row.prompt,
-        "response": len(row) - row.prompt + ask.max_new_tokens,
-        "all": len(row) + ask.max_new_tokens,
-    }[str(ask.positions[0])]
 
 
 def _check_room(folder: Path, missing: int) -> None:

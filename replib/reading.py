@@ -39,8 +39,8 @@ def collate(
     """One padded batch of refusals, benign dialogues and unsafe answers, and the group of each row.
 
     TURNED rows are refusals of prompts that the model complies with: their answers are kept, their decision is not.
-    KEPT rows are unpaired safe answers to prompts that are not harmful, in the safe term alone: nothing is gathered on
-    them. ``ended``: each answer with an end-of-sequence token.
+    KEPT rows are unpaired safe answers to prompts that are not harmful: kept as refusals are, and never gathered on.
+    ``ended``: each answer with an end-of-sequence token.
     """
     rows = (
         [(SAFE, c.prompt, c.safe_response) for c in contrasts]

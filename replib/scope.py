@@ -39,7 +39,7 @@ class Scope:
     adapted: str = "all"
     """Blocks with LoRA: "all", or "target": from the first to the one after the last target block."""
     retained: bool = True
-    """Whether the safe term covers retained dialogues, besides refusals and ``BendData.benign``."""
+    """Whether the safe term covers retained dialogues, besides refusals and ``BendData.safe``."""
     ended: bool = True
     """Whether answers are read with an end-of-sequence token."""
     gathered: str = "unsafe"

@@ -20,8 +20,15 @@ from replib.positions import Position
 from replib.tokens import Batch, Row
 
 LEAST = 4  # tokens; a shorter beginning is not worth a pass of its own
-# Exactly these: hybrid layers inherit from them, and a recurrent state is not a matter of keys and values alone.
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def of_keys_and_values(cache: Cache) -> bool:
+    """Whether every layer holds keys and values of each row and nothing else.
+
+    Exactly these classes: hybrid layers inherit from them, and a recurrent state cannot be lent or selected by row.
+    """
+    return isinstance(cache, DynamicCache) and all(type(layer) in KEYS_AND_VALUES for layer in cache.layers)
 
 
 class _Lent(DynamicLayer):
@@ -35,9 +42,9 @@ class _Lent(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *_args: Any, **_more: Any) -> tuple[Tensor, Tensor]:
         """The lent ones, followed by those of the batch."""
-        lent = (x.expand(len(keys), -1, -1, -1) for x in (self.keys, self.values))
-        before = list(lent)
-        return torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
+        rows = len(keys)
+        lent_keys, lent_values = (x.expand(rows, -1, -1, -1) for x in (self.keys, self.values))
+        return torch.cat([lent_keys, keys], dim=-2), torch.cat([lent_values, values], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def read_beginning(model: ChatModel, ids: Sequence[int], longest: int) -> Beginn
     """
     out = model.causal_lm.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True)
     cache = out.past_key_values
-    if not isinstance(cache, DynamicCache) or any(type(layer) not in KEYS_AND_VALUES for layer in cache.layers):
+    if not of_keys_and_values(cache):
         return None
     windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
     if any(layer.keys is None for layer in cache.layers) or min(windows, default=longest) < longest:
@@ -88,13 +95,7 @@ def _first_wanted(row: Row, position: Position) -> int:
     """Index of the first token that a position reads."""
     if isinstance(position, int):
         return row.prompt + position
-    named = {
-        "instruction": row.instruction[0],
-        "post_instruction": row.instruction[1],
-        "last_prompt": row.prompt - 1,
-        "response": row.prompt,
-    }
-    return named.get(position, 0)
+    return row.prompt - 1 if position == "last_prompt" else row.span(position).start
 
 
 def untouched(model: ChatModel) -> bool:

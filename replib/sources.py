@@ -121,10 +121,9 @@ def _from_hub(schema: Schema, name: str, revision: str | None, split: str) -> tu
     if other := next((s for s in SCHEMAS.values() if s.hub == name != schema.hub), None):
         raise ReplibError(f"{name} is {other.title}, not {schema.title}. {schema.home}")
     own = {"name": schema.config, **schema.reading} if name == schema.hub else {}
+    datasets = _datasets()
     try:
-        table = _datasets().load_dataset(name, split=split, revision=revision, **own)
-    except ReplibError:
-        raise
+        table = datasets.load_dataset(name, split=split, revision=revision, **own)
     except Exception as error:  # of datasets, of the hub and of the network, other ones in every version
         raise _unreachable(name, split, error) from error
     check_columns(schema, list(table.column_names), f"{name} ({split})")

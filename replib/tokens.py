@@ -26,6 +26,17 @@ class Row:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def span(self, name: str) -> range:
+        """Indices of the tokens of a named span."""
+        start, stop = self.instruction
+        return {
+            "instruction": range(start, stop),
+            "post_instruction": range(stop, self.prompt),
+            "prompt": range(self.prompt),
+            "response": range(self.prompt, len(self)),
+            "all": range(len(self)),
+        }[name]
+
     def answered(self, response: Sequence[int]) -> Row:
         """The same row with more response."""
         return replace(self, ids=self.ids + list(response))

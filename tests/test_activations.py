@@ -323,7 +323,7 @@ def test_a_capture_inside_a_capture_disturbs_neither(llama):
 def test_a_model_spread_over_memory_and_disk_is_read_the_same(tmp_path):
     expected = capture(load(tiny.save_model(tmp_path / "model")), PROMPTS, site="attn_out").values
     spread = load(tmp_path / "model")
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     dispatch_model(spread.model, places, offload_dir=tmp_path / "disk", main_device="cpu", force_hooks=True)
     assert next(spread.blocks[1].parameters()).is_meta

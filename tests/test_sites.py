@@ -106,8 +106,12 @@ def test_a_site_that_a_parallel_block_does_not_have_is_said(tmp_path):
         capture_sites(model, PROMPTS, ["resid_mid"])
 
 
-def test_sublayers_scaled_before_they_are_added_are_refused_not_misread(tmp_path):
+@pytest.mark.parametrize("massive", [1.0, 1e4])
+def test_sublayers_scaled_before_they_are_added_are_refused_not_misread(tmp_path, massive):
+    """Also where one coordinate of the stream is so large that what is added to the others is nothing beside it."""
     model = load(tiny.save_model(tmp_path, "granite"))
+    with torch.no_grad():
+        model.causal_lm.get_input_embeddings().weight[:, 0] *= massive
     for block in model.blocks:
         block.residual_multiplier = 0.22
     with pytest.raises(ReplibError, match="no site 'attn_out': .*do not add up"):
