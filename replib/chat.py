@@ -42,6 +42,7 @@ class ChatModel:
         self.template: str | None = about.get("template", tokenizer.chat_template)
         self.reading: Batch | None = None  # the batch in the forward pass: tells edits where the prompt ends
         self.as_base = False  # whether the adapter is switched off at this moment
+        self.frozen: ChatModel | None = None  # a copy from before training, where all weights are trained
         self.rebind(about.get("anatomy"))
 
     def rebind(self, anatomy: Anatomy | None = None) -> None:

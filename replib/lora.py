@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,21 +15,39 @@ from replib.errors import ReplibError
 
 
 def attached_lora(
-    model: ChatModel, *, rank: int, alpha: int, dropout: float = 0.0, blocks: int | None = None
+    model: ChatModel,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float = 0.0,
+    blocks: Collection[int] | None = None,
+    modules: Collection[str] | None = None,
 ) -> ChatModel:
-    """The model with LoRA on every linear layer of its first ``blocks`` blocks (None: all); LoRA-B is zero.
+    """The model with LoRA on linear layers of some blocks, None: all of them; LoRA-B is zero.
+
+    Args:
+        model: an adapter-free model.
+        rank: of the matrices A and B.
+        alpha: their product is multiplied by alpha / rank.
+        dropout: share of the inputs of A that is zeroed in training.
+        blocks: indices of the adapted blocks.
+        modules: names of the adapted layers as they end, for example ``["q_proj", "v_proj"]``.
 
     Raises:
-        ReplibError: the model carries an adapter already.
+        ReplibError: the model carries an adapter already, or has no such layers.
     """
     if model.adapter or hasattr(model.model, "disable_adapter"):
         raise ReplibError(f"{model.name} carries an adapter already: load it without one, or merge it first.")
-    chosen = None if blocks is None or blocks >= model.n_layers else list(range(blocks))
+    chosen = None if blocks is None or len(set(blocks)) == model.n_layers else sorted(blocks)
+    linear = _linear(model)
+    if unknown := set(modules or ()) - linear:
+        raise ReplibError(f"{model.name} has no linear layers called {', '.join(sorted(unknown))} in its blocks: "
+                          f"they are {', '.join(sorted(linear))}.")  # fmt: skip
     lora = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=sorted(_linear(model)),
+        target_modules=sorted(modules or linear),
         layers_to_transform=chosen,
         layers_pattern=model.anatomy.blocks.rpartition(".")[2] if chosen else None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.blocks[0].modules()),

@@ -175,7 +175,13 @@ def attach(model: ChatModel, config: TrainConfig, blocks: int | None = None) -> 
         ReplibError: the model carries an adapter already.
     """
     set_seed(config.seed)
-    bent = attached_lora(model, rank=config.rank, alpha=config.lora_alpha, dropout=config.dropout, blocks=blocks)
+    bent = attached_lora(
+        model,
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        dropout=config.dropout,
+        blocks=None if blocks is None else range(min(blocks, model.n_layers)),
+    )
     if config.perturbation:
         perturb(bent, config.perturbation, config.seed)
     return bent
