@@ -37,6 +37,7 @@ from replib.prompts import (
     load_dialogues,
     load_prompts,
 )
+from replib.repbend import RepBend
 from replib.settings import Settings, data_dir
 from replib.splits import Splits, split_by
 from replib.store import key_of
@@ -186,7 +187,7 @@ class Study:
         folder = self.settings.out / "bend" / f"{Path(self.settings.model).name}-{key}"
         if (folder / "replib.json").exists():
             return TrainResult.load(self.model, folder)
-        result = train(self.model, self.bend_data, bend=bend, config=config, probe=self.probe(), out=folder)
+        result = train(self.model, self.bend_data, RepBend(bend), config=config, probe=self.probe(), out=folder)
         result.save(folder)
         return result
 

@@ -16,6 +16,7 @@ from replib.audit import audit
 from replib.bend import BendConfig
 from replib.chat import ChatModel
 from replib.judges import ExactJudge
+from replib.repbend import RepBend
 from replib.settings import Settings, data_dir
 from replib.store import key_of, write_text
 from replib.study import Study
@@ -50,7 +51,7 @@ def main() -> None:
 
 def _train(study: Study, bend: BendConfig, config: TrainConfig) -> TrainResult:
     out = study.settings.out / "surface"
-    return train(study.model, study.bend_data, bend=bend, config=config, probe=study.probe(), out=out)
+    return train(study.model, study.bend_data, RepBend(bend), config=config, probe=study.probe(), out=out)
 
 
 def _point(bend: BendConfig, config: TrainConfig, step: int) -> dict:
