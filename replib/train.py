@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from replib.activations import versions
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.errors import Diverged, ReplibError
 from replib.keeper import Keeper, Probe, default_choice
 from replib.lora import attached_lora, perturb
 from replib.models import attached
@@ -125,7 +125,8 @@ def train(
         say: told what is in force before the first step.
 
     Raises:
-        ReplibError: loss not finite, target layers out of range, a model that carries an adapter already.
+        Diverged: the loss is not finite.
+        ReplibError: target layers out of range, a model that carries an adapter already.
     """
     objective, config = objective or RepBend(), config or TrainConfig()
     objective.check(model, data)
@@ -230,7 +231,7 @@ class DefenceTrainer(Trainer):
     def _log_step(self, found: dict[str, float]) -> None:
         step = self.state.global_step + 1
         if not math.isfinite(found["loss"]):
-            raise ReplibError(
+            raise Diverged(
                 f"The loss is {found['loss']} at step {step} ({found}): lower alpha or the learning "
                 "rate, or set max_distance. The best adapter so far is kept."
             )
