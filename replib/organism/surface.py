@@ -119,7 +119,11 @@ class Runs:
     def _probe(self) -> Probe:
         """The measure, for one run; before its first step every run has the same model."""
         turns = chain([lambda _: self.before], repeat(self.measure))
-        return lambda model: next(turns)(model)
+
+        def probe(model: ChatModel) -> dict[str, float]:
+            return next(turns)(model)
+
+        return probe
 
     @cached_property
     def before(self) -> dict[str, float]:
