@@ -83,6 +83,8 @@ def load(
     watch = watched() if check is None else check
     base = next_logits(chat) if watch and adapter is not None else None
     chat = chat if adapter is None else attached(chat, Path(adapter))
+    if quantize == "8bit":
+        next_logits(chat)  # the first pass of 8-bit weights differs from all later ones
     if watch:
         say(ticks(self_check(chat, base=base), chat.dtype))
     return chat
@@ -193,10 +195,10 @@ def _quantised(quantize: str | None, dtype: Any) -> dict[str, Any]:
         return {}
     if quantize not in ("4bit", "8bit"):
         raise ReplibError(f"quantize={quantize!r}: say '4bit' or '8bit', or leave it out.")
-    if find_spec("bitsandbytes") is None or _default_device() == "cpu":
+    if find_spec("bitsandbytes") is None:
         raise ReplibError(
-            f"quantize={quantize!r} needs the package bitsandbytes (pip install bitsandbytes) and a GPU. "
-            "Without them load the model unquantised, or a smaller one."
+            f"quantize={quantize!r} needs the package bitsandbytes: pip install 'replib[quantized]'. "
+            "Without it load the model unquantised, or a smaller one."
         )
     # Four bits: the format of QLoRA, with products in the type that the rest of the model has.
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}

@@ -1,10 +1,15 @@
-"""Forward passes that compute no more than a loss reads: no unembedding, and nothing above the last wanted block."""
+"""Forward passes that compute no more than a loss reads: no unembedding, nothing above the last wanted block, and the
+blocks below every adapter once instead of twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import takewhile
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from replib.chat import Batch, ChatModel
 from replib.sites import Hook, hooked
@@ -45,3 +50,42 @@ def passed(
         for tap in taps:
             tap.remove()
     return final[-1]  # where sites are looked for, a prompt passes before
+
+
+@contextmanager
+def read_once(chat: ChatModel) -> Iterator[None]:
+    """Inside, blocks below every adapter compute the first pass of a batch alone; the next one takes what they gave.
+
+    With and without the adapter they read the same: first comes the reference, then the model in training.
+    """
+    with ExitStack() as stack:
+        for block in below_adapters(chat):
+            before = vars(block).get("forward")
+            block.forward = _once(block.forward)
+            stack.callback(_undo, block, before)
+        yield
+
+
+def below_adapters(chat: ChatModel) -> list[nn.Module]:
+    """The first blocks, as far as nothing in them or before them is trained."""
+    if any(p.requires_grad for p in chat.causal_lm.get_input_embeddings().parameters()):
+        return []
+    return list(takewhile(lambda block: not any(p.requires_grad for p in block.parameters()), chat.blocks))
+
+
+def _once(forward: Callable) -> Callable:
+    given: list[Any] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not given:
+            given.append(forward(*args, **kwargs))
+        return given[0]
+
+    return run
+
+
+def _undo(block: nn.Module, before: Callable | None) -> None:
+    if before is None:
+        del block.forward
+    else:
+        block.forward = before

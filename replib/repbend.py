@@ -27,6 +27,7 @@ from replib.bend import (
 from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.objective import Lora, Objective, Part
+from replib.passes import read_once
 from replib.reading import Plan, Reading, read
 from replib.recipe import TrainConfig, announced, warn_of_the_start
 from replib.references import References
@@ -85,8 +86,9 @@ class RepBend(Objective):
         """Algorithm 1, line 13, on one micro-batch."""
         plan, layers = Plan.of(chat, items, self.config), self.config.layers(chat.n_layers)
         for part in plan.parts(self.tokens or (1024 if chat.device.type == "cpu" else 2048)):
-            base = self.references.read(chat, part, layers, self.config)
-            bent = read(chat, part, layers, self.config)
+            with read_once(chat):
+                base = self.references.read(chat, part, layers, self.config)
+                bent = read(chat, part, layers, self.config)
             terms = self._terms(chat, bent, base, plan)
             norms = {f"{name}_norm": _norm(bent, name, part, plan) for name in ("safe", "unsafe")}
             yield Part(bend_loss(terms, self.config, progress), terms.taken() | {n: x for n, x in norms.items() if x})

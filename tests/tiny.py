@@ -64,13 +64,15 @@ def tokenizer():
     return made
 
 
-def save_model(folder: Path, kind: str = "llama") -> Path:
+def save_model(folder: Path, kind: str = "llama", **sizes: int) -> Path:
     """A random three-block model of an architecture, with its tokenizer, as `from_pretrained` reads it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     words = tokenizer()
     own = {"vocab_size": len(words), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.4}
-    return _save(AutoModelForCausalLM, AutoConfig.for_model(kind, **own, **(SIZES | RECURRENT)[kind]), words, folder)
+    return _save(
+        AutoModelForCausalLM, AutoConfig.for_model(kind, **(own | (SIZES | RECURRENT)[kind] | sizes)), words, folder
+    )
 
 
 def save_seeing(folder: Path, kind: str) -> Path:
