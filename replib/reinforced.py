@@ -128,6 +128,19 @@ def train_whp(model: ChatModel, data: DefenceData, fit: Fit, *, whp: WHP, alpha:
 
 
 # --------------------------------------------------------------------------------------------- task arithmetic
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """Two SFT runs and their merge, chosen from a grid of weights: see ``merged_tasks``."""
+
+    grid: tuple[tuple[float, float], ...] = GRID
+
+    def __post_init__(self) -> None:
+        if not self.grid:
+            raise ReplibError("The grid of weights is empty: give at least one pair (safe, unsafe).")
+        for safe, unsafe in self.grid:
+            check_coefficients(safe_weight=safe, unsafe_weight=unsafe)
+
+
 def train_tasks(model: ChatModel, data: DefenceData, fit: Fit, *, out: Path | str) -> tuple[Path, Path]:
     """Both adapters of task arithmetic, trained one after the other on safe and on unsafe answers; their folders."""
     check_lists("Task arithmetic", data, "safe", "unsafe")
@@ -144,7 +157,7 @@ def merged_tasks(
     tasks: tuple[Path, Path],
     probe: Probe,
     *,
-    grid: Sequence[tuple[float, float]] = GRID,
+    method: TaskArithmetic,
     choose: Callable[[dict[str, float], dict[str, float]], float] = default_choice,
     out: Path | str,
 ) -> tuple[ChatModel, pd.DataFrame]:
@@ -154,7 +167,7 @@ def merged_tasks(
         model: the model that both adapters were trained on, without an adapter.
         tasks: folders of the safe and of the unsafe adapter.
         probe: measures a merged model on validation prompts.
-        grid: weights (w_s, w_u), zero or more: the minus is in the formula.
+        method: the weights (w_s, w_u), zero or more: the minus is in the formula.
         choose: score of a probe given the probe of the model itself; the highest is kept.
         out: folder in which every merged adapter is written.
 
@@ -162,14 +175,11 @@ def merged_tasks(
         The model with the best adapter on it, and the grid: safe_weight, unsafe_weight, score, adapter, and the probe.
 
     Raises:
-        ReplibError: an empty grid, a negative weight, adapters that cannot be merged.
+        ReplibError: adapters that cannot be merged.
     """
-    if not grid:
-        raise ReplibError("The grid of weights is empty: give at least one pair (safe, unsafe).")
     before, rows = probe(model), []
-    for safe, unsafe in grid:
+    for safe, unsafe in method.grid:
         folder = Path(out) / f"safe-{safe:g}-unsafe-{unsafe:g}"
-        check_coefficients(safe_weight=safe, unsafe_weight=unsafe)
         task_arithmetic(*tasks, out=folder, safe_weight=safe, unsafe_weight=unsafe)
         found = _found(model, folder, probe)
         about = {"safe_weight": safe, "unsafe_weight": unsafe, "score": choose(found, before), "adapter": str(folder)}

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from test_bend_literal import GRADIENT, VALUE
+from test_bend_literal import GRADIENT, KINDS, VALUE, in_float64  # noqa: F401 - a fixture
 
 from replib.answers import answer_logits, answer_tokens, answered
 from replib.chat import ChatModel
@@ -25,12 +25,12 @@ from replib.objective import reference
 from replib.prompting import INSTRUCTIONS, safety_prompted
 from replib.prompts import Contrast, Dialogue, Prompt
 from replib.recipe import TrainConfig
-from replib.reinforced import WHP, Relabelled, merged_tasks, relabelled, train_tasks, train_whp
+from replib.reinforced import WHP, Relabelled, TaskArithmetic, merged_tasks, relabelled, train_tasks, train_whp
 from replib.rerouting import RMU, CircuitBreaker
-from replib.rivals import DEFENCES, rival
+from replib.rivals import DEFENCES, rival, train_rival
 from replib.train import TrainResult
 
-KINDS = ("llama", "gemma2", "qwen3", "gpt2")
+NEARER = {"gemma2": 0.1}  # its capped logits round more the farther it is from the base
 DOWN = {"gpt2": ("mlp.c_proj",)}
 UNSAFE = [Dialogue(f"w{i} w{i + 3}" + " w6" * i, "w38 w39" + " w37" * i) for i in range(3)]
 RETAIN = [Dialogue(f"w{i} w9" + " w2" * i, f"w{i} w8" + " w7" * (3 - i)) for i in range(3)]
@@ -59,13 +59,11 @@ def models(bases):
     """Models with an adapter on an objective's weights, moved off its start; each made once."""
     made = {}
 
-    def get(kind, objective=None, std=0.2):
-        base = bases(kind)
-        where = objective.lora(base.n_layers) if objective else None
-        key = (kind, where, std)
-        if key not in made:
-            made[key] = adapted(base, where, std)
-        return made[key]
+    def get(kind, objective=None):
+        where = objective.lora(3) if objective else None
+        if (kind, where) not in made:
+            made[kind, where] = adapted(bases(kind), where, NEARER.get(kind, 0.2))
+        return made[kind, where]
 
     return get
 
@@ -89,11 +87,11 @@ def gradient(chat, loss):
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(lora, found, strict=True)])
 
 
-def assert_equal(chat, fast, slow):
-    assert abs(fast.item() - slow.item()) <= VALUE * max(1.0, abs(slow.item()))
+def assert_equal(chat, fast, slow, value=VALUE, slope=GRADIENT):
+    assert abs(fast.item() - slow.item()) <= value * max(1.0, abs(slow.item()))
     a, b = gradient(chat, fast), gradient(chat, slow)
     assert b.abs().max() > 1e-4
-    assert (a - b).abs().max() <= GRADIENT * b.abs().max()
+    assert (a - b).abs().max() <= slope * b.abs().max()
 
 
 def statement(chat, objective, items=ITEMS, progress=0.4, **lengths):
@@ -142,6 +140,15 @@ def test_the_parts_sum_to_the_literal_statement(kind, name, models):
     objective = of_kind(name, kind)
     chat = models(kind, objective)
     assert_equal(chat, total(chat, objective), statement(chat, objective))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float64_nothing_of_the_error_is_left(kind, in_float64, bases):  # noqa: F811
+    for name in ("dpo", "npo_both", "rmu", "circuit_breaker"):
+        objective = of_kind(name, kind)
+        chat = adapted(bases(kind), objective.lora(3))
+        chat.model.double()
+        assert_equal(chat, total(chat, objective), statement(chat, objective), 1e-12, 1e-11)
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -200,8 +207,8 @@ def step(chat, loss, size):
     """One step of gradient descent on LoRA."""
     lora = [p for n, p in chat.model.named_parameters() if "lora_" in n]
     with torch.no_grad():
-        for weight, slope in zip(lora, torch.autograd.grad(loss, lora), strict=True):
-            weight.sub_(size * slope)
+        for weight, slope in zip(lora, torch.autograd.grad(loss, lora, allow_unused=True), strict=True):
+            weight.sub_(size * (0 if slope is None else slope))
 
 
 def test_dpo_starts_at_log_two_without_a_margin(bases):
@@ -307,12 +314,15 @@ def test_whp_refuses_answers_without_labels_and_labels_of_another_tokenizer(mode
         list(WHP().parts(models("llama"), {"unsafe": wrong}, 0.0))
 
 
-def fit(model, data, objective):
-    """A trainer of two steps."""
+def fit(model, data, objective, config=TrainConfig()):  # noqa: B008 - it is frozen
+    """A trainer of two steps, off LoRA's start."""
     objective.check(model, data)
-    chat = attached_lora(model, rank=2, alpha=4)
+    where = objective.lora(model.n_layers)
+    chat = attached_lora(model, rank=2, alpha=4, blocks=where.blocks, modules=where.modules)
+    perturb(chat, 1e-2, seed=0)
+    chat.model.eval()
     for _ in range(2):
-        items = {name: getattr(data, name)[:n] for name, n in objective.draws(TrainConfig()).items()}
+        items = {name: getattr(data, name)[:n] for name, n in objective.draws(config).items()}
         step(chat, total(chat, objective, items), 0.1)
     return TrainResult(chat, pd.DataFrame(), pd.DataFrame(columns=["step"]), 2)
 
@@ -335,9 +345,9 @@ def test_task_arithmetic_adds_what_is_safe_and_subtracts_what_is_not(bases, tmp_
     base = bases("llama")
     before = likelihood(base)
     tasks = train_tasks(base, DATA, fit, out=tmp_path)
-    grid = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 0.5)]
+    method = TaskArithmetic(grid=((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 0.5)))
     choose = lambda now, was: now["safe"] - now["unsafe"]  # noqa: E731
-    best, table = merged_tasks(base, tasks, likelihood, grid=grid, choose=choose, out=tmp_path)
+    best, table = merged_tasks(base, tasks, likelihood, method=method, choose=choose, out=tmp_path)
     nothing, learned, unlearned, _ = table.to_dict("records")
     assert nothing["safe"] == pytest.approx(before["safe"], rel=1e-5)
     assert learned["safe"] > before["safe"] + 0.01
@@ -351,16 +361,18 @@ def test_task_arithmetic_equals_the_sum_of_weights(bases, tmp_path):
     weight = lambda chat: chat.model.merge_and_unload().state_dict()["model.layers.1.mlp.down_proj.weight"].clone()  # noqa: E731
     start = base.model.state_dict()["model.layers.1.mlp.down_proj.weight"].clone()
     tasks = train_tasks(base, DATA, fit, out=tmp_path)
-    best, _ = merged_tasks(base, tasks, likelihood, grid=[(0.5, 0.2)], choose=lambda *_: 0.0, out=tmp_path)
+    best, _ = merged_tasks(
+        base, tasks, likelihood, method=TaskArithmetic(((0.5, 0.2),)), choose=lambda *_: 0.0, out=tmp_path
+    )
     plus, minus = (weight(load(bases("qwen3").name, adapter=task)) - start for task in tasks)
     assert minus.abs().max() > 1e-3
     torch.testing.assert_close(weight(best), start + 0.5 * plus - 0.2 * minus, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("grid", "reason"), [([], "grid of weights is empty"), ([(1.0, -0.1)], "unsafe_weight=-0.1")])
-def test_a_grid_that_says_nothing_or_says_it_twice_is_refused(grid, reason, bases, tmp_path):
+@pytest.mark.parametrize(("grid", "reason"), [((), "grid of weights is empty"), (((1.0, -0.1),), "unsafe_weight=-0.1")])
+def test_a_grid_that_says_nothing_or_the_minus_twice_is_refused(grid, reason):
     with pytest.raises(ReplibError, match=reason):
-        merged_tasks(bases("llama"), (tmp_path, tmp_path), likelihood, grid=grid, out=tmp_path)
+        TaskArithmetic(grid)
 
 
 def test_an_adapter_comes_off_and_leaves_the_model_as_it_was(bases):
@@ -412,11 +424,20 @@ def test_coefficients_that_are_no_weights_are_refused(bad):
 
 
 # --------------------------------------------------------------------------------------------- by name
-def test_every_rival_can_be_made_by_name_and_draws_what_it_checks():
-    for name, found in DEFENCES.items():
-        assert rival(name) is found
-        assert set(found.objective.draws(found.config)) <= {"safe", "unsafe", "retain", "pairs"}
-        assert found.objective.lora(32) and found.objective.about(32) is not None
+@pytest.mark.parametrize("name", DEFENCES)
+def test_every_rival_is_trained_by_name_with_what_it_draws(name, bases, tmp_path):
+    base, found = bases("llama"), rival(name)
+    config = replace(found.config, contrasts=2, retain=2)
+    trainer = lambda model, data, objective: fit(model, data, objective, config)  # noqa: E731
+    before = likelihood(base)
+    probe = lambda chat: {"attack": likelihood(chat)["unsafe"]}  # noqa: E731
+    bent = train_rival(found.objective, base, DATA, trainer, probe=probe, out=tmp_path)
+    assert likelihood(bent) != before
+    with bent.adapter_off():
+        assert likelihood(bent) == before
+
+
+def test_a_name_that_is_none_is_answered_with_the_known_ones():
     with pytest.raises(ReplibError, match="circuit_breaker"):
         rival("circuit-breaker")
 
