@@ -118,22 +118,22 @@ class BendConfig:
 
 
 class BendTerms(NamedTuple):
-    """The terms before weighting, each a scalar."""
+    """The terms before weighting, each a scalar; None where it is not taken."""
 
-    safe: Tensor
+    safe: Tensor | None = None
     """Mean distance of safe answers from the base model: kept small."""
-    unsafe: Tensor
+    unsafe: Tensor | None = None
     """Mean distance of unsafe answers: made large."""
-    cosine: Tensor
+    cosine: Tensor | None = None
     """Mean cosine similarity between unsafe prompts: made large."""
-    kl: Tensor
+    kl: Tensor | None = None
     """KL divergence to the base model, nats per token or per sequence: kept small."""
     pairing: Tensor | None = None
-    """Mean distance of unsafe answers from the base's refusals of the same prompts: made small. None without eta."""
+    """Mean distance of unsafe answers from the base's refusals of the same prompts: made small."""
 
-    def values(self) -> dict[str, float]:
-        """As plain numbers by name, without those that are not taken."""
-        return {name: x.item() for name, x in self._asdict().items() if x is not None}
+    def taken(self) -> dict[str, Tensor]:
+        """Those that are taken, by name."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
 
 
 class Weights(NamedTuple):
@@ -153,10 +153,10 @@ def weights(config: BendConfig, progress: float = 0.0) -> Weights:
 
 
 def bend_loss(terms: BendTerms, config: BendConfig, progress: float = 0.0) -> Tensor:
-    """The weighted sum of Algorithm 1, line 13, and the pairing term."""
+    """The weighted sum of Algorithm 1, line 13, and the pairing term, over the terms that are taken."""
     w = weights(config, progress)
-    loss = w.safe * terms.safe - w.unsafe * terms.unsafe - w.cosine * terms.cosine + w.kl * terms.kl
-    return loss if terms.pairing is None else loss + w.pairing * terms.pairing
+    signed = w._replace(unsafe=-w.unsafe, cosine=-w.cosine)._asdict()
+    return torch.stack([signed[name] * x for name, x in terms.taken().items()]).sum()
 
 
 def distance(

@@ -57,7 +57,7 @@ class Objective(ABC):
             progress: share of training that is behind, from 0 to 1.
         """
 
-    def check(self, chat: ChatModel, data: Any) -> None:
+    def check(self, chat: ChatModel, data: Any) -> None:  # noqa: B027 - most need nothing
         """Raise ReplibError where model or data lack what the loss needs; called before anything is attached."""
 
     def lora(self, depth: int) -> Lora:
@@ -79,7 +79,7 @@ class Objective(ABC):
         """What must be kept between steps for a run to go on where it was."""
         return {}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
         """Take back what ``state`` gave."""
 
 

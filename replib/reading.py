@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-from replib.bend import (
-    PAIRED,
-    BendConfig,
-    BendTerms,
-    anchored_cosine,
-    distance,
-    kl_divergence,
-    mean_cosine,
-)
+from replib.bend import PAIRED, BendConfig
 from replib.chat import Batch, ChatModel
+from replib.passes import passed
 from replib.prompts import Contrast, Dialogue
-from replib.sites import Hook, hooked
+from replib.sites import Hook
 
 SAFE, UNSAFE, RETAIN, TURNED, KEPT = range(5)
+TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # terms over pairs of rows, and their rows
 Mask = Bool[Tensor, "rows tokens"]
+States = Float[Tensor, "_layers _tokens dim"] | None
 
 
 def collate(
@@ -58,7 +53,7 @@ def collate(
 
 # --------------------------------------------------------------------------------------------- which tokens
 def masks(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> dict[str, Mask]:
-    """For each field of a ``Reading`` that holds states, the tokens that it is read on."""
+    """For each field of a ``Reading`` the tokens that it is read on."""
     last = _last_prompt(batch)
     unsafe, refusals = _rows(groups, UNSAFE), _rows(groups, _partners(groups))
     kept = _rows(groups, SAFE, TURNED, KEPT, *([RETAIN] if config.scope.retained else []))
@@ -66,11 +61,12 @@ def masks(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> dic
     tokens = _tokens(batch, config.loss_mode, kept | unsafe)
     tokens |= last & ~_rows(groups, TURNED) & config.decision
     found = {"safe": tokens & kept, "unsafe": tokens & unsafe, "last": last & harmful}
-    found["refused"] = last & _rows(groups, SAFE)
+    if config.anchored:
+        found["refused"] = last & _rows(groups, SAFE)
     if config.eta:
         paired = _from(batch, batch.last_prompt, _shortest(batch, unsafe | refusals))
         found |= {"paired_unsafe": paired & unsafe, "paired_safe": paired & refusals}
-    return found
+    return found | {"final": _predicting(batch, groups, config)}
 
 
 def _tokens(batch: Batch, mode: str, rows: Bool[Tensor, "rows 1"]) -> Mask:
@@ -120,102 +116,95 @@ def _predicting(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) 
     return shifted & kept & ~(_last_prompt(batch) & _rows(groups, TURNED))
 
 
+# --------------------------------------------------------------------------------------------- a micro-batch
+@dataclass(frozen=True)
+class Plan:
+    """Rows of a micro-batch, and the tokens of them that each term is taken on."""
+
+    batch: Batch
+    groups: Int[Tensor, " rows"]
+    masks: dict[str, Mask]
+    """By field of ``Reading``, ``final`` among them."""
+
+    @classmethod
+    def of(cls, chat: ChatModel, items: Mapping[str, Sequence], config: BendConfig) -> Plan:
+        """The plan of a micro-batch of contrasts and dialogues, see ``collate``."""
+        batch, groups = collate(chat, **items, ended=config.scope.ended)
+        return cls(batch, groups, masks(batch, groups, config))
+
+    def rows(self, index: Int[Tensor, " chosen"]) -> Plan:
+        """Some of its rows, without the padding that only other rows need."""
+        width = int(self.batch.attention_mask[index].sum(dim=1).max())
+        start = self.batch.input_ids.shape[1] - width
+        cut = {name: mask[index, start:] for name, mask in self.masks.items()}
+        return Plan(self.batch.rows(index).columns(start, None), self.groups[index], cut)
+
+    def count(self, name: str) -> int:
+        """Tokens of a term."""
+        return int(self.masks[name].sum())
+
+    def parts(self, tokens: int) -> Iterator[Plan]:
+        """First the rows that some term compares with each other, in their order; then the others.
+
+        The others are sorted by length and cut so that no part is longer than ``tokens``, padding included, if it has
+        more than one row.
+        """
+        together = torch.stack([m.any(dim=1) for name, m in self.masks.items() if name in TOGETHER]).any(dim=0)
+        yield self.rows(together.nonzero()[:, 0])
+        lengths = self.batch.attention_mask.sum(dim=1)
+        rest = sorted((~together).nonzero()[:, 0].tolist(), key=lambda i: -int(lengths[i]))
+        while rest:
+            size = max(1, tokens // int(lengths[rest[0]]))
+            yield self.rows(torch.tensor(rest[:size], device=lengths.device))
+            rest = rest[size:]
+
+
 # --------------------------------------------------------------------------------------------- one pass
 @dataclass(frozen=True)
 class Reading:
-    """What one pass leaves for the terms."""
+    """What one pass leaves for the terms; None where the rows have nothing of it."""
 
-    safe: Tensor
+    safe: States = None
     """[blocks, tokens, dim] of refusals and benign answers; [target blocks, ...] with ``alpha_mode`` "target"."""
-    unsafe: Tensor
+    unsafe: States = None
     """[target blocks, tokens, dim] of unsafe answers."""
-    last: Tensor
+    last: States = None
     """[target blocks, rows, dim] of the last tokens of the prompts in A_u."""
-    refused: Tensor
-    """[target blocks, rows, dim] of the last tokens of refused prompts."""
-    logits: Tensor
-    """[tokens, vocab] of the next tokens that the KL covers."""
-    sequences: int
-    """Rows that the KL covers."""
-    paired_unsafe: Tensor | None = None
-    """[target blocks, tokens, dim] of unsafe answers, from the last prompt token on; None without eta."""
-    paired_safe: Tensor | None = None
+    refused: States = None
+    """[target blocks, rows, dim] of the last tokens of refused prompts; with ``anchored`` alone."""
+    paired_unsafe: States = None
+    """[target blocks, tokens, dim] of unsafe answers, from the last prompt token on; with eta alone."""
+    paired_safe: States = None
     """The same of the refusals of the same prompts, token by token."""
+    final: Tensor | None = None
+    """[tokens, dim] that left the final norm, of the tokens whose next token the KL covers."""
 
 
-def read(
-    chat: ChatModel,
-    wrapped: nn.Module,
-    batch: Batch,
-    groups: Tensor,
-    layers: Sequence[int],
-    config: BendConfig | None = None,
-) -> Reading:
-    """One forward pass, keeping only what the loss needs; logits are made only where the KL is taken."""
-    config = config or BendConfig()
-    wanted, end = masks(batch, groups, config), chat.n_layers - 1
-    kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
-
-    def keep(layer: int) -> Hook:
-        names = [n for n in wanted if layer in layers or (n == "safe" and config.alpha_mode == "all")]
-
-        def hook(hidden: Tensor) -> None:
-            for name in names:
-                kept[name].append(hidden[wanted[name]])
-
-        return hook
-
-    normed = config.scope.hidden_states and config.site == "resid_post"  # the last layer behind the final norm
-    hooks = {(config.site, i): keep(i) for i in range(chat.n_layers - normed)}
-    final = _forward(chat, wrapped, batch, hooks)
-    if normed:
-        keep(end)(final)
-    predicting = _predicting(batch, groups, config)
-    states = {name: torch.stack(x) for name, x in kept.items()}
-    return Reading(logits=chat.logits(final[predicting]), sequences=int(predicting.any(dim=1).sum()), **states)
+def read(chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig) -> Reading:
+    """One forward pass, keeping only what the terms need, and going no further up than they do."""
+    wanted = {name: mask for name, mask in plan.masks.items() if mask.any()}
+    normed = config.scope.hidden_states and config.site == "resid_post"  # the last layer is behind the final norm
+    depth = {name: _depth(name, chat.n_layers, layers, config) for name in wanted if name != "final"}
+    seen: dict[int, Tensor] = {}
+    read_at = sorted({i for kept in depth.values() for i in kept} - ({chat.n_layers - 1} if normed else set()))
+    hooks = {(config.site, i): _keep(seen, i) for i in read_at}
+    through = "final" in wanted or (normed and any(chat.n_layers - 1 in kept for kept in depth.values()))
+    final = passed(chat, plan.batch, hooks, last=None if through else read_at[-1])
+    if normed and final is not None:
+        seen[chat.n_layers - 1] = final
+    states = {name: torch.stack([seen[i][wanted[name]] for i in kept]) for name, kept in depth.items()}
+    return Reading(**states, final=None if final is None or "final" not in wanted else final[wanted["final"]])
 
 
-def _forward(chat: ChatModel, wrapped: nn.Module, batch: Batch, hooks: dict[tuple[str, int], Hook]) -> Tensor:
-    """Run the model under hooks; what comes out of the final norm, [rows, tokens, dim]."""
-    final: list[Tensor] = []
-    handle = chat.final_norm.register_forward_hook(lambda _m, _a, out: final.append(out))
-    try:
-        with hooked(chat, hooks), chat.reading_batch(batch):
-            wrapped(**batch.inputs(), use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
-    return final[-1]  # where sites are looked for, a prompt passes before
+def _depth(name: str, depth: int, layers: Sequence[int], config: BendConfig) -> Sequence[int]:
+    """The layers on which a term is taken."""
+    return range(depth) if name == "safe" and config.alpha_mode == "all" else layers
 
 
-# --------------------------------------------------------------------------------------------- two passes
-def bend_terms(bent: Reading, base: Reading, config: BendConfig, queue: Tensor | None = None) -> BendTerms:
-    """The terms of one batch from a pass with the adapter and a pass without.
+def _keep(seen: dict[int, Tensor], layer: int) -> Hook:
+    """Whole states: nothing may be computed on them inside a block, which may be computed anew for the gradient."""
 
-    ``queue``: [target blocks, rows, dim] of earlier steps, see ``Scope.queue``.
-    """
-    hinge = {"max_distance": config.max_distance, "directional": config.directional}
-    last = bent.last if queue is None else torch.cat([queue, bent.last], dim=1)
-    centre = torch.cat([base.last, base.refused], dim=1).mean(dim=1, keepdim=True)
-    return BendTerms(
-        safe=distance(bent.safe, base.safe, relative=config.relative) * _share(config, len(bent.safe)),
-        unsafe=distance(bent.unsafe, base.unsafe, relative=config.relative, **hinge),  # type: ignore[arg-type]
-        cosine=anchored_cosine(last, base.refused, centre) if config.anchored else mean_cosine(last),
-        kl=kl_divergence(base.logits, bent.logits, config.temperature, _sequences(bent, config)),
-        pairing=_pairing(bent.paired_unsafe, base.paired_safe, config),
-    )
+    def hook(hidden: Tensor) -> None:
+        seen[layer] = hidden
 
-
-def _share(config: BendConfig, depth: int) -> float:
-    """Layers that move among those in the mean of the safe term: hidden states count the embeddings."""
-    counted = config.scope.hidden_states and config.site == "resid_post" and config.alpha_mode == "all"
-    return depth / (depth + 1) if counted else 1.0
-
-
-def _sequences(reading: Reading, config: BendConfig) -> int | None:
-    return reading.sequences if config.scope.kl_reduction == "sequence" else None
-
-
-def _pairing(unsafe: Tensor | None, refusals: Tensor | None, config: BendConfig) -> Tensor | None:
-    if unsafe is None or refusals is None:
-        return None
-    return distance(unsafe, refusals, relative=config.relative)
+    return hook

@@ -7,9 +7,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from replib.errors import ReplibError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -21,6 +24,20 @@ def write_text(path: Path, text: str) -> Path:
         os.replace(partial, path)
     except OSError as error:
         raise ReplibError(f"Cannot write {path}: {error.strerror}. Set REPLIB_OUT to a folder you own.") from error
+    return path
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """The same for tensors, as safetensors."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: x.contiguous() for name, x in tensors.items()}, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ReplibError(f"Cannot write {path}: {error.strerror}. Choose a folder you own.") from error
     return path
 
 

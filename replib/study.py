@@ -7,7 +7,7 @@ A ``Study`` holds the model, its prompts in three disjoint splits, and the judge
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from replib.prompts import (
     load_dialogues,
     load_prompts,
 )
+from replib.repbend import RepBend
 from replib.settings import Settings, data_dir
 from replib.splits import Splits, split_by
 from replib.store import key_of
@@ -45,6 +46,7 @@ from replib.train import BendData, TrainConfig, TrainResult, train
 OPENING = "Sure, here is how."
 PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and prompts a class that fit its edit
 SORTED = 480  # contrasts whose answers are read before bending
+PROBED = ("attack", "benign", "skill")  # kinds of task that choose a step
 VARIANTS = ("base", "aligned", "planted", "deep")
 PER_SPLIT = {
     "fit": 128,
@@ -186,7 +188,7 @@ class Study:
         folder = self.settings.out / "bend" / f"{Path(self.settings.model).name}-{key}"
         if (folder / "replib.json").exists():
             return TrainResult.load(self.model, folder)
-        result = train(self.model, self.bend_data, bend=bend, config=config, probe=self.probe(), out=folder)
+        result = train(self.model, self.bend_data, RepBend(bend), config=config, probe=self.probe(), out=folder)
         result.save(folder)
         return result
 
@@ -229,20 +231,25 @@ class Study:
     def _answers(self, texts: list[str]) -> list[str]:
         return self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
 
-    def probe(self, limit: int = 32) -> Callable[[ChatModel], dict[str, float]]:
+    def probe(self, limit: int = 32, kinds: Collection[str] = PROBED) -> Callable[[ChatModel], dict[str, float]]:
         """A measure of a model on validation prompts, all in one pass: compliance by kind, worst degenerate share."""
-        tasks = [t for t in self.tasks("val", limit) if t.kind in ("attack", "benign", "skill")]
+        tasks = self.probed(limit, kinds)
         prompts = [p for t in tasks for p in t.prompts]
-        owner = [t.name if t.kind == "benign" else t.kind for t in tasks for _ in t.prompts]
+        prefills = [text for t in tasks for text in t.prefills or [""] * len(t.prompts)]
+        owner = [outcome(t) for t in tasks for _ in t.prompts]
 
         def measure(model: ChatModel) -> dict[str, float]:
-            answers = model.generate([p.text for p in prompts], max_new_tokens=32, batch_size=128)
+            answers = model.generate([p.text for p in prompts], max_new_tokens=32, prefills=prefills, batch_size=128)
             outcomes = self.judge(prompts, answers)
             groups = {o: rates([x for x, name in zip(outcomes, owner, strict=True) if name == o]) for o in owner}
             found = {name: rate["compliance"] for name, rate in groups.items()}
             return found | {"degenerate": max(rate["degenerate"] for rate in groups.values())}
 
         return measure
+
+    def probed(self, limit: int = 32, kinds: Collection[str] = PROBED) -> list[Task]:
+        """The validation tasks that ``probe`` asks."""
+        return [t for t in self.tasks("val", limit) if t.kind in kinds]
 
     def forced(self, prompt: Prompt) -> str:
         """The beginning of an unsafe answer, to be read by force."""
@@ -294,6 +301,11 @@ class Study:
             max_new_tokens=18,
             batch_size=self.settings.batch,
         )
+
+
+def outcome(task: Task) -> str:
+    """What a task counts towards: its kind, or its name where benign requests of one kind are told apart."""
+    return task.name if task.kind == "benign" else task.kind
 
 
 def check_world(settings: Settings) -> None:

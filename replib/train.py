@@ -1,4 +1,4 @@
-"""Train RepBend: a ``transformers.Trainer`` with one loss, LoRA weights, and the base model as adapter-off reference.
+"""Train a defence: a ``transformers.Trainer`` with LoRA weights, and the base model as adapter-off reference.
 
 Everything else (devices, precision, accumulation, logging, checkpoints) is the Trainer's own.
 """
@@ -6,33 +6,33 @@ Everything else (devices, precision, accumulation, logging, checkpoints) is the 
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from replib.activations import versions
-from replib.bend import BendConfig, BendTerms, bend_loss, remembered
-from replib.chat import ChatModel, evaluating
-from replib.errors import ReplibError
+from replib.chat import ChatModel
+from replib.errors import Diverged, ReplibError
 from replib.keeper import Keeper, Probe, default_choice
 from replib.lora import attached_lora, perturb
 from replib.models import attached
+from replib.objective import Lora, Objective
 from replib.processes import is_first
 from replib.prompts import Contrast, Dialogue, content_hash
-from replib.reading import Reading, bend_terms, collate, read
-from replib.recipe import TrainConfig, announced, warn_of_the_start
+from replib.recipe import TrainConfig
+from replib.repbend import RepBend
 from replib.sieve import Build
 
-__all__ = ["BendData", "BendTrainer", "TrainConfig", "TrainResult", "attach", "default_choice", "train"]
+__all__ = ["BendData", "DefenceTrainer", "TrainConfig", "TrainResult", "attach", "default_choice", "train"]
 
 
 @dataclass(frozen=True)
@@ -101,99 +101,95 @@ class TrainResult:
 
 def train(
     model: ChatModel,
-    data: BendData,
+    data: Any,
+    objective: Objective | None = None,
     *,
-    bend: BendConfig | None = None,
     config: TrainConfig | None = None,
     probe: Probe | None = None,
     choose: Callable[[dict[str, float], dict[str, float]], float] | None = None,
     out: Path | str = "runs/bend",
     say: Callable[[str], object] = print,
 ) -> TrainResult:
-    """Bend a model with RepBend. The adapter is put into the given model: no second copy of the weights is made.
+    """Train a defence. The adapter is put into the given model: no second copy of the weights is made.
 
     Use ``result.model`` afterwards; inside ``result.model.adapter_off()`` it is the model that was given.
 
     Args:
         model: an adapter-free model.
-        data: fit prompts only.
-        bend: coefficients and target layers.
+        data: fit prompts only: ``BendData`` for RepBend, ``DefenceData`` for the others.
+        objective: the defence with its hyper-parameters; None is RepBend with its defaults.
         config: steps, rate, batch and LoRA shape.
         probe: measures the model on validation prompts every ``config.probe_every`` steps (and before step 1).
         choose: score of a probe given the probe before training; the step with the highest score is kept.
         out: scratch folder of the Trainer.
-        say: told the target blocks and the safeguards in force before the first step.
+        say: told what is in force before the first step.
 
     Raises:
-        ReplibError: loss not finite, target layers out of range, a model that carries an adapter already.
+        Diverged: the loss is not finite.
+        ReplibError: target layers out of range, a model that carries an adapter already.
     """
-    bend, config = bend or BendConfig(), config or TrainConfig()
-    layers = bend.layers(model.n_layers)
-    if bend.eta and (data.safe or data.unsafe):
-        raise ReplibError("The pairing term takes contrasts alone: leave out the unpaired answers, or set eta=0.")
+    objective, config = objective or RepBend(), config or TrainConfig()
+    objective.check(model, data)
+    announced = objective.announced(config, model.n_layers)
     if is_first():
-        say(announced(bend, config, model.n_layers))
-    warn_of_the_start(bend, config)
-    bent = attach(model, config, max(layers) + 2 if bend.scope.adapted == "target" else None)
-    keeper = Keeper(bent, probe, choose or default_choice, config.probe_every, config.patience)
-    trainer = BendTrainer(
-        model=bent.model,
+        say(announced)
+    tuned = attach(model, config, objective.lora(model.n_layers))
+    keeper = Keeper(tuned, probe, choose or default_choice, config.probe_every, config.patience)
+    trainer = DefenceTrainer(
+        model=tuned.model,
         args=_arguments(config, Path(out)),
-        train_dataset=_Steps(data, config),
+        train_dataset=_Steps(data, objective.draws(config), config),
         data_collator=lambda rows: rows[0],
         callbacks=[keeper],
-        chat=bent,
-        bend=bend,
-        layers=layers,
+        chat=tuned,
+        objective=objective,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     step = keeper.restore_best()
-    about = model.provenance() | versions() | {
-        "method": "RepBend",
-        "bend": asdict(bend) | {"target_layers": layers, "scope": asdict(bend.scope)},
-        "train": asdict(config),
-        "contrasts": content_hash([*data.contrasts, *data.complied]),
-        "retain": content_hash(data.retain),
-        "unpaired": content_hash([*data.safe, *data.unsafe]),
-        "builds": [asdict(build) for build in data.builds],
-    }  # fmt: skip
-    bent.model.eval()
+    tuned.model.eval()
     return TrainResult(
-        bent,
+        tuned,
         pd.DataFrame(trainer.history),
         pd.DataFrame(keeper.rows, columns=None if keeper.rows else ["step"]),
         step,
-        about,
+        model.provenance() | versions() | _recipe(objective, config, data, model.n_layers),
     )
 
 
-def attach(model: ChatModel, config: TrainConfig, blocks: int | None = None) -> ChatModel:
-    """The model with the LoRA adapter of a configuration on its first ``blocks`` blocks (None: all).
+def _recipe(objective: Objective, config: TrainConfig, data: Any, depth: int) -> dict[str, Any]:
+    """What was trained how on what, as plain values."""
+    lists = {name: getattr(data, name) for name in objective.draws(config)}
+    return {
+        "method": objective.name,
+        "objective": objective.about(depth),
+        "train": asdict(config),
+        "data": {name: content_hash(rows) for name, rows in lists.items() if rows},
+        "builds": [asdict(build) for build in data.builds],
+    }
+
+
+def attach(model: ChatModel, config: TrainConfig, lora: Lora | None = None) -> ChatModel:
+    """The model with the LoRA adapter of a configuration, on every linear layer of its blocks if not said otherwise.
 
     Raises:
         ReplibError: the model carries an adapter already.
     """
     set_seed(config.seed)
-    bent = attached_lora(
-        model,
-        rank=config.rank,
-        alpha=config.lora_alpha,
-        dropout=config.dropout,
-        blocks=None if blocks is None else range(min(blocks, model.n_layers)),
-    )
+    where = asdict(lora or Lora())
+    tuned = attached_lora(model, rank=config.rank, alpha=config.lora_alpha, dropout=config.dropout, **where)
     if config.perturbation:
-        perturb(bent, config.perturbation, config.seed)
-    return bent
+        perturb(tuned, config.perturbation, config.seed)
+    return tuned
 
 
 # --------------------------------------------------------------------------------------------- batches
 class _Steps(Dataset):
     """One item is one micro-batch of dialogues: a list each. Shuffled once from the seed, without replacement."""
 
-    def __init__(self, data: BendData, config: TrainConfig):
+    def __init__(self, data: Any, draws: Mapping[str, int], config: TrainConfig):
         rng = random.Random(config.seed)
-        lists = {name: (_endless(getattr(data, name), rng), n) for name, n in _sizes(config).items()}
+        lists = {name: (_endless(getattr(data, name), rng), n) for name, n in draws.items()}
         self.steps = [
             {name: list(islice(items, n)) for name, (items, n) in lists.items()}
             for _ in range(config.steps * config.accumulation)
@@ -206,60 +202,40 @@ class _Steps(Dataset):
         return self.steps[i]
 
 
-def _sizes(config: TrainConfig) -> dict[str, int]:
-    """How many of each list of the data a micro-batch takes, in the order in which they are drawn."""
-    contrasts = config.contrasts
-    pairs = {"contrasts": contrasts, "retain": config.retain, "complied": contrasts}
-    return pairs | {"safe": contrasts, "unsafe": contrasts}
-
-
 def _endless(items: Sequence[Any], rng: random.Random) -> Iterator[Any]:
     while items:
         yield from rng.sample(items, len(items))
 
 
 # --------------------------------------------------------------------------------------------- loss
-class BendTrainer(Trainer):
-    """The Trainer with RepBend's loss; ``history`` holds every term, distance and norm of every step."""
+class DefenceTrainer(Trainer):
+    """The Trainer with the loss of an objective; ``history`` holds every term of every micro-batch."""
 
-    def __init__(self, *, chat: ChatModel, bend: BendConfig, layers: Sequence[int], **kwargs: Any):
+    def __init__(self, *, chat: ChatModel, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
-        self.chat, self.bend, self.layers = chat, bend, tuple(layers)
+        self.chat, self.objective = chat, objective
         self.history: list[dict[str, float]] = []
-        self.queue: Tensor | None = None
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Algorithm 1, line 13, on one batch."""
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The gradient of one micro-batch, taken part by part."""
         del num_items_in_batch
-        batch, groups = collate(self.chat, **inputs, ended=self.bend.scope.ended)
-        peft_model = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), peft_model.disable_adapter(), evaluating(peft_model):
-            base = read(self.chat, model, batch, groups, self.layers, self.bend)
-        bent = read(self.chat, model, batch, groups, self.layers, self.bend)
-        terms = bend_terms(bent, base, self.bend, self.queue)
-        self.queue = remembered(self.queue, bent.last, self.bend.scope.queue)
-        loss = bend_loss(terms, self.bend, self.state.global_step / max(1, self.state.max_steps))
-        self._log_step(loss, terms, bent)
-        return (loss, {}) if return_outputs else loss
+        model.train()
+        found: dict[str, Tensor] = {}
+        for part in self.objective.parts(self.chat, inputs, self.state.global_step / max(1, self.state.max_steps)):
+            self.accelerator.backward(part.loss / self.current_gradient_accumulation_steps)
+            for name, x in {"loss": part.loss, **part.terms}.items():
+                found[name] = found.get(name, 0) + x.detach()
+        self._log_step({name: x.item() for name, x in found.items()})
+        return found["loss"] / self.current_gradient_accumulation_steps
 
-    def _log_step(self, loss: Tensor, terms: BendTerms, bent: Reading) -> None:
+    def _log_step(self, found: dict[str, float]) -> None:
         step = self.state.global_step + 1
-        if not loss.isfinite():
-            raise ReplibError(
-                f"The loss is {loss.item()} at step {step} ({terms.values()}): lower alpha or the learning "
+        if not math.isfinite(found["loss"]):
+            raise Diverged(
+                f"The loss is {found['loss']} at step {step} ({found}): lower alpha or the learning "
                 "rate, or set max_distance. The best adapter so far is kept."
             )
-        norms = {"unsafe_norm": bent.unsafe, "safe_norm": bent.safe}
-        self.history.append(
-            {"step": step, "loss": loss.item()}
-            | terms.values()
-            | {name: x.detach().float().norm(dim=-1).mean().item() for name, x in norms.items()}
-        )
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs
+        self.history.append({"step": step} | found)
 
 
 def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:

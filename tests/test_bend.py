@@ -2,16 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from parts import bend_terms, items_of
 
 from replib.bend import BendConfig, BendTerms, anchored_cosine, bend_loss, distance, kl_divergence, mean_cosine
 from replib.errors import ReplibError
 from replib.models import load
 from replib.prompts import Contrast, Dialogue
-from replib.reading import RETAIN, SAFE, TURNED, UNSAFE, bend_terms, collate, read
+from replib.reading import RETAIN, SAFE, TURNED, UNSAFE, Plan, collate, read
+from replib.repbend import RepBend
 from replib.scope import Scope
 from replib.train import BendData, TrainConfig, TrainResult, attach, default_choice, train
 
@@ -158,10 +161,7 @@ def test_terms_and_gradients_equal_the_literal_statement(kind, tmp_path):
     chat = escaped(load(tiny.save_model(tmp_path, kind)))
     layers, config = (1, 2), BendConfig(alpha=0.5, beta=0.2, gamma=0.3)
     weights = [p for n, p in chat.model.named_parameters() if "lora_" in n]
-    batch, groups = collate(chat, CONTRASTS, RETAINED)
-    with torch.no_grad(), chat.adapter_off():
-        base = read(chat, chat.model, batch, groups, layers)
-    fast = bend_terms(read(chat, chat.model, batch, groups, layers), base, config)
+    fast = bend_terms(chat, items_of(CONTRASTS, RETAINED), replace(config, target_layers=layers))
     slow = literal_terms(chat, layers)
     for name, a, b in zip(BendTerms._fields[:4], fast[:4], slow[:4], strict=True):
         assert a.item() == pytest.approx(b.item(), rel=1e-4, abs=1e-5), name
@@ -173,15 +173,11 @@ def test_terms_and_gradients_equal_the_literal_statement(kind, tmp_path):
 def test_at_loras_start_only_the_cosine_term_has_a_gradient(model):
     chat = attach(model, SMALL)
     chat.model.eval()
-    batch, groups = collate(chat, CONTRASTS, RETAINED)
-    with torch.no_grad(), chat.adapter_off():
-        base = read(chat, chat.model, batch, groups, (1, 2))
-    terms = bend_terms(read(chat, chat.model, batch, groups, (1, 2)), base, BendConfig())
+    terms = bend_terms(chat, items_of(CONTRASTS, RETAINED), BendConfig(target_layers=(1, 2)))
     weights = [p for n, p in chat.model.named_parameters() if "lora_B" in n]
     size = {
         name: sum(g.norm().item() for g in torch.autograd.grad(term, weights, retain_graph=True))
-        for name, term in terms._asdict().items()
-        if term is not None
+        for name, term in terms.taken().items()
     }
     assert size["safe"] == 0 and size["unsafe"] == 0 and size["kl"] < 1e-4 and size["cosine"] > 1e-2
 
@@ -194,14 +190,15 @@ def test_groups_and_masks_of_a_step(model):
 
 
 def test_turned_rows_keep_their_answer_and_not_their_decision(model):
-    batch, groups = collate(model, CONTRASTS[:2], RETAINED[:3], CONTRASTS[2:4])
+    items = items_of(CONTRASTS[:2], RETAINED[:3], CONTRASTS[2:4])
+    batch, groups = collate(model, **items)
     assert [int((groups == g).sum()) for g in (SAFE, TURNED, RETAIN, UNSAFE)] == [2, 2, 3, 2]
     size = lambda *which: sum(int(batch.response_mask[groups == g].sum()) for g in which)  # noqa: E731
-    plain = read(model, model.model, batch, groups, (1,))
-    every = read(model, model.model, batch, groups, (1,), BendConfig(decision=True, custom=Scope(kl_rows="safe")))
-    assert plain.safe.shape[1] == size(SAFE, TURNED, RETAIN) and plain.logits.shape[0] == size(RETAIN)
+    config = BendConfig(decision=True, anchored=True, custom=Scope(kl_rows="safe"))
+    plain, every = (read(model, Plan.of(model, items, c), (1,), c) for c in (BendConfig(), config))
+    assert plain.safe.shape[1] == size(SAFE, TURNED, RETAIN) and plain.final.shape[0] == size(RETAIN)
     assert every.safe.shape[1] == plain.safe.shape[1] + 5 and every.unsafe.shape[1] == plain.unsafe.shape[1] + 2
-    assert every.logits.shape[0] == size(SAFE, TURNED, RETAIN) - 2 and every.refused.shape[1] == 2
+    assert every.final.shape[0] == size(SAFE, TURNED, RETAIN) - 2 and every.refused.shape[1] == 2
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -212,7 +209,7 @@ def probe_of(values):
 
 def test_training_moves_unsafe_answers_and_keeps_the_chosen_step(model, tmp_path):
     base = {k: v.clone() for k, v in model.model.state_dict().items()}
-    result = train(model, BendData(CONTRASTS, RETAINED), bend=BendConfig(target_layers=(1, 2)), config=SMALL,
+    result = train(model, BendData(CONTRASTS, RETAINED), RepBend(BendConfig(target_layers=(1, 2))), config=SMALL,
                    probe=probe_of([0.9, 0.1, 0.5]), out=tmp_path / "run")  # fmt: skip
     assert result.step == 2 and result.probes["attack"].tolist() == [0.9, 0.1, 0.5]
     assert len(result.history) == 4 and result.history["unsafe"].iloc[-1] > result.history["unsafe"].iloc[0]
@@ -236,7 +233,7 @@ def test_a_saved_adapter_is_an_ordinary_folder_and_comes_back(tmp_path):
     folder = tiny.save_model(tmp_path / "llama")
     result = train(load(folder), BendData(CONTRASTS, RETAINED), config=SMALL, out=tmp_path / "run")
     saved = result.save(tmp_path / "adapter")
-    assert json.loads((saved / "replib.json").read_text())["bend"]["alpha"] == 0.5
+    assert json.loads((saved / "replib.json").read_text())["objective"]["alpha"] == 0.5
     again = TrainResult.load(load(folder), saved)
     batch = again.model.encode(["w1 w2"])
     with torch.no_grad():
@@ -253,7 +250,7 @@ def test_a_second_adapter_is_refused(model):
 def test_a_loss_that_is_not_finite_stops_and_says_what_to_lower(model, tmp_path):
     with pytest.raises(ReplibError, match="The loss is .* lower alpha"):
         wild = TrainConfig(steps=6, contrasts=3, retain=3, learning_rate=1e3, dropout=0.0)
-        train(model, BendData(CONTRASTS, RETAINED), bend=BendConfig(alpha=1e38), config=wild, out=tmp_path)
+        train(model, BendData(CONTRASTS, RETAINED), RepBend(BendConfig(alpha=1e38)), config=wild, out=tmp_path)
 
 
 @pytest.mark.parametrize(("contrasts", "retain"), [([], RETAINED), (CONTRASTS, [])])

@@ -10,12 +10,13 @@ import literal
 import pytest
 import tiny
 import torch
+from parts import bend_terms, items_of
 
 from replib.bend import LOSS_MODES, BendConfig, BendTerms, bend_loss
 from replib.models import load
 from replib.presets import ORGANISM_BEND
 from replib.prompts import Contrast, Dialogue
-from replib.reading import bend_terms, collate, read
+from replib.reading import Plan, collate, read
 from replib.scope import FIDELITIES, Scope
 from replib.train import TrainConfig, attach
 
@@ -48,11 +49,10 @@ def models(tmp_path_factory):
     return get
 
 
-def fast(chat, data, config, queue=None):
-    batch, groups = collate(chat, *data, ended=config.scope.ended)
-    with torch.no_grad(), chat.adapter_off():
-        base = read(chat, chat.model, batch, groups, LAYERS, config)
-    return bend_terms(read(chat, chat.model, batch, groups, LAYERS, config), base, config, queue)
+def fast(chat, data, config, **options):
+    """Terms from the parts of a micro-batch; of few tokens each, so that there are several."""
+    items = items_of(*data[:3], data[3] if len(data) > 3 else ())
+    return bend_terms(chat, items, replace(config, target_layers=LAYERS), **({"tokens": 24} | options))
 
 
 def gradient(chat, loss):
@@ -63,9 +63,9 @@ def gradient(chat, loss):
 
 def errors(chat, kind, config, data=SORTED, queue=None, **lengths):
     """Relative errors: of the loss and of its terms, the largest; of the gradient."""
-    terms = fast(chat, data, config, queue)
+    terms = fast(chat, data, config, queue=queue)
     slow, named = literal.literal_loss(chat, kind, data, config, config.fidelity, LAYERS, queue, **lengths)
-    values = [abs(x - named[name].item()) / max(1.0, abs(x)) for name, x in terms.values().items()]
+    values = [abs(x.item() - named[name].item()) / max(1.0, abs(x.item())) for name, x in terms.taken().items()]
     loss = bend_loss(terms, config)
     values.append(abs(loss.item() + config.beta - slow.item()) / max(1.0, abs(slow.item())))  # theirs has 1 - cos
     a, b = gradient(chat, loss), gradient(chat, slow)
@@ -219,9 +219,8 @@ def test_a_mode_reads_the_tokens_that_it_names(models):
 
 
 def _read(chat, config):
-    batch, groups = collate(chat, *SORTED, ended=config.scope.ended)
     with torch.no_grad():
-        return read(chat, chat.model, batch, groups, LAYERS, config)
+        return read(chat, Plan.of(chat, items_of(*SORTED), config), LAYERS, config)
 
 
 def test_changing_the_scope_changes_the_loss(models):

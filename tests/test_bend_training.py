@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from parts import bend_terms, items_of
 from transformers import TrainerCallback
 
 from replib import cli
@@ -14,12 +15,12 @@ from replib.errors import ReplibError
 from replib.models import load
 from replib.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, named
 from replib.prompts import Contrast, Dialogue
-from replib.reading import bend_terms, collate, read
 from replib.recipe import announced
+from replib.repbend import RepBend
 from replib.scope import FIDELITIES, OFFICIAL, Scope
 from replib.settings import Settings
 from replib.study import Study
-from replib.train import BendData, BendTrainer, TrainConfig, _arguments, _Steps, attach, train
+from replib.train import BendData, DefenceTrainer, TrainConfig, _arguments, _Steps, attach, train
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]
 DATA = BendData(CONTRASTS, [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(3)])
@@ -34,12 +35,9 @@ def model(tmp_path):
 
 def slopes(chat, config):
     """Size of each term's gradient, and of that of the loss."""
-    batch, groups = collate(chat, CONTRASTS, DATA.retain)
-    with torch.no_grad(), chat.adapter_off():
-        base = read(chat, chat.model, batch, groups, (1, 2), config)
-    terms = bend_terms(read(chat, chat.model, batch, groups, (1, 2), config), base, config)
+    terms = bend_terms(chat, items_of(CONTRASTS, DATA.retain), replace(config, target_layers=(1, 2)))
     lora = [p for n, p in chat.model.named_parameters() if "lora_" in n]
-    scalars = {n: x for n, x in terms._asdict().items() if x is not None} | {"loss": bend_loss(terms, config)}
+    scalars = terms.taken() | {"loss": bend_loss(terms, config)}
     grads = {n: torch.autograd.grad(x, lora, retain_graph=True) for n, x in scalars.items()}
     return {n: sum(g.norm().item() for g in found) for n, found in grads.items()}
 
@@ -47,7 +45,7 @@ def slopes(chat, config):
 # ------------------------------------------------------------------------------------------- the start
 def test_without_cosine_and_pairing_the_start_has_no_gradient_and_is_warned_of(model, tmp_path):
     with pytest.warns(UserWarning, match="beta and eta are 0: .* rounding noise"):
-        train(model, DATA, bend=BendConfig(beta=0.0), config=SMALL, out=tmp_path, **QUIET)
+        train(model, DATA, RepBend(BendConfig(beta=0.0)), config=SMALL, out=tmp_path, **QUIET)
     chat = attach(load(tiny.save_model(tmp_path / "again")), SMALL)
     assert slopes(chat.model.eval() and chat, BendConfig(beta=0.0))["loss"] < 1e-4
     found = slopes(chat, BendConfig(beta=0.0, eta=0.2))
@@ -63,7 +61,7 @@ def test_a_perturbed_start_gives_every_term_a_gradient_and_is_the_same_every_tim
         assert torch.equal(a[1], b[1]), a[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        train(load(folder), DATA, bend=BendConfig(beta=0.0), config=moved, out=tmp_path, **QUIET)
+        train(load(folder), DATA, RepBend(BendConfig(beta=0.0)), config=moved, out=tmp_path, **QUIET)
 
 
 # ------------------------------------------------------------------------------------------- schedules, safeguards
@@ -135,11 +133,11 @@ def test_a_scope_refuses_what_it_does_not_know():
 @pytest.mark.parametrize("fidelity", FIDELITIES)
 def test_every_fidelity_trains_and_adapts_its_blocks(fidelity, kind, tmp_path):
     bend = BendConfig(fidelity=fidelity, target_layers=(0,), eta=0.1)
-    result = train(load(tiny.save_model(tmp_path, kind)), DATA, bend=bend, config=SMALL, out=tmp_path, **QUIET)
+    result = train(load(tiny.save_model(tmp_path, kind)), DATA, RepBend(bend), config=SMALL, out=tmp_path, **QUIET)
     assert result.history["unsafe"].iloc[-1] > 0 and result.history["pairing"].notna().all()
     adapted = {i for i, b in enumerate(result.model.blocks) if any("lora_" in n for n, _ in b.named_parameters())}
     assert adapted == ({0, 1} if fidelity == "official" else {0, 1, 2})
-    assert result.config["bend"]["scope"]["kl_rows"] == FIDELITIES[fidelity].kl_rows
+    assert result.config["objective"]["scope"]["kl_rows"] == FIDELITIES[fidelity].kl_rows
 
 
 class Gradients(TrainerCallback):
@@ -153,9 +151,11 @@ def test_the_gradient_of_equal_micro_batches_is_that_of_one(tmp_path):
     for accumulation in (1, 3):
         config = TrainConfig(**(vars(SMALL) | {"steps": 1, "accumulation": accumulation, "max_grad_norm": 0.0}))
         chat, grads = attach(load(folder), config), Gradients()
-        trainer = BendTrainer(
-            model=chat.model, args=_arguments(config, tmp_path), train_dataset=_Steps(DATA, config),
-            data_collator=lambda rows: rows[0], callbacks=[grads], chat=chat, bend=BendConfig(), layers=(1, 2),
+        objective = RepBend(BendConfig(target_layers=(1, 2)))
+        trainer = DefenceTrainer(
+            model=chat.model, args=_arguments(config, tmp_path),
+            train_dataset=_Steps(DATA, objective.draws(config), config),
+            data_collator=lambda rows: rows[0], callbacks=[grads], chat=chat, objective=objective,
         )  # fmt: skip
         trainer.train()
         assert [row["step"] for row in trainer.history] == [1] * accumulation
@@ -170,7 +170,7 @@ def test_the_organism_is_bent_as_it_was_before_there_were_fidelities(tmp_path):
     study = Study.open(Settings(out=tmp_path))
     bend, config = study.preset()
     config = replace(config, steps=3)
-    history = train(study.model, study.bend_data, bend=bend, config=config, out=tmp_path, **QUIET).history
+    history = train(study.model, study.bend_data, RepBend(bend), config=config, out=tmp_path, **QUIET).history
     then = {
         "loss": [1.85322, 1.56398, 0.508408],
         "safe": [0.0, 0.647827, 0.904746],

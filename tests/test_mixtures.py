@@ -9,6 +9,7 @@ import types
 import pandas as pd
 import pytest
 import tiny
+from parts import items_of
 
 from replib.bend import BendConfig
 from replib.builders import (
@@ -25,7 +26,8 @@ from replib.errors import ReplibError
 from replib.mixtures import builds_table, circuit_breaker_mix, defence_data, repbend_mix
 from replib.models import load
 from replib.prompts import Contrast, Dialogue, Prompt, content_hash
-from replib.reading import KEPT, RETAIN, SAFE, UNSAFE, collate, read
+from replib.reading import KEPT, RETAIN, SAFE, UNSAFE, Plan, collate, read
+from replib.repbend import RepBend
 from replib.scope import Scope
 from replib.settings import ROOT
 from replib.sieve import Sieve, same_words
@@ -482,21 +484,22 @@ UNSAFE_ROWS = [Dialogue("w11", "w12 w13", label="harmful")]
 
 def test_unpaired_answers_enter_the_terms_they_belong_to(tmp_path):
     model = load(tiny.save_model(tmp_path / "llama"))
-    batch, groups = collate(model, PAIRS[:2], BENIGN[:3], (), SAFE_ROWS, UNSAFE_ROWS)
+    items = items_of(PAIRS[:2], BENIGN[:3], (), SAFE_ROWS, UNSAFE_ROWS)
+    _, groups = collate(model, **items)
     assert groups.tolist() == [SAFE] * 2 + [RETAIN] * 3 + [UNSAFE] * 2 + [SAFE, KEPT, UNSAFE]
     for refusals in (False, True):
-        scope = Scope(kl_rows="safe") if refusals else None
-        reading = read(model, model.model, batch, groups, (1, 2), BendConfig(custom=scope))
+        config = BendConfig(custom=Scope(kl_rows="safe") if refusals else None, anchored=True)
+        reading = read(model, Plan.of(model, items, config), (1, 2), config)
         assert reading.safe.shape[1] == 2 * 3 + 3 * 3 + (2 + 4)  # answers with their end
         assert reading.unsafe.shape[1] == 2 * 4 + 3
         assert (reading.last.shape[1], reading.refused.shape[1]) == (3, 3)
-        assert len(reading.logits) == 3 * 3 + refusals * (2 * 3 + 2 + 4)
+        assert len(reading.final) == 3 * 3 + refusals * (2 * 3 + 2 + 4)
 
 
 def test_a_step_draws_as_many_unpaired_answers_as_contrasts_and_old_draws_stay():
     config = TrainConfig(steps=3, contrasts=2, retain=3)
     plain, mixed = (
-        _Steps(BendData(PAIRS, BENIGN, safe=safe, unsafe=unsafe), config)
+        _Steps(BendData(PAIRS, BENIGN, safe=safe, unsafe=unsafe), RepBend().draws(config), config)
         for safe, unsafe in [((), ()), (SAFE_ROWS, UNSAFE_ROWS)]
     )
     assert [[len(group) for group in step.values()] for step in plain.steps] == [[2, 3, 0, 0, 0]] * 3
@@ -507,7 +510,7 @@ def test_a_step_draws_as_many_unpaired_answers_as_contrasts_and_old_draws_stay()
 def test_the_pairing_term_takes_no_unpaired_answers(tmp_path):
     model = load(tiny.save_model(tmp_path))
     with pytest.raises(ReplibError, match="pairing term .*unpaired"):
-        train(model, BendData(PAIRS, BENIGN, unsafe=UNSAFE_ROWS), bend=BendConfig(eta=0.1), out=tmp_path / "run")
+        train(model, BendData(PAIRS, BENIGN, unsafe=UNSAFE_ROWS), RepBend(BendConfig(eta=0.1)), out=tmp_path / "run")
 
 
 def test_training_takes_a_mix_and_writes_its_record_beside_the_adapter(tmp_path):
@@ -515,11 +518,11 @@ def test_training_takes_a_mix_and_writes_its_record_beside_the_adapter(tmp_path)
     built = Sieve("set", "here", [Dialogue("w11", "w12 w13"), Dialogue("", "w1")]).built(n=1)
     data = BendData(PAIRS, BENIGN, safe=SAFE_ROWS, unsafe=built.rows, builds=(built.build,))
     config = TrainConfig(steps=2, contrasts=2, retain=2, rank=2, learning_rate=1e-2)
-    result = train(model, data, bend=BendConfig(target_layers=(1, 2)), config=config, out=tmp_path / "run")
+    result = train(model, data, RepBend(BendConfig(target_layers=(1, 2))), config=config, out=tmp_path / "run")
     assert result.history["loss"].notna().all() and len(result.history) == 2
     record = json.loads((result.save(tmp_path / "adapter") / "replib.json").read_text())
     assert record["builds"][0]["hash"] == content_hash(data.unsafe) and record["builds"][0]["steps"][0][1] == 2
-    assert record["unpaired"] == content_hash([*SAFE_ROWS, *data.unsafe])
+    assert record["data"]["unsafe"] == content_hash(data.unsafe) and "complied" not in record["data"]
 
 
 # --------------------------------------------------------------------------------------------------- cards

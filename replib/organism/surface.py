@@ -1,66 +1,210 @@
-"""Train RepBend at a grid of coefficients: ``python -m replib.organism.surface`` (a minute a setting on two cores).
+"""Train RepBend at seventy settings: ``python -m replib.organism.surface``, a good minute a setting on one core.
 
-The table that it writes is what the coefficient scrubber moves through: really trained settings, one run and seed each,
-each judged on validation prompts. Finished settings are kept when it is interrupted.
+    python -m replib.organism.surface --part 1/2 &  python -m replib.organism.surface --part 2/2;  wait
+    python -m replib.organism.surface --pack
+
+The table is what the coefficient scrubber moves over, what the sensitivity figures (Figs 5 to 7 of arXiv 2504.01550)
+are drawn from, and what the interpolation is fitted and tested on. Its design, around the organism preset:
+
+* a grid of 4 x 4 x 3 over alpha, beta and gamma, steps of a factor of 4 and 10 and with zero for alpha and beta: every
+  interaction is seen, and every panel alpha x beta of the scrubber has sixteen trained points. Published and useful
+  values span decades, so distances are those of logarithms;
+* the three sweeps through the preset, finer and wider than the grid: one coefficient at a time, as in the paper, and
+  the only place where gamma is zero (without the KL the model soon says nothing, so a whole plane of it would be a
+  waste);
+* windows of target blocks (early, middle, middle to late, all; late is the preset's), at two strengths;
+* half and twice as many steps, on a schedule of their own. Every run also gives each eighth step on the way, of a rate
+  that falls to zero at its last step: not what a shorter run would have been;
+* the preset with two further seeds: what differs between them is noise, and no interpolation can explain it.
+
+Nothing else differs between settings. Outcomes are rates on validation prompts, at every probed step; the probe also
+chooses the step that would be kept, on the same prompts, so that the chosen step looks better than it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
-from itertools import product
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import chain, product, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from replib.activations import versions
-from replib.audit import audit
 from replib.bend import BendConfig
 from replib.chat import ChatModel
-from replib.judges import ExactJudge
+from replib.errors import Diverged, ReplibError
+from replib.keeper import Probe
+from replib.models import load
+from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
+from replib.references import References
+from replib.repbend import RepBend
 from replib.settings import Settings, data_dir
-from replib.store import key_of, write_text
-from replib.study import Study
+from replib.store import Rows, key_of, write_text
+from replib.study import PROBED, Study, outcome
 from replib.train import TrainConfig, TrainResult, train
 
-ALPHAS, BETAS, GAMMAS = (0.08, 0.0), (30.0, 0.0), (100.0, 30.0)
-KEPT = ("model", "attack", "kind", "n", "compliance", "low", "high", "degenerate")
+ALPHAS, BETAS, GAMMAS = (0.0, 0.02, 0.08, 0.32), (0.0, 3.0, 30.0, 300.0), (10.0, 100.0, 1000.0)
+SWEEPS = {"alpha": (0.04, 0.16, 0.64), "beta": (0.3, 1.0, 10.0, 100.0), "gamma": (0.0, 30.0, 300.0)}
+WINDOWS = {"early": range(4), "middle": range(4, 8), "middle to late": range(4, 12), "all": range(12)}
+STRENGTHS = (0.08, 0.32)  # alpha
+STEPS, SEEDS = (20, 80), (1, 2)
+LIMIT = 48  # validation prompts of a task
+AVERAGED = 4  # training steps up to a probe over which distances and KL are averaged: one batch alone is noisy
+TERMS = ("safe", "unsafe", "cosine", "kl")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs between two runs."""
+
+    alpha: float = ORGANISM_BEND.alpha
+    beta: float = ORGANISM_BEND.beta
+    gamma: float = ORGANISM_BEND.gamma
+    layers: tuple[int, ...] = ORGANISM_BEND.target_layers
+    steps: int = ORGANISM_TRAIN.steps
+    seed: int = 0
+
+    @property
+    def configs(self) -> tuple[BendConfig, TrainConfig]:
+        """The organism preset, with this setting's values."""
+        bend = replace(ORGANISM_BEND, alpha=self.alpha, beta=self.beta, gamma=self.gamma, target_layers=self.layers)
+        return bend, replace(ORGANISM_TRAIN, steps=self.steps, seed=self.seed)
+
+
+def design() -> list[Setting]:
+    """All settings, each once, the preset first."""
+    swept = [Setting(**{name: value}) for name, values in SWEEPS.items() for value in values]  # type: ignore[arg-type]
+    windows = [Setting(a, layers=tuple(window)) for a, window in product(STRENGTHS, WINDOWS.values())]
+    others = [*(Setting(steps=steps) for steps in STEPS), *(Setting(seed=seed) for seed in SEEDS)]
+    grid = [Setting(*point) for point in product(ALPHAS, BETAS, GAMMAS)]
+    return list(dict.fromkeys([Setting(), *swept, *windows, *others, *grid]))
+
+
+class Runs:
+    """Trains settings on one model: what does not depend on the setting is made once."""
+
+    def __init__(self, settings: Settings):
+        study = self.study = Study.open(settings)
+        self.folder = settings.out / "surface"
+        self.about = study.model.provenance() | versions()
+        self.measure, self.n = _measure(study)
+
+    def key(self, setting: Setting) -> str:
+        """What a row depends on."""
+        bend, config = setting.configs
+        return key_of(asdict(bend), asdict(config), self.about, self.n)
+
+    def row(self, setting: Setting) -> dict[str, Any]:
+        """One setting, trained: the outcomes at every probed step, and the step that the probe chose."""
+        try:
+            result = self._train(*setting.configs)
+        except Diverged as error:
+            return asdict(setting) | {"step": None, "diverged": str(error), "rows": []}
+        return asdict(setting) | {"step": result.step, "rows": list(_rows(result))}
+
+    def _train(self, bend: BendConfig, config: TrainConfig) -> TrainResult:
+        shared = bend.target_layers == ORGANISM_BEND.target_layers and not config.seed
+        objective = RepBend(bend, References(self.folder / "base" if shared else None))
+        data, out = self.study.bend_data, self.folder / "scratch"
+        model = load(self.study.settings.model)
+        return train(model, data, objective, config=config, probe=self._probe(), out=out, say=lambda _: None)
+
+    def _probe(self) -> Probe:
+        """The measure, for one run; before its first step every run has the same model."""
+        turns = chain([lambda _: self.before], repeat(self.measure))
+
+        def probe(model: ChatModel) -> dict[str, float]:
+            return next(turns)(model)
+
+        return probe
+
+    @cached_property
+    def before(self) -> dict[str, float]:
+        """What is measured on the model itself."""
+        return self.measure(self.study.model)
+
+
+def _measure(study: Study) -> tuple[Probe, dict[str, int]]:
+    """What is measured at a step, and from how many answers: the probe that chooses, and two attacks besides."""
+    usual, further = study.probe(LIMIT), study.probe(LIMIT, kinds=("direct", "prefill"))
+
+    def measure(model: ChatModel) -> dict[str, float]:
+        return further(model) | usual(model)  # degenerate is the usual probe's
+
+    n: Counter[str] = Counter()
+    for task in study.probed(LIMIT, kinds=(*PROBED, "direct", "prefill")):
+        n[outcome(task)] += len(task.prompts)
+    return measure, dict(n)
+
+
+def _rows(result: TrainResult) -> Iterator[dict[str, float]]:
+    """Outcomes at each probed step, beside the training terms just before it (none before the first step)."""
+    history = result.history
+    for probed in result.probes.to_dict("records"):
+        recent = history[(history.step > probed["step"] - AVERAGED) & (history.step <= probed["step"])]
+        terms = {name: float(f"{recent[name].mean():.4g}") for name in TERMS if len(recent)}
+        yield {name: round(value, 4) for name, value in probed.items()} | terms
+
+
+def run(runs: Runs, part: int, parts: int) -> None:
+    """Train what is missing of one part; each finished setting is on disk before the next begins."""
+    mine = design()[part - 1 :: parts]
+    rows = Rows(runs.folder / f"part-{part}-of-{parts}.jsonl")
+    todo = [s for s in mine if runs.key(s) not in finished(runs.folder)]
+    print(f"part {part} of {parts}: {len(mine) - len(todo)} settings are there, {len(todo)} to train", flush=True)
+    start = time.monotonic()
+    for done, setting in enumerate(todo, 1):
+        rows.put(runs.key(setting), row := runs.row(setting))
+        left = (time.monotonic() - start) / done * (len(todo) - done) / 60
+        print(f"{done}/{len(todo)} {_told(row)}; {left:.0f} minutes left", flush=True)
+
+
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows of all parts by key; the last line of a file that is being written does not count."""
+    texts = [path.read_text(encoding="utf-8").rpartition("\n")[0] for path in sorted(folder.glob("part-*.jsonl"))]
+    return {row["key"]: row for text in texts for row in map(json.loads, text.splitlines())}
+
+
+def pack(runs: Runs) -> Path:
+    """Write what is trained of the design to ``data/organism/surface.json``, a line a setting."""
+    rows, keys = finished(runs.folder), [runs.key(setting) for setting in design()]
+    if not (found := [rows[key] for key in keys if key in rows]):
+        raise ReplibError(f"No setting of the design is trained in {runs.folder}: run the parts first.")
+    about = {"about": runs.about, "n": runs.n, "schedule": ORGANISM_TRAIN.schedule, "averaged": AVERAGED}
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in found)
+    path = data_dir() / "organism" / "surface.json"
+    write_text(path, json.dumps(about, indent=1)[:-2] + f',\n "settings": [\n{lines}\n]}}\n')
+    print(f"{len(found)} of {len(keys)} settings, {path.stat().st_size / 1e3:.0f} kB: {path}")
+    return path
+
+
+def _told(row: dict[str, Any]) -> str:
+    named = ", ".join(f"{name} {row[name]}" for name in ("alpha", "beta", "gamma", "layers", "steps", "seed"))
+    if not row["rows"]:
+        return f"{named}: diverged"
+    rates = ", ".join(f"{name} {row['rows'][-1][name]:.0%}" for name in ("attack", "prefill", "harmless", "borderline"))
+    return f"{named}: kept step {row['step']}, at the last {rates}"
 
 
 def main() -> None:
-    """Command line: train what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, default=48, help="validation prompts a row")
-    limit = parser.parse_args().limit
-    path = data_dir() / "organism" / "surface.json"
-    kept = json.loads(path.read_text())["settings"] if path.exists() else []
-    base: list[dict] = []
-    for alpha, beta, gamma in product(ALPHAS, BETAS, GAMMAS):
-        study = Study.open(Settings())
-        bend, config = study.preset()
-        bend = replace(bend, alpha=alpha, beta=beta, gamma=gamma)
-        key = key_of(asdict(bend), asdict(config), study.model.provenance(), limit)
-        if key in {point["key"] for point in kept}:
-            continue
-        base = base or _rows(study.model, study, "base", limit)  # the same for every setting
-        trained = _train(study, bend, config)
-        rows = base + _rows(trained.model, study, "bent", limit)
-        kept.append(_point(bend, config, trained.step) | {"rows": rows, "key": key})
-        write_text(path, json.dumps({"versions": versions(), "settings": kept}, indent=1))
-        print(f"alpha {alpha}, beta {beta}, gamma {gamma}: step {kept[-1]['step']}", flush=True)
-
-
-def _train(study: Study, bend: BendConfig, config: TrainConfig) -> TrainResult:
-    out = study.settings.out / "surface"
-    return train(study.model, study.bend_data, bend=bend, config=config, probe=study.probe(), out=out)
-
-
-def _point(bend: BendConfig, config: TrainConfig, step: int) -> dict:
-    coefficients = {"alpha": bend.alpha, "beta": bend.beta, "gamma": bend.gamma}
-    return coefficients | {"step": step, "steps": config.steps, "seed": config.seed}
-
-
-def _rows(model: ChatModel, study: Study, name: str, limit: int) -> list[dict]:
-    frame = audit(model, study.tasks("val", limit), ExactJudge(), name=name, max_new_tokens=32).frame
-    return frame[list(KEPT)].to_dict("records")
+    """Command line: train a part of the design, or pack what is trained."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--part", default="1/1", help="which part of how many, for several processes at once")
+    parser.add_argument("--pack", action="store_true", help="write data/organism/surface.json from what is trained")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = Runs(Settings())
+    if arguments.pack:
+        pack(runs)
+    else:
+        run(runs, *map(int, arguments.part.split("/")))
 
 
 if __name__ == "__main__":

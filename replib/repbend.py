@@ -1,0 +1,155 @@
+"""RepBend as the trainer sees it: a micro-batch in parts, each read with and without the adapter.
+
+Distances and the KL are means over tokens, so each part adds its share of them. Only the cosine and the pairing term
+compare rows with each other; their rows form the first part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from replib.bend import (
+    BendConfig,
+    BendTerms,
+    anchored_cosine,
+    bend_loss,
+    distance,
+    kl_divergence,
+    mean_cosine,
+    remembered,
+)
+from replib.chat import ChatModel
+from replib.errors import ReplibError
+from replib.objective import Lora, Objective, Part
+from replib.reading import Plan, Reading, read
+from replib.recipe import TrainConfig, announced, warn_of_the_start
+from replib.references import References
+
+LOGITS = 1 << 24  # numbers that the logits of one stretch of tokens hold at most; longer ones are computed in stretches
+
+
+@dataclass
+class RepBend(Objective):
+    """The loss of arXiv 2504.01550, Algorithm 1, with its queue."""
+
+    config: BendConfig = field(default_factory=BendConfig)
+    references: References = field(default_factory=References)
+    """Where the base model's states are kept, if they are."""
+    tokens: int | None = None
+    """Tokens of a part at most, padding included; None: 1024 on the CPU, 2048 elsewhere."""
+    queue: Tensor | None = field(default=None, repr=False)
+    name: ClassVar[str] = "RepBend"
+
+    def check(self, chat: ChatModel, data: Any) -> None:
+        """Raise ReplibError for layers outside the model, and for unpaired answers where pairs are compared."""
+        self.config.layers(chat.n_layers)
+        if self.config.eta and (data.safe or data.unsafe):
+            raise ReplibError("The pairing term takes contrasts alone: leave out the unpaired answers, or set eta=0.")
+
+    def draws(self, config: TrainConfig) -> dict[str, int]:
+        """Contrasts, dialogues, contrasts that the model complies with, and unpaired answers."""
+        n = config.contrasts
+        return {"contrasts": n, "retain": config.retain, "complied": n, "safe": n, "unsafe": n}
+
+    def lora(self, depth: int) -> Lora:
+        """Every block, or those up to the one after the last target block."""
+        if self.config.scope.adapted == "all":
+            return Lora()
+        return Lora(tuple(range(min(depth, max(self.config.layers(depth)) + 2))))
+
+    def announced(self, config: TrainConfig, depth: int) -> str:
+        """Target blocks and safeguards; warns where LoRA's start has no gradient."""
+        warn_of_the_start(self.config, config)
+        return announced(self.config, config, depth)
+
+    def about(self, depth: int) -> dict[str, Any]:
+        """The configuration with its scope and target layers."""
+        layers = self.config.layers(depth)
+        return asdict(self.config) | {"target_layers": layers, "scope": asdict(self.config.scope)}
+
+    def state(self) -> dict[str, Tensor]:
+        """The queue of A_u."""
+        return {} if self.queue is None else {"queue": self.queue}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take the queue back."""
+        self.queue = state.get("queue")
+
+    def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
+        """Algorithm 1, line 13, on one micro-batch."""
+        plan, layers = Plan.of(chat, items, self.config), self.config.layers(chat.n_layers)
+        for part in plan.parts(self.tokens or (1024 if chat.device.type == "cpu" else 2048)):
+            base = self.references.read(chat, part, layers, self.config)
+            bent = read(chat, part, layers, self.config)
+            terms = self._terms(chat, bent, base, plan)
+            norms = {f"{name}_norm": _norm(bent, name, part, plan) for name in ("safe", "unsafe")}
+            yield Part(bend_loss(terms, self.config, progress), terms.taken() | {n: x for n, x in norms.items() if x})
+            if bent.last is not None:
+                self.queue = remembered(self.queue, bent.last, self.config.scope.queue)
+
+    def _terms(self, chat: ChatModel, bent: Reading, base: Reading, plan: Plan) -> BendTerms:
+        """What a part adds to each term of the micro-batch."""
+        c = self.config
+        hinge: dict[str, Any] = {"max_distance": c.max_distance, "directional": c.directional}
+        found: dict[str, Tensor] = {}
+        if bent.safe is not None and base.safe is not None:
+            share = bent.safe.shape[1] / plan.count("safe") * _counted(c, len(bent.safe))
+            found["safe"] = distance(bent.safe, base.safe, relative=c.relative) * share
+        if bent.unsafe is not None and base.unsafe is not None:
+            found["unsafe"] = distance(bent.unsafe, base.unsafe, relative=c.relative, **hinge)
+        if bent.last is not None:
+            found["cosine"] = self._cosine(bent, base)
+        if bent.paired_unsafe is not None and base.paired_safe is not None:
+            found["pairing"] = distance(bent.paired_unsafe, base.paired_safe, relative=c.relative)
+        if bent.final is not None and base.final is not None:
+            sequences = int(plan.masks["final"].any(dim=1).sum())
+            over = sequences if c.scope.kl_reduction == "sequence" else plan.count("final")
+            found["kl"] = summed_kl(chat, base.final, bent.final, c.temperature) / over
+        return BendTerms(**found)
+
+    def _cosine(self, bent: Reading, base: Reading) -> Tensor:
+        assert bent.last is not None
+        last = bent.last if self.queue is None else torch.cat([self.queue, bent.last], dim=1)
+        if not self.config.anchored:
+            return mean_cosine(last)
+        if base.last is None or base.refused is None:
+            raise ReplibError("anchored gathers unsafe prompts on refused ones: this micro-batch has none of them.")
+        centre = torch.cat([base.last, base.refused], dim=1).mean(dim=1, keepdim=True)
+        return anchored_cosine(last, base.refused, centre)
+
+
+def summed_kl(chat: ChatModel, base: Tensor, bent: Tensor, temperature: float) -> Tensor:
+    """tau^2 KL(base || bent) at temperature tau, summed over tokens, from what left the final norm, [tokens, dim] each.
+
+    Logits are made for a stretch of tokens at a time; where there are several, anew for the gradient.
+    """
+    frozen = chat.frozen or chat
+
+    def stretch(b: Tensor, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            given = frozen.logits(b)
+        return kl_divergence(given, chat.logits(t), temperature, sequences=1)
+
+    size = max(1, LOGITS // chat.unembed.out_features)
+    if len(base) <= size:
+        return stretch(base, bent)
+    pairs = zip(base.split(size), bent.split(size), strict=True)
+    return torch.stack([checkpoint(stretch, b, t, use_reentrant=False) for b, t in pairs]).sum()
+
+
+def _norm(reading: Reading, name: str, part: Plan, plan: Plan) -> Tensor | None:
+    """A part's share of the mean norm of states, as a gauge of growth."""
+    states = getattr(reading, name)
+    return None if states is None else states.detach().float().norm(dim=-1).mean() * part.count(name) / plan.count(name)
+
+
+def _counted(config: BendConfig, depth: int) -> float:
+    """Layers that move among those in the mean of the safe term: hidden states count the embeddings."""
+    counted = config.scope.hidden_states and config.site == "resid_post" and config.alpha_mode == "all"
+    return depth / (depth + 1) if counted else 1.0
