@@ -6,6 +6,7 @@ Layers are blocks counted from 0 and read at their output: block i is ``hidden_s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,6 +76,11 @@ class RMU(Objective):
         """Down-projections of the block and of the two before it."""
         last = self.block(depth)
         return Lora(tuple(range(max(0, last - 2), last + 1)), self.modules)
+
+    def announced(self, config: TrainConfig, depth: int) -> str:
+        """The steered block and the adapted ones."""
+        del config
+        return f"{self.name} steers block {self.block(depth)} of {depth} and adapts blocks {self.lora(depth).blocks}."
 
     def about(self, depth: int) -> dict[str, Any]:
         """Hyper-parameters with the block that was steered."""
@@ -151,12 +157,14 @@ class CircuitBreaker(Objective):
         return Lora(tuple(range(self.top(depth) + 1)))
 
     def announced(self, config: TrainConfig, depth: int) -> str:
-        """The rerouted blocks, and a word where the start is stationary."""
-        start = "" if config.perturbation else (
-            " At LoRA's start no term has a gradient, so the first step follows rounding noise and differs between "
-            "machines: TrainConfig(perturbation=1e-3) makes runs repeat."
-        )  # fmt: skip
-        return f"{self.name} reroutes blocks {', '.join(map(str, self.blocks(depth)))} of {depth}.{start}"
+        """The rerouted blocks; warns where the start is stationary."""
+        if not config.perturbation:
+            warnings.warn(
+                "At LoRA's start Circuit Breaker has no gradient, so the first step follows rounding noise and differs "
+                "between machines. TrainConfig(perturbation=1e-3) makes runs repeat.",
+                stacklevel=3,
+            )
+        return f"{self.name} reroutes blocks {', '.join(map(str, self.blocks(depth)))} of {depth}."
 
     def about(self, depth: int) -> dict[str, Any]:
         """Hyper-parameters with the blocks that were rerouted."""

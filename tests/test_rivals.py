@@ -4,10 +4,10 @@ Errors are relative: of a value to its size, of a gradient to its largest entry.
 """
 
 import math
+import warnings
 from dataclasses import replace
 
 import literal_rivals as literal
-import pandas as pd
 import pytest
 import tiny
 import torch
@@ -28,7 +28,7 @@ from replib.recipe import TrainConfig
 from replib.reinforced import WHP, Relabelled, TaskArithmetic, merged_tasks, relabelled, train_tasks, train_whp
 from replib.rerouting import RMU, CircuitBreaker
 from replib.rivals import DEFENCES, rival, train_rival
-from replib.train import TrainResult
+from replib.train import train
 
 NEARER = {"gemma2": 0.1}  # its capped logits round more the farther it is from the base
 DOWN = {"gpt2": ("mlp.c_proj",)}
@@ -271,10 +271,12 @@ def test_circuit_breaker_has_no_gradient_at_loras_start_and_one_beside_it(bases)
     assert gradient(moved, total(moved, objective)).abs().max() > 0.1
 
 
-def test_circuit_breaker_says_that_its_start_is_stationary():
-    still, moved = (CircuitBreaker().announced(TrainConfig(perturbation=p), 32) for p in (0.0, 1e-3))
-    assert "perturbation=1e-3" in still and "perturbation" not in moved
-    assert "blocks 9, 19 of 32" in moved
+def test_circuit_breaker_warns_that_its_start_is_stationary():
+    with pytest.warns(UserWarning, match="perturbation=1e-3"):
+        CircuitBreaker().announced(TrainConfig(), 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "blocks 9, 19 of 32" in CircuitBreaker().announced(TrainConfig(perturbation=1e-3), 32)
 
 
 def test_circuit_breaker_takes_the_published_depths():
@@ -314,17 +316,12 @@ def test_whp_refuses_answers_without_labels_and_labels_of_another_tokenizer(mode
         list(WHP().parts(models("llama"), {"unsafe": wrong}, 0.0))
 
 
-def fit(model, data, objective, config=TrainConfig()):  # noqa: B008 - it is frozen
-    """A trainer of two steps, off LoRA's start."""
-    objective.check(model, data)
-    where = objective.lora(model.n_layers)
-    chat = attached_lora(model, rank=2, alpha=4, blocks=where.blocks, modules=where.modules)
-    perturb(chat, 1e-2, seed=0)
-    chat.model.eval()
-    for _ in range(2):
-        items = {name: getattr(data, name)[:n] for name, n in objective.draws(config).items()}
-        step(chat, total(chat, objective, items), 0.1)
-    return TrainResult(chat, pd.DataFrame(), pd.DataFrame(columns=["step"]), 2)
+SHORT = TrainConfig(steps=2, learning_rate=0.02, contrasts=2, retain=2, rank=2, dropout=0.0, perturbation=1e-2)
+
+
+def fit(model, data, objective):
+    """The trainer itself, for two steps."""
+    return train(model, data, objective, config=SHORT, say=lambda _: None, out="unused")
 
 
 def likelihood(chat: ChatModel) -> dict[str, float]:
@@ -427,11 +424,9 @@ def test_coefficients_that_are_no_weights_are_refused(bad):
 @pytest.mark.parametrize("name", DEFENCES)
 def test_every_rival_is_trained_by_name_with_what_it_draws(name, bases, tmp_path):
     base, found = bases("llama"), rival(name)
-    config = replace(found.config, contrasts=2, retain=2)
-    trainer = lambda model, data, objective: fit(model, data, objective, config)  # noqa: E731
     before = likelihood(base)
     probe = lambda chat: {"attack": likelihood(chat)["unsafe"]}  # noqa: E731
-    bent = train_rival(found.objective, base, DATA, trainer, probe=probe, out=tmp_path)
+    bent = train_rival(found.objective, base, DATA, fit, probe=probe, out=tmp_path)
     assert likelihood(bent) != before
     with bent.adapter_off():
         assert likelihood(bent) == before
