@@ -1,4 +1,4 @@
-"""Answers under a model: rows with their end, and the logits of no tokens but theirs."""
+"""Answers under a model: rows with their end, read at the tokens that predict them and nowhere else."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from replib.chat import Batch, ChatModel
 from replib.passes import passed
+from replib.repbend import LOGITS
 
 
 def answered(chat: ChatModel, pairs: Iterable[tuple[str, str]]) -> Batch:
@@ -25,20 +27,38 @@ def answer_tokens(batch: Batch) -> Int[Tensor, " answered"]:
     return batch.input_ids[batch.response_mask]
 
 
-def answer_logits(chat: ChatModel, batch: Batch) -> Float[Tensor, "answered vocab"]:
-    """Logits that predict the tokens of ``answer_tokens``, float32; no others are made.
+def answer_states(chat: ChatModel, batch: Batch) -> Float[Tensor, "answered dim"]:
+    """What left the final norm where the tokens of ``answer_tokens`` are predicted, for ``chat.logits``.
 
     Each is read one token earlier: the last token of the prompt predicts the first of the answer.
     """
     final = passed(chat, batch)
     assert final is not None  # the pass went to the end
-    return chat.logits(final[:, :-1][batch.response_mask[:, 1:]])
+    return final[:, :-1][batch.response_mask[:, 1:]]
 
 
-def answer_logp(
-    logits: Float[Tensor, "answered vocab"], tokens: Int[Tensor, " answered"], batch: Batch
-) -> Float[Tensor, " rows"]:
+def token_losses(
+    chat: ChatModel, states: Float[Tensor, "answered dim"], tokens: Int[Tensor, " answered"]
+) -> Float[Tensor, " answered"]:
+    """−log p of each token, nats. Logits are made a stretch at a time; if there are several, anew for the gradient."""
+
+    def stretch(s: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(chat.logits(s), t, reduction="none")
+
+    size = stretch_of(chat)
+    if len(states) <= size:
+        return stretch(states, tokens)
+    pairs = zip(states.split(size), tokens.split(size), strict=True)
+    return torch.cat([checkpoint(stretch, s, t, use_reentrant=False) for s, t in pairs])
+
+
+def stretch_of(chat: ChatModel) -> int:
+    """Tokens whose logits are made at once."""
+    return max(1, LOGITS // chat.unembed.out_features)
+
+
+def answer_logp(chat: ChatModel, batch: Batch) -> Float[Tensor, " rows"]:
     """Summed log-probability of each row's answer, nats."""
-    found = -F.cross_entropy(logits, tokens, reduction="none")
+    losses = token_losses(chat, answer_states(chat, batch), answer_tokens(batch))
     row = batch.response_mask.nonzero()[:, 0]
-    return torch.zeros(len(batch.input_ids), dtype=found.dtype, device=found.device).index_add(0, row, found)
+    return losses.new_zeros(len(batch.input_ids)).index_add(0, row, -losses)

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
+import torch
 from torch import Tensor
 
-from replib.answers import answer_logits, answer_logp, answer_tokens, answered
-from replib.bend import kl_divergence
+from replib.answers import answer_logp, answer_states, answer_tokens, answered, token_losses
 from replib.chat import Batch, ChatModel
 from replib.defences import LogProbs, dpo, npo
 from replib.needs import check_coefficients, check_lists, check_positive
 from replib.objective import Objective, Part, reference
 from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig
+from replib.repbend import summed_kl
 from replib.scope import check_choice
 
 
@@ -127,15 +127,15 @@ class Keep:
         if not self.lists:
             return
         batch = answered(chat, asked(items[self.on]))
-        logits, terms = answer_logits(chat, batch), {}
+        states, tokens, terms = answer_states(chat, batch), answer_tokens(batch), {}
         if self.ce:
-            terms["retain_ce"] = F.cross_entropy(logits, answer_tokens(batch))
+            terms["retain_ce"] = token_losses(chat, states, tokens).mean()
         if self.kl:
             with reference(chat) as base:
-                before = answer_logits(base, batch)
-            terms["retain_kl"] = kl_divergence(before, logits, self.temperature)
+                before = answer_states(base, batch)
+            terms["retain_kl"] = summed_kl(chat, before, states, self.temperature) / len(tokens)
         weights = {"retain_ce": self.ce, "retain_kl": self.kl}
-        loss = sum((weights[name] * term for name, term in terms.items()), start=logits.new_zeros(()))
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         yield Part(loss, {name: term.detach() for name, term in terms.items()})
 
 
@@ -181,12 +181,11 @@ def asked(rows: Sequence[Dialogue]) -> list[tuple[str, str]]:
 def cross_entropy(chat: ChatModel, rows: Sequence[Dialogue]) -> Tensor:
     """Mean over the answer tokens of all rows, nats."""
     batch = answered(chat, asked(rows))
-    return F.cross_entropy(answer_logits(chat, batch), answer_tokens(batch))
+    return token_losses(chat, answer_states(chat, batch), answer_tokens(batch)).mean()
 
 
 def log_probs(chat: ChatModel, batch: Batch) -> LogProbs:
     """Of each row's answer, under the model and under its reference."""
-    tokens = answer_tokens(batch)
     with reference(chat) as base:
-        frozen = answer_logp(answer_logits(base, batch), tokens, batch)
-    return LogProbs(answer_logp(answer_logits(chat, batch), tokens, batch), frozen)
+        frozen = answer_logp(base, batch)
+    return LogProbs(answer_logp(chat, batch), frozen)

@@ -16,9 +16,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
 
-from replib.answers import answer_logits, answered
+from replib.answers import answer_states, answered, stretch_of, token_losses
 from replib.chat import ChatModel, evaluating
 from replib.defences import generic_logits, task_arithmetic
 from replib.errors import ReplibError
@@ -79,12 +78,12 @@ class WHP(Objective):
         yield from self.keep.parts(chat, items)
 
     def _forget(self, chat: ChatModel, rows: Sequence[Relabelled]) -> Part:
-        logits = answer_logits(chat, answered(chat, asked(rows)))
-        labels = torch.tensor([token for row in rows for token in row.labels], device=logits.device)
-        if len(labels) != len(logits):
-            raise ReplibError(f"{len(logits)} answer tokens have {len(labels)} labels: they were made with another "
+        states = answer_states(chat, answered(chat, asked(rows)))
+        labels = torch.tensor([token for row in rows for token in row.labels], device=states.device)
+        if len(labels) != len(states):
+            raise ReplibError(f"{len(states)} answer tokens have {len(labels)} labels: they were made with another "
                               "tokenizer. Make them again with reinforced.relabelled.")  # fmt: skip
-        loss = F.cross_entropy(logits, labels)
+        loss = token_losses(chat, states, labels).mean()
         return Part(loss, {"generic": loss.detach()})
 
 
@@ -111,9 +110,11 @@ def relabelled(
 def _labelled(reinforced: ChatModel, rows: Sequence[Dialogue], alpha: float) -> list[Relabelled]:
     batch = answered(reinforced, asked(rows))
     with reference(reinforced) as base:
-        plain = answer_logits(base, batch)
-    labels = generic_logits(answer_logits(reinforced, batch), plain, alpha=alpha).argmax(dim=-1).cpu()
-    each = labels.split(batch.response_mask.sum(dim=1).tolist())
+        plain = answer_states(base, batch)
+    size = stretch_of(reinforced)  # the unembedding is not adapted: one serves both
+    pairs = zip(answer_states(reinforced, batch).split(size), plain.split(size), strict=True)
+    labels = [generic_logits(*map(reinforced.logits, pair), alpha=alpha).argmax(dim=-1) for pair in pairs]
+    each = torch.cat(labels).cpu().split(batch.response_mask.sum(dim=1).tolist())
     return [
         Relabelled(d.prompt, d.response, d.split, d.label, d.group, d.way, labels=tuple(part.tolist()))
         for d, part in zip(rows, each, strict=True)

@@ -13,7 +13,8 @@ import tiny
 import torch
 from test_bend_literal import GRADIENT, KINDS, VALUE, in_float64  # noqa: F401 - a fixture
 
-from replib.answers import answer_logits, answer_tokens, answered
+from replib import answers, repbend
+from replib.answers import answer_states, answer_tokens, answered
 from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.known import KNOWN, known_table
@@ -79,6 +80,10 @@ def adapted(base, where=None, std=0.2):
 
 def total(chat, objective, items=ITEMS, progress=0.4):
     return sum(part.loss for part in objective.parts(chat, items, progress))
+
+
+def logits_of(chat, batch):
+    return chat.logits(answer_states(chat, batch))
 
 
 def gradient(chat, loss):
@@ -191,9 +196,20 @@ def test_answers_end_and_each_token_is_predicted_from_the_one_before(models):
     words = [chat.tokenizer.decode(t) for t in answer_tokens(batch)]
     assert words == "w30 w31 </s> w30 w31 w4 </s>".split()
     with torch.no_grad():
-        full, lean = chat.forward(batch), answer_logits(chat, batch)
+        full, lean = chat.forward(batch), logits_of(chat, batch)
     places = batch.response_mask.nonzero().tolist()
     torch.testing.assert_close(lean, torch.stack([full[i, t - 1] for i, t in places]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "npo_both"])
+def test_logits_made_a_few_at_a_time_give_the_same(name, models, monkeypatch):
+    chat = models("llama")
+    whole = total(chat, RIVALS[name])
+    labels = relabelled(chat, UNSAFE)
+    for module in (answers, repbend):
+        monkeypatch.setattr(module, "LOGITS", 3 * chat.unembed.out_features)
+    assert_equal(chat, total(chat, RIVALS[name]), whole)
+    assert relabelled(chat, UNSAFE) == labels
 
 
 def test_a_step_down_npo_makes_unsafe_answers_less_likely(bases):
@@ -221,14 +237,14 @@ def test_the_reference_is_the_base_whatever_the_adapter_and_its_dropout(bases):
     base = bases("qwen3")
     batch = answered(base, [(d.prompt, d.response) for d in SAFE])
     with torch.no_grad():
-        plain = answer_logits(base, batch)
+        plain = logits_of(base, batch)
     chat = attached_lora(base, rank=2, alpha=4, dropout=0.5)
     perturb(chat, 0.3, seed=0)
     chat.model.train()
     with reference(chat) as frozen:
-        assert torch.equal(answer_logits(frozen, batch), plain)
+        assert torch.equal(logits_of(frozen, batch), plain)
     assert chat.model.training
-    assert not torch.allclose(answer_logits(chat, batch), plain, atol=1e-2)
+    assert not torch.allclose(logits_of(chat, batch), plain, atol=1e-2)
 
 
 # --------------------------------------------------------------------------------------------- rerouting
@@ -421,8 +437,8 @@ def test_coefficients_that_are_no_weights_are_refused(bad):
 
 
 # --------------------------------------------------------------------------------------------- by name
-@pytest.mark.parametrize("name", DEFENCES)
-def test_every_rival_is_trained_by_name_with_what_it_draws(name, bases, tmp_path):
+@pytest.mark.parametrize("name", ["dpo", "npo_kl", "rmu", "circuit_breaker", "whp_retain", "task_arithmetic"])
+def test_a_rival_is_trained_by_name_with_what_it_draws(name, bases, tmp_path):
     base, found = bases("llama"), rival(name)
     before = likelihood(base)
     probe = lambda chat: {"attack": likelihood(chat)["unsafe"]}  # noqa: E731
@@ -430,6 +446,13 @@ def test_every_rival_is_trained_by_name_with_what_it_draws(name, bases, tmp_path
     assert likelihood(bent) != before
     with bent.adapter_off():
         assert likelihood(bent) == before
+
+
+def test_every_rival_has_a_card_and_weights_to_adapt():
+    for name, found in DEFENCES.items():
+        if name != "task_arithmetic":
+            assert found.objective.about(32) is not None and found.objective.lora(32)
+            assert set(found.objective.draws(found.config)) <= set(ITEMS)
 
 
 def test_a_name_that_is_none_is_answered_with_the_known_ones():
