@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from replib.bend import distance
@@ -43,27 +43,30 @@ class DefenceTerms(NamedTuple):
     forget: Float[Tensor, ""]
 
 
-def circuit_breaker(retain: Pair, harmful: Pair, *, step: int, steps: int, alpha: float = 10.0) -> DefenceTerms:
+def circuit_breaker(retain: Pair, harmful: Pair, *, progress: float, alpha: float = 10.0) -> DefenceTerms:
     """Circuit breaking by representation rerouting, Zou et al. 2024 (arXiv 2406.04313), Algorithm 1.
 
-    L = c_r ‖h'_retain − h‖₂ + c_s ReLU(cos(h'_harmful, h)),  c_r = α t/2T,  c_s = α (1 − t/2T)
+    L = c_r ‖h'_retain − h‖₂ + c_s ReLU(cos(h'_harmful, h)),  c_r = α p/2,  c_s = α (1 − p/2),  p from 0 to 1
 
     Both terms are means over layers and counted tokens (the official code divides the first by padding too).
     At h' = h both gradients are zero: cos is at its maximum, the distance at its kink. A LoRA adapter, which
     starts there, leaves only by rounding noise, so perturb `lora_B` before training for runs that repeat.
     """
-    weight_retain, weight_reroute = breaker_schedule(step, steps, alpha=alpha)
-    apart = distance(*_wide(retain))
-    reroute = F.cosine_similarity(*_wide(harmful), dim=-1).relu().mean()
+    weight_retain, weight_reroute = breaker_schedule(progress, alpha=alpha)
+    apart, reroute = distance(*_wide(retain)), rerouting(harmful)
     return DefenceTerms(weight_retain * apart + weight_reroute * reroute, apart, reroute)
 
 
-def breaker_schedule(step: int, steps: int, *, alpha: float = 10.0) -> tuple[float, float]:
-    """Weights (c_r, c_s) of retaining and rerouting at a step; they sum to alpha and end equal."""
-    if not 0 <= step <= steps or steps < 1:
-        raise ReplibError(f"circuit breaker step {step} lies outside 0..{steps}; count steps from 0 to `steps`.")
-    progress = step / (2 * steps)
-    return alpha * progress, alpha * (1 - progress)
+def rerouting(harmful: Pair) -> Float[Tensor, ""]:
+    """Mean ReLU(cos(h', h)) over layers and tokens: 0 where no state points its old way any more."""
+    return F.cosine_similarity(*_wide(harmful), dim=-1).relu().mean()
+
+
+def breaker_schedule(progress: float, *, alpha: float = 10.0) -> tuple[float, float]:
+    """Weights (c_r, c_s) of retaining and rerouting after a share of training; they sum to alpha and end equal."""
+    if not 0 <= progress <= 1:
+        raise ReplibError(f"progress={progress} lies outside 0 to 1: give the share of training that is behind.")
+    return alpha * progress / 2, alpha * (1 - progress / 2)
 
 
 def rmu(retain: Pair, forget: Pair, *, alpha: float = 1200.0) -> DefenceTerms:
@@ -72,10 +75,14 @@ def rmu(retain: Pair, forget: Pair, *, alpha: float = 1200.0) -> DefenceTerms:
     L = mean ‖h'_forget − c·u‖² + α mean ‖h'_retain − h‖², with `forget.reference` the constant `rmu_target`.
     The squares are averaged, not summed, over dimensions, as in the official code: both terms scale alike.
     """
-    (forget_now, forget_goal), (retain_now, retain_base) = _wide(forget), _wide(retain)
-    lost = (forget_now - forget_goal).square().mean()
-    kept = (retain_now - retain_base).square().mean()
+    lost, kept = mean_square(forget), mean_square(retain)
     return DefenceTerms(lost + alpha * kept, kept, lost)
+
+
+def mean_square(pair: Pair) -> Float[Tensor, ""]:
+    """Mean squared difference over layers, tokens and dimensions."""
+    tuned, goal = _wide(pair)
+    return (tuned - goal).square().mean()
 
 
 def rmu_target(dim: int, *, steering: float = 6.5, seed: int = 0) -> Float[Tensor, " dim"]:
@@ -88,8 +95,7 @@ def npo(forget: LogProbs, *, beta: float = 0.1) -> Float[Tensor, ""]:
     """Negative preference optimisation, Zhang et al. 2024 (arXiv 2404.05868), Eq. 3.
 
     L = −(2/β) E log σ(−β log(π/π_ref)): gradient ascent on the forgotten responses that fades as they become
-    unlikely; for β → 0 it is plain gradient ascent. Add `sft` on a retain set for the paper's NPO+RT,
-    `bend.kl_divergence` there for NPO+KL.
+    unlikely; for β → 0 it is plain gradient ascent.
     """
     return -(2 / beta) * F.logsigmoid(-beta * (forget.tuned - forget.frozen)).mean()
 
@@ -103,33 +109,15 @@ def dpo(chosen: LogProbs, rejected: LogProbs, *, beta: float = 0.1) -> Float[Ten
     return -F.logsigmoid(beta * margin).mean()
 
 
-def sft(
-    logits: Float[Tensor, "rows tokens vocab"],
-    input_ids: Int[Tensor, "rows tokens"],
-    *,
-    response_mask: Bool[Tensor, "rows tokens"],
-) -> Float[Tensor, ""]:
-    """Supervised fine-tuning: cross-entropy in nats, averaged over all response tokens of the batch."""
-    total = -sequence_logp(logits, input_ids, response_mask=response_mask).sum()
-    return total / response_mask.sum()
+def generic_logits(
+    reinforced: Float[Tensor, "tokens vocab"], base: Float[Tensor, "tokens vocab"], *, alpha: float = 5.0
+) -> Float[Tensor, "tokens vocab"]:
+    """What a model would say that never read it, Eldan & Russinovich 2023 (arXiv 2310.02238), §2.
 
-
-def sequence_logp(
-    logits: Float[Tensor, "rows tokens vocab"],
-    input_ids: Int[Tensor, "rows tokens"],
-    *,
-    response_mask: Bool[Tensor, "rows tokens"],
-) -> Float[Tensor, " rows"]:
-    """Summed log-probability of each row's response tokens, nats: the logits at t − 1 score token t."""
-    empty = (~response_mask[:, 1:].any(dim=1)).nonzero().flatten().tolist()
-    if empty or response_mask[:, 0].any():
-        raise ReplibError(
-            f"cannot score responses: rows {empty} have no response token after the first position, or one "
-            "starts at position 0 where nothing predicts it; encode prompts together with their responses."
-        )
-    scores = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(scores.transpose(1, 2), input_ids[:, 1:], reduction="none")
-    return -losses.where(response_mask[:, 1:], 0.0).sum(dim=1)
+    v_generic = v_base − α ReLU(v_reinforced − v_base): tokens that became likelier by training on what shall be
+    forgotten are pushed down, the others stay.
+    """
+    return base - alpha * (reinforced - base).relu()
 
 
 def task_arithmetic(

@@ -31,7 +31,7 @@ def attached_lora(
         alpha: their product is multiplied by alpha / rank.
         dropout: share of the inputs of A that is zeroed in training.
         blocks: indices of the adapted blocks.
-        modules: names of the adapted layers as they end, for example ``["q_proj", "v_proj"]``.
+        modules: names of the adapted layers as they end, for example ``["q_proj", "v_proj"]`` or ``["mlp.c_proj"]``.
 
     Raises:
         ReplibError: the model carries an adapter already, or has no such layers.
@@ -40,14 +40,14 @@ def attached_lora(
         raise ReplibError(f"{model.name} carries an adapter already: load it without one, or merge it first.")
     chosen = None if blocks is None or len(set(blocks)) == model.n_layers else sorted(blocks)
     linear = _linear(model)
-    if unknown := set(modules or ()) - linear:
-        raise ReplibError(f"{model.name} has no linear layers called {', '.join(sorted(unknown))} in its blocks: "
+    if unknown := [name for name in modules or () if not any(f".{path}".endswith(f".{name}") for path in linear)]:
+        raise ReplibError(f"{model.name} has no linear layers called {', '.join(unknown)} in its blocks: "
                           f"they are {', '.join(sorted(linear))}.")  # fmt: skip
     lora = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=sorted(modules or linear),
+        target_modules=sorted(modules or {path.rpartition(".")[2] for path in linear}),
         layers_to_transform=chosen,
         layers_pattern=model.anatomy.blocks.rpartition(".")[2] if chosen else None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.blocks[0].modules()),
@@ -67,10 +67,28 @@ def attached_lora(
     )
 
 
+def detached(model: ChatModel) -> ChatModel:
+    """The model that an adapter was put onto, with the same weights; the adapter is gone.
+
+    Raises:
+        ReplibError: the model carries no adapter, or a merged one.
+    """
+    if not hasattr(model.model, "unload"):
+        raise ReplibError(f"{model.name} carries no adapter that could be taken off.")
+    return ChatModel(
+        model.model.unload(),
+        model.tokenizer,
+        name=model.name,
+        revision=model.revision,
+        template=model.template,
+        anatomy=model.anatomy,
+    )
+
+
 def _linear(model: ChatModel) -> set[str]:
-    """Names of the linear layers of the blocks; GPT-2's are called Conv1D and hold their transpose."""
+    """Paths of the linear layers in their blocks; GPT-2's are called Conv1D and hold their transpose."""
     return {
-        name.rpartition(".")[2]
+        name
         for block in model.blocks
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D)

@@ -28,8 +28,8 @@ PER_GROUP = 10_000
 
 @dataclass(frozen=True)
 class DefenceData:
-    """What the losses of ``replib.defences`` read. Circuit Breaker and RMU need ``retain`` and ``unsafe``, NPO
-    ``unsafe``, SFT ``safe``, DPO ``pairs``, task arithmetic ``safe`` and ``unsafe``.
+    """What the defences of ``replib.rivals`` read. Circuit Breaker and RMU need ``retain`` and ``unsafe``, NPO and WHP
+    ``unsafe`` (and what they keep), SFT ``safe``, DPO ``pairs``, task arithmetic ``safe`` and ``unsafe``.
     """
 
     retain: Sequence[Dialogue]

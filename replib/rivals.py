@@ -1,0 +1,90 @@
+"""The defences that RepBend is compared with, by name: what is trained, and how long and fast its source trains it.
+
+Sources are the methods' own papers and code, and RepBend's comparison (arXiv 2504.01550, A.2) where it is the only one.
+A step count of one epoch is that of 20 000 rows. Values found for the organism stand beside these, once they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from replib.chat import ChatModel
+from replib.errors import ReplibError
+from replib.keeper import Probe
+from replib.likelihood import DPO, NPO, SFT, Keep
+from replib.mixtures import DefenceData
+from replib.objective import Objective
+from replib.recipe import TrainConfig
+from replib.reinforced import WHP, Fit, TaskArithmetic, merged_tasks, train_tasks, train_whp
+from replib.rerouting import RMU, CircuitBreaker
+
+
+class Rival(NamedTuple):
+    """A defence with its source's hyper-parameters."""
+
+    objective: Objective | TaskArithmetic
+    """What is trained, for a model of any depth."""
+    config: TrainConfig
+    """How long and how fast."""
+
+
+def _published(steps: int, learning_rate: float, batch: int = 16) -> TrainConfig:
+    return TrainConfig(
+        steps=steps, learning_rate=learning_rate, contrasts=batch, retain=batch, probe_every=max(10, steps // 10)
+    )
+
+
+EPOCH = 1250  # steps of 16 rows
+DEFENCES = {
+    "sft": Rival(SFT(), _published(EPOCH, 5e-5)),
+    "dpo": Rival(DPO(), _published(EPOCH, 1e-4)),
+    "npo": Rival(NPO(), _published(600, 5e-5)),
+    "npo_rt": Rival(NPO(keep=Keep(ce=1.0)), _published(600, 5e-5)),
+    "npo_kl": Rival(NPO(keep=Keep(kl=1.0)), _published(600, 5e-5)),
+    "rmu": Rival(RMU(), _published(150, 5e-5, batch=4)),
+    "circuit_breaker": Rival(CircuitBreaker(), _published(150, 1e-4)),
+    "whp": Rival(WHP(), _published(150, 5e-5)),
+    "whp_retain": Rival(WHP(keep=Keep(ce=1.0, kl=0.1, temperature=2.0, on="safe")), _published(150, 5e-5)),
+    "task_arithmetic": Rival(TaskArithmetic(), _published(EPOCH, 5e-5)),
+}
+"""By name, with the values of their sources."""
+
+
+def rival(name: str) -> Rival:
+    """A defence by its name; ReplibError lists the known ones."""
+    if name not in DEFENCES:
+        raise ReplibError(f"No defence is called {name!r}: use one of {', '.join(DEFENCES)}.")
+    return DEFENCES[name]
+
+
+def train_rival(
+    objective: Objective | TaskArithmetic,
+    model: ChatModel,
+    data: DefenceData,
+    fit: Fit,
+    *,
+    probe: Probe,
+    out: Path | str,
+) -> ChatModel:
+    """The model with a rival's adapter on it, after as many runs of ``fit`` as the rival takes.
+
+    Args:
+        objective: of a ``Rival``, or one of your own.
+        model: without an adapter.
+        data: all lists that the rival reads.
+        fit: trains one objective, see ``replib.reinforced``.
+        probe: measures a model on validation prompts; only task arithmetic asks it here, to choose its weights.
+        out: folder of task arithmetic's adapters.
+
+    Raises:
+        ReplibError: as the objective's ``check``.
+    """
+    match objective:
+        case TaskArithmetic():
+            tasks = train_tasks(model, data, fit, out=out)
+            return merged_tasks(model, tasks, probe, method=objective, out=out)[0]
+        case WHP():
+            return train_whp(model, data, fit, whp=objective).model
+        case _:
+            return fit(model, data, objective).model
