@@ -67,6 +67,12 @@ def attached_lora(
     )
 
 
+def detached(model: ChatModel) -> None:
+    """Take a fresh adapter off again: the model it was put on is as it was."""
+    model.model.eval()
+    model.model.unload()
+
+
 def _linear(model: ChatModel) -> set[str]:
     """Names of the linear layers of the blocks; GPT-2's are called Conv1D and hold their transpose."""
     return {
