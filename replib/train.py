@@ -154,7 +154,7 @@ def train(
     announced = objective.announced(config, model.n_layers)
     if is_first():
         say(announced)
-    args = _arguments(config, Path(out))
+    args = _arguments(config, Path(out), cpu=model.device.type == "cpu")
     facts = model.provenance() | versions() | _recipe(objective, config, data, model.n_layers)
     tuned = attach(model, config, objective.lora(model.n_layers))
     keeper = Keeper(tuned, probe, choose or default_choice, config.probe_every, config.patience)
@@ -284,9 +284,11 @@ class DefenceTrainer(Trainer):
         self.history.append({"step": step} | found)
 
 
-def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+def _arguments(config: TrainConfig, out: Path, *, cpu: bool = True) -> TrainingArguments:
+    """What the Trainer is told; it trains where the model is, in several processes too."""
     return TrainingArguments(
         output_dir=str(out),
+        use_cpu=cpu,
         max_steps=config.steps,
         gradient_accumulation_steps=config.accumulation,
         per_device_train_batch_size=1,

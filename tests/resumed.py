@@ -99,7 +99,7 @@ def forked(work):
             work()
             os._exit(0)
         except BaseException as error:
-            print(repr(error), file=sys.stderr)
+            sys.stderr.write(f"{error!r}\n")
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -123,7 +123,7 @@ def main(folder, scratch):
         killed, ended = forked(first), forked(second)
         found = json.loads((scratch / f"{number}.json").read_text()) if not ended else []
         said[name] = [killed, ended, *found]
-    print(json.dumps(said))
+    sys.stdout.write(json.dumps(said))
 
 
 if __name__ == "__main__":
