@@ -7,6 +7,7 @@ averaged by FSDP2.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -57,6 +58,11 @@ def average_gradients(model: nn.Module) -> None:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             dist.all_reduce(weight.grad)
             weight.grad /= dist.get_world_size()
+
+
+def splits() -> bool:
+    """Whether ``accelerate launch`` was told to split the weights, and so to place them."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def is_split(model: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from replib.keeper import Keeper, Probe, default_choice
 from replib.lora import attached_lora, detached, perturb
 from replib.models import attached
 from replib.objective import Lora, Objective
-from replib.parallel import average_gradients, gathered, wait, whole
+from replib.parallel import average_gradients, gathered, splits, wait, whole
 from replib.processes import is_first
 from replib.prompts import Contrast, Dialogue, content_hash
 from replib.recipe import TrainConfig
@@ -154,7 +154,7 @@ def train(
     announced = objective.announced(config, model.n_layers)
     if is_first():
         say(announced)
-    args = _arguments(config, Path(out), cpu=model.device.type == "cpu")
+    args = _arguments(config, Path(out), cpu=model.device.type == "cpu" and not splits())
     facts = model.provenance() | versions() | _recipe(objective, config, data, model.n_layers)
     tuned = attach(model, config, objective.lora(model.n_layers))
     keeper = Keeper(tuned, probe, choose or default_choice, config.probe_every, config.patience)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from resumed import CONFIG, DATA
 
 from replib.bend import BendConfig
-from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.models import load
 from replib.objective import reference
-from replib.parallel import is_split, whole
+from replib.parallel import is_split, splits, whole
 from replib.repbend import RepBend
 from replib.train import DefenceTrainer, train
 
@@ -45,7 +45,7 @@ class Watching(RepBend):
 
 
 def main(folder, out, accumulation, fault=""):
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", "0"))
     config = replace(CONFIG, accumulation=int(accumulation), dropout=0.0, schedule="constant", perturbation=1e-2)
     if fault and rank == 1:
         step = DefenceTrainer.training_step
@@ -77,5 +77,13 @@ def drift_whole(chat, rank):
     return {"attack": abs(size - 8.0) + rank}
 
 
+def allow_fsdp_on_the_cpu():
+    """accelerate shards on accelerators alone; PyTorch's FSDP2 itself runs on the CPU as well."""
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+
 if __name__ == "__main__":
+    if splits():
+        allow_fsdp_on_the_cpu()
     main(*sys.argv[1:])
