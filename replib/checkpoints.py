@@ -50,6 +50,8 @@ def _claimed(folder: Path, facts: dict[str, Any]) -> Path | None:
 
 def check_free(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
     """Raise ReplibError unless a folder is empty or absent, or its file ``name`` says these facts."""
+    if folder.is_file():
+        raise ReplibError(f"{folder} is a file: name a folder.")
     if not folder.exists() or {file.name for file in folder.iterdir()} <= {f"{name}.partial"}:
         return
     if not (folder / name).is_file():
@@ -127,13 +129,15 @@ class Checkpoints(TrainerCallback):
             write_text(here / STATE, json.dumps({"history": self.trainer.history} | known, default=float))
             _remove(c for c in _checkpoints(self.folder) if c != here)
 
-    def restore(self, checkpoint: Path) -> None:
-        """Take back what ``on_save`` wrote; the Trainer reads the rest."""
-        known = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint / _tensors(), device=str(self.trainer.chat.device))
-        self.trainer.history.extend(known.pop("history"))
-        self.trainer.objective.restore(_named(tensors, OBJECTIVE))
-        self.keeper.restore(known, {name: x.cpu() for name, x in _named(tensors, BEST).items()})
+    def restored(self, checkpoint: Path | None) -> Checkpoints:
+        """Take back what ``on_save`` wrote, if there is a checkpoint; the Trainer reads the rest."""
+        if checkpoint:
+            known = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            tensors = load_file(checkpoint / _tensors(), device=str(self.trainer.chat.device))
+            self.trainer.history.extend(known.pop("history"))
+            self.trainer.objective.restore(_named(tensors, OBJECTIVE))
+            self.keeper.restore(known, {name: x.cpu() for name, x in _named(tensors, BEST).items()})
+        return self
 
 
 def _tensors() -> str:

@@ -1,8 +1,8 @@
 """Training in several processes: what they add up, agree on and gather; for one process none of it does anything.
 
 The trainer calls the model itself, in several passes and backward passes a micro-batch, never the wrapper that
-PyTorch's DDP puts around it: so gradients are averaged here, once an optimizer step. Weights that FSDP2 splits are
-averaged by FSDP2.
+PyTorch's DDP puts around it: so gradients are averaged here, once an optimizer step. FSDP2 averages those of the
+weights that it splits, DeepSpeed all. Each process keeps a queue of RepBend by itself, of the prompts that it saw.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def splits() -> bool:
-    """Whether ``accelerate launch`` was told to split the weights, and so to place them."""
+    """Whether ``accelerate launch`` was told to split weights or optimizer, and so to place them."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether processes hold a part of the weights each: FSDP2, or DeepSpeed's ZeRO-3."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+    """Whether processes hold a part of the weights each, as with FSDP2."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def whole(weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -28,8 +29,8 @@ from replib.errors import ReplibError
 from replib.keeper import Keeper, Probe, default_choice
 from replib.lora import attached_lora, detached, perturb
 from replib.models import attached
-from replib.objective import Lora, Objective
-from replib.parallel import average_gradients, gathered, splits, wait, whole
+from replib.objective import Lora, Objective, Part
+from replib.parallel import average_gradients, gathered, shared, splits, wait, whole
 from replib.processes import is_first
 from replib.prompts import Contrast, Dialogue, content_hash
 from replib.recipe import TrainConfig
@@ -156,12 +157,14 @@ def train(
         say(announced)
     args = _arguments(config, Path(out), cpu=model.device.type == "cpu" and not splits())
     facts = model.provenance() | versions() | _recipe(objective, config, data, model.n_layers)
+    scratch = Path(out) if 0 < config.save_every < config.steps else None
+    start = scratch and claimed(scratch, _identity(facts, args.world_size, probe is not None))
     tuned = attach(model, config, objective.lora(model.n_layers))
     keeper = Keeper(tuned, probe, choose or default_choice, config.probe_every, config.patience)
     trainer = DefenceTrainer(
         model=tuned.model,
         args=args,
-        train_dataset=_Steps(data, objective.draws(config), config, args.world_size),
+        train_dataset=shared(_Steps(data, objective.draws(config), config, args.world_size)),
         data_collator=lambda rows: rows[0],
         callbacks=[keeper],
         chat=tuned,
@@ -169,10 +172,14 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        _run(trainer, keeper, config, facts)
+        if scratch:
+            trainer.add_callback(Checkpoints(scratch, config.save_every, trainer, keeper).restored(start))
+        trainer.train(resume_from_checkpoint=start and str(start))
     except BaseException:  # an interrupt too: the same call may come again
         detached(tuned)
         raise
+    if scratch:
+        released(scratch)
     step = keeper.restore_best()
     tuned.model.eval()
     return TrainResult(
@@ -184,20 +191,10 @@ def train(
     )
 
 
-def _run(trainer: DefenceTrainer, keeper: Keeper, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Train from the first step, or from the last checkpoint."""
-    if not 0 < config.save_every < config.steps:
-        trainer.train()
-        return
-    folder = Path(trainer.args.output_dir)
-    checkpoints = Checkpoints(folder, config.save_every, trainer, keeper)
-    trainer.add_callback(checkpoints)
-    train = {name: x for name, x in facts["train"].items() if name != "save_every"}  # may change on the way
-    own = {"train": train, "processes": trainer.args.world_size, "probed": keeper.probe is not None}
-    if start := claimed(folder, facts | own):
-        checkpoints.restore(start)
-    trainer.train(resume_from_checkpoint=start and str(start))
-    released(folder)
+def _identity(facts: dict[str, Any], processes: int, probed: bool) -> dict[str, Any]:
+    """What a run is; how often it is kept may change on the way."""
+    train = {name: x for name, x in facts["train"].items() if name != "save_every"}
+    return facts | {"train": train, "processes": processes, "probed": probed}
 
 
 def _recipe(objective: Objective, config: TrainConfig, data: Any, depth: int) -> dict[str, Any]:
@@ -261,18 +258,35 @@ class DefenceTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The gradient of one micro-batch, taken part by part."""
-        del num_items_in_batch
+        if self.is_deepspeed_enabled:  # it averages by itself, and expects one backward pass
+            return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         found: dict[str, Tensor] = {}
-        for part in self.objective.parts(self.chat, inputs, self.state.global_step / max(1, self.state.max_steps)):
+        for part in self._parts(inputs):
             self.accelerator.backward(part.loss / self.current_gradient_accumulation_steps)
-            for name, x in {"loss": part.loss, **part.terms}.items():
-                found[name] = found.get(name, 0) + x.detach()
+            _add(found, part)
         if self.accelerator.sync_gradients:
             average_gradients(self.chat.model)
+        self._log_steps(found)
+        return found["loss"] / self.current_gradient_accumulation_steps
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        """The loss of one micro-batch as a whole, where its gradient must be taken at once."""
+        del model
+        parts = list(self._parts(inputs))
+        found: dict[str, Tensor] = {}
+        for part in parts:
+            _add(found, part)
+        self._log_steps(found)
+        return torch.stack([part.loss for part in parts]).sum()
+
+    def _parts(self, inputs: Any) -> Iterator[Part]:
+        return self.objective.parts(self.chat, inputs, self.state.global_step / max(1, self.state.max_steps))
+
+    def _log_steps(self, found: dict[str, Tensor]) -> None:
+        """The rows of all processes, so that all stop where the loss of one is no number."""
         for each in gathered({name: x.item() for name, x in found.items()}):
             self._log_step(each)
-        return found["loss"] / self.current_gradient_accumulation_steps
 
     def _log_step(self, found: dict[str, float]) -> None:
         step = self.state.global_step + 1
@@ -282,6 +296,11 @@ class DefenceTrainer(Trainer):
                 "rate, or set max_distance. The best adapter so far is kept."
             )
         self.history.append({"step": step} | found)
+
+
+def _add(found: dict[str, Tensor], part: Part) -> None:
+    for name, x in {"loss": part.loss, **part.terms}.items():
+        found[name] = found.get(name, 0) + x.detach()
 
 
 def _arguments(config: TrainConfig, out: Path, *, cpu: bool = True) -> TrainingArguments:
