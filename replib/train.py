@@ -103,7 +103,7 @@ class TrainResult:
         return folder
 
     def _write(self, folder: Path, about: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.absolute().with_name(folder.absolute().name + ".partial")
         try:
             check_free(folder, "replib.json", about)
             for old in (partial, folder):  # half written, or this very run
@@ -152,6 +152,7 @@ def train(
     """
     objective, config = objective or RepBend(), config or TrainConfig()
     objective.check(model, data)
+    objective.restore({})  # nothing of an earlier run
     announced = objective.announced(config, model.n_layers)
     if is_first():
         say(announced)
@@ -303,7 +304,7 @@ def _add(found: dict[str, Tensor], part: Part) -> None:
         found[name] = found.get(name, 0) + x.detach()
 
 
-def _arguments(config: TrainConfig, out: Path, *, cpu: bool = True) -> TrainingArguments:
+def _arguments(config: TrainConfig, out: Path, *, cpu: bool = False) -> TrainingArguments:
     """What the Trainer is told; it trains where the model is, in several processes too."""
     return TrainingArguments(
         output_dir=str(out),

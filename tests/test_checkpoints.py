@@ -54,13 +54,13 @@ def files(folder):
 @pytest.mark.parametrize("at", [2, 6, 12])
 def test_after_an_interrupt_the_same_call_on_the_same_model_goes_on(folder, whole, tmp_path, monkeypatch, at):
     stopping(monkeypatch, at)
-    model, out = load(folder), tmp_path / "run"
+    model, out, objective = load(folder), tmp_path / "run", paper()
     before = model.forward(model.encode(["w1 w2"]))
     with pytest.raises(KeyboardInterrupt):
-        train(model, DATA, paper(), config=CONFIG, probe=drift, out=out, **QUIET)
+        train(model, DATA, objective, config=CONFIG, probe=drift, out=out, **QUIET)
     assert torch.equal(model.forward(model.encode(["w1 w2"])), before) and not model.provenance()["adapter_hash"]
     assert len(list(out.glob("checkpoint-*"))) == (at > 4)
-    result = train(model, DATA, paper(), config=CONFIG, probe=drift, out=out, **QUIET)
+    result = train(model, DATA, objective, config=CONFIG, probe=drift, out=out, **QUIET)
     assert same(outcome(result), whole) and not out.exists()
 
 
