@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from replib.errors import ReplibError
+from replib.parallel import whole
 
 ANATOMY_HINT = (
     "Name them: load(..., anatomy=Anatomy(blocks='model.layers', final_norm='model.norm', unembed='lm_head'))"
@@ -129,7 +130,7 @@ def adapter_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in added:
         digest.update(name.encode())
-        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        digest.update(whole(weight.detach()).to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16] if added else ""
 
 

@@ -41,13 +41,16 @@ def run_bend(
 ) -> Path:
     """``replib bend``: train an adapter with a preset (``replib.presets``), single coefficients changed.
 
+    Stopped or killed, the same command goes on from the last checkpoint. Under torchrun or ``accelerate launch`` (see
+    ``replib/configs``) processes train together, each on micro-batches of its own.
+
     Raises:
         ReplibError: no preset has that name.
     """
     chosen = named(preset) if preset else None  # before a large model is loaded
-    study = Study.open(settings)
+    study = Study.open(replace(settings, device=own_device(settings.device)))
     bend, config = study.preset(preset)
-    for note in chosen.fitted(study.model.n_layers).notes if chosen else ():
+    for note in chosen.fitted(study.model.n_layers).notes if chosen and is_first() else ():
         say(note)
     coefficients = {"alpha": alpha, "beta": beta, "gamma": gamma}
     given: dict[str, Any] = {name: value for name, value in coefficients.items() if value is not None}

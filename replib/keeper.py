@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback
 
 from replib.chat import ChatModel
+from replib.parallel import put_back, shared, trained
 
 Probe = Callable[[ChatModel], dict[str, float]]
 
@@ -26,6 +26,9 @@ def default_choice(now: dict[str, float], before: dict[str, float]) -> float:
 
 class Keeper(TrainerCallback):
     """Runs the validation probe, keeps the adapter of the best step, and ends training where nothing gets better.
+
+    Of several processes each runs the probe (none waits for long, and split weights need them all); what the first
+    one found counts.
 
     Args:
         chat: the model in training.
@@ -51,8 +54,8 @@ class Keeper(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Probe the model before the first step."""
-        if self.probe:
-            self.before = self.probe(self.chat)
+        if self.probe and not self.rows:  # else the run goes on
+            self.before = shared(self.probe(self.chat))
             self.rows.append({"step": 0} | self.before)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -60,7 +63,7 @@ class Keeper(TrainerCallback):
         self.steps = state.global_step
         if not self.probe or (self.steps % self.every and self.steps < state.max_steps):
             return
-        found = self.probe(self.chat)
+        found = shared(self.probe(self.chat))
         self.rows.append({"step": self.steps} | found)
         self.waited += 1
         self._compare(self.choose(found, self.before))
@@ -68,12 +71,21 @@ class Keeper(TrainerCallback):
 
     def _compare(self, score: float) -> None:
         if self.best is None or score > self.best[0]:
-            weights = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(self.chat.model).items()}
-            self.best, self.waited = (score, self.steps, weights), 0
+            self.best, self.waited = (score, self.steps, trained(self.chat.model)), 0
 
     def restore_best(self) -> int:
         """Put the chosen adapter back; returns its step."""
         if self.best is None:
             return self.steps
-        set_peft_model_state_dict(self.chat.model, self.best[2])
+        put_back(self.chat.model, self.best[2])
         return self.best[1]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a run needs to go on: plain values, and the best adapter."""
+        known = {"rows": self.rows, "before": self.before, "waited": self.waited, "best": self.best and self.best[:2]}
+        return known, self.best[2] if self.best else {}
+
+    def restore(self, known: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Take back what ``state`` gave."""
+        self.rows, self.before, self.waited = known["rows"], known["before"], known["waited"]
+        self.best = (*known["best"], weights) if known["best"] else None

@@ -76,7 +76,7 @@ def detached(model: ChatModel) -> ChatModel:
     if not hasattr(model.model, "unload"):
         raise ReplibError(f"{model.name} carries no adapter that could be taken off.")
     return ChatModel(
-        model.model.unload(),
+        model.model.eval().unload(),
         model.tokenizer,
         name=model.name,
         revision=model.revision,

@@ -80,7 +80,7 @@ class Objective(ABC):
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
-        """Take back what ``state`` gave."""
+        """Take back what ``state`` gave; of nothing, begin anew."""
 
 
 @contextmanager

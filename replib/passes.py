@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from replib.chat import Batch, ChatModel
+from replib.parallel import is_split
 from replib.sites import Hook, hooked
 
 
@@ -28,7 +29,8 @@ def passed(
         chat: the model.
         batch: padded rows.
         hooks: called with the hidden states ``[rows, tokens, dim]`` at (site, block), see ``replib.sites``.
-        last: block after which the pass may stop; None goes to the end.
+        last: block after which the pass may stop; None goes to the end, as does a model whose weights are split
+            over processes: a pass that breaks off would leave some of them gathered.
 
     Returns:
         What left the final norm, ``[rows, tokens, dim]``, for ``chat.logits``; None where the pass was stopped.
@@ -41,7 +43,7 @@ def passed(
     taps = [chat.final_norm.register_forward_hook(lambda _m, _a, out: final.append(out))]
     try:
         with hooked(chat, dict(hooks or {})), chat.reading_batch(batch):
-            if last is not None:
+            if last is not None and not is_split(chat.model):
                 taps.append(chat.blocks[last].register_forward_hook(stop))
             chat.model(**batch.inputs(), use_cache=False, logits_to_keep=1)
     except _Enough:

@@ -34,6 +34,9 @@ class TrainConfig:
     """Steps between validation probes; the last step is always probed."""
     patience: int | None = None
     """Probes without a better score after which training ends; None trains all steps."""
+    save_every: int = 25
+    """Steps between checkpoints, from which the same call goes on after a kill; 0 writes none. One takes four times the
+    room of the weights in training; only the newest is kept, and none after the end."""
     seed: int = 0
 
 

@@ -72,7 +72,11 @@ class RepBend(Objective):
     def about(self, depth: int) -> dict[str, Any]:
         """The configuration with its scope and target layers."""
         layers = self.config.layers(depth)
-        return asdict(self.config) | {"target_layers": layers, "scope": asdict(self.config.scope)}
+        return asdict(self.config) | {
+            "target_layers": layers,
+            "scope": asdict(self.config.scope),
+            "tokens": self.tokens,
+        }
 
     def state(self) -> dict[str, Tensor]:
         """The queue of A_u."""

@@ -1,0 +1,148 @@
+"""Checkpoints of a training run, from which the same call goes on after a kill as if nothing had happened.
+
+out
+├── run.json                      what the run is: model, data, objective, configuration, number of processes
+└── checkpoint-<step>             the Trainer's own files: adapter, optimizer, schedule, random states; and
+    ├── state-<rank>.safetensors  what the objective keeps between steps, and the best adapter so far
+    └── state.json                history and probes. Written last: without it a checkpoint does not count
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from replib.errors import ReplibError
+from replib.parallel import shared, wait
+from replib.processes import is_first, part
+from replib.store import write_tensors, write_text
+
+RUN, STATE = "run.json", "state.json"
+BEST, OBJECTIVE = "best.", "objective."  # what tensors are called in a file
+
+
+# --------------------------------------------------------------------------------------------- whose folder it is
+def claimed(folder: Path, facts: Mapping[str, Any]) -> Path | None:
+    """Make a scratch folder the one of this run; returns its newest complete checkpoint, if there is one.
+
+    Raises:
+        ReplibError: it holds another run, or anything else.
+    """
+    return shared(_claimed(folder, json.loads(json.dumps(facts, default=str))) if is_first() else None)
+
+
+def _claimed(folder: Path, facts: dict[str, Any]) -> Path | None:
+    check_free(folder, RUN, facts)
+    if not (folder / RUN).exists():
+        write_text(folder / RUN, json.dumps(facts, indent=1))
+    complete = [c for c in _checkpoints(folder) if (c / STATE).exists()]
+    newest = max(complete, key=_step, default=None)
+    _remove(c for c in _checkpoints(folder) if c != newest)
+    return newest
+
+
+def check_free(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+    """Raise ReplibError unless a folder is empty or absent, or its file ``name`` says these facts."""
+    if folder.is_file():
+        raise ReplibError(f"{folder} is a file: name a folder.")
+    if not folder.exists() or {file.name for file in folder.iterdir()} <= {f"{name}.partial"}:
+        return
+    if not (folder / name).is_file():
+        raise ReplibError(f"{folder} holds other files (no {name}): nothing was written. Name an empty or new folder.")
+    there = json.loads((folder / name).read_text(encoding="utf-8"))
+    if differing := differences(there, facts):
+        raise ReplibError(f"{folder} holds another run: {'; '.join(differing)} (there -> here). Nothing was "
+                          "overwritten. Name another folder, or remove that one.")  # fmt: skip
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Where two nested tables differ, each as ``field: there -> here``."""
+    a, b = _flat(there), _flat(here)
+    return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in a | b if a.get(k) != b.get(k)]
+
+
+def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {before + key: value}
+    return found
+
+
+def released(folder: Path) -> None:
+    """Remove all that a finished run kept."""
+    if is_first():
+        _remove(_checkpoints(folder))
+        (folder / RUN).unlink(missing_ok=True)
+        with suppress(OSError):  # there, and empty
+            folder.rmdir()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [c for c in folder.glob("checkpoint-*") if c.name.partition("-")[2].isdigit()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _remove(checkpoints: Any) -> None:
+    for checkpoint in checkpoints:
+        (checkpoint / STATE).unlink(missing_ok=True)  # first: one half removed does not count
+        shutil.rmtree(checkpoint)
+
+
+# --------------------------------------------------------------------------------------------- what is kept
+class Checkpoints(TrainerCallback):
+    """Asks the Trainer for a checkpoint every few steps, adds what it does not know of, and removes the one before.
+
+    None is written at the last step, nor where training ends early.
+
+    Args:
+        folder: a claimed one.
+        every: steps between checkpoints.
+        trainer: whose history and objective are kept.
+        keeper: whose probes and best adapter are.
+    """
+
+    def __init__(self, folder: Path, every: int, trainer: Any, keeper: Any):
+        self.folder, self.every, self.trainer, self.keeper = folder, every, trainer, keeper
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for one where it is due."""
+        control.should_save |= state.global_step % self.every == 0 and not control.should_training_stop
+
+    def on_save(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Complete what the Trainer wrote."""
+        here = self.folder / f"checkpoint-{state.global_step}"
+        known, best = self.keeper.state()
+        own = {OBJECTIVE + name: x for name, x in self.trainer.objective.state().items()}
+        write_tensors(here / _tensors(), own | {BEST + name: x for name, x in best.items()})
+        wait()  # for the files of all processes
+        if is_first():
+            write_text(here / STATE, json.dumps({"history": self.trainer.history} | known, default=float))
+            _remove(c for c in _checkpoints(self.folder) if c != here)
+
+    def restored(self, checkpoint: Path | None) -> Checkpoints:
+        """Take back what ``on_save`` wrote, if there is a checkpoint; the Trainer reads the rest."""
+        if checkpoint:
+            known = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            tensors = load_file(checkpoint / _tensors(), device=str(self.trainer.chat.device))
+            self.trainer.history.extend(known.pop("history"))
+            self.trainer.objective.restore(_named(tensors, OBJECTIVE))
+            self.keeper.restore(known, {name: x.cpu() for name, x in _named(tensors, BEST).items()})
+        return self
+
+
+def _tensors() -> str:
+    return f"state-{part()[0]}.safetensors"
+
+
+def _named(tensors: Mapping[str, Any], begin: str) -> dict[str, Any]:
+    return {name.removeprefix(begin): x for name, x in tensors.items() if name.startswith(begin)}
