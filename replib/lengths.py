@@ -42,6 +42,8 @@ class Lengths:
         return found
 
     def _fitted(self, chat: ChatModel, row: T) -> T:
+        if type(row) not in ANSWERS:  # one with a label for each token of its answer
+            return row
         limits = {"prompt": self.request} | dict.fromkeys(ANSWERS[type(row)], self.response)
         return replace(row, **{name: shortened(chat, getattr(row, name), n) for name, n in limits.items()})
 

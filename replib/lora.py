@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from copy import copy, deepcopy
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -83,6 +84,33 @@ def detached(model: ChatModel) -> ChatModel:
         template=model.template,
         anatomy=model.anatomy,
     )
+
+
+def unfrozen(model: ChatModel) -> ChatModel:
+    """The model with all weights in training, and a copy of what it was as ``frozen``.
+
+    Raises:
+        ReplibError: the model carries an adapter, or its weights are quantised.
+    """
+    if hasattr(model.model, "disable_adapter") or getattr(model.causal_lm, "is_quantized", False):
+        raise ReplibError(f"{model.name} cannot be trained in full: it carries an adapter or quantised weights.")
+    tuned, frozen = copy(model), copy(model)
+    frozen.model = deepcopy(model.model).eval().requires_grad_(False)
+    frozen.rebind(model.anatomy)
+    tuned.frozen = frozen
+    tuned.model.requires_grad_(True)
+    return tuned
+
+
+@torch.no_grad()
+def undone(tuned: ChatModel) -> None:
+    """The model that training was begun on is as it was."""
+    if tuned.frozen is None:
+        detached(tuned)
+        return
+    for weight, before in zip(tuned.model.parameters(), tuned.frozen.model.parameters(), strict=True):
+        weight.copy_(before)
+    tuned.model.eval()
 
 
 def _linear(model: ChatModel) -> set[str]:

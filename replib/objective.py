@@ -65,6 +65,10 @@ class Objective(ABC):
         del depth
         return Lora()
 
+    def lowest(self, depth: int) -> int:
+        """The lowest block whose output the loss moves: adapters must begin there or below."""
+        return depth - 1
+
     def announced(self, config: TrainConfig, depth: int) -> str:
         """What to know before the first step."""
         del config, depth

@@ -69,8 +69,8 @@ def read_once(chat: ChatModel) -> Iterator[None]:
 
 
 def below_adapters(chat: ChatModel) -> list[nn.Module]:
-    """The first blocks, as far as nothing in them or before them is trained."""
-    if any(p.requires_grad for p in chat.causal_lm.get_input_embeddings().parameters()):
+    """The first blocks, as far as nothing in them or before them is trained; none where weights are split."""
+    if is_split(chat.model) or any(p.requires_grad for p in chat.causal_lm.get_input_embeddings().parameters()):
         return []
     return list(takewhile(lambda block: not any(p.requires_grad for p in block.parameters()), chat.blocks))
 

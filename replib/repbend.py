@@ -64,6 +64,10 @@ class RepBend(Objective):
             return Lora()
         return Lora(tuple(range(min(depth, max(self.config.layers(depth)) + 2))))
 
+    def lowest(self, depth: int) -> int:
+        """The first target block."""
+        return min(self.config.layers(depth))
+
     def announced(self, config: TrainConfig, depth: int) -> str:
         """Target blocks and safeguards; warns where LoRA's start has no gradient."""
         warn_of_the_start(self.config, config)

@@ -77,6 +77,10 @@ class RMU(Objective):
         last = self.block(depth)
         return Lora(tuple(range(max(0, last - 2), last + 1)), self.modules)
 
+    def lowest(self, depth: int) -> int:
+        """The steered block."""
+        return self.block(depth)
+
     def announced(self, config: TrainConfig, depth: int) -> str:
         """The steered block and the adapted ones."""
         del config
@@ -155,6 +159,10 @@ class CircuitBreaker(Objective):
     def lora(self, depth: int) -> Lora:
         """Every linear layer up to the block above the highest rerouted one."""
         return Lora(tuple(range(self.top(depth) + 1)))
+
+    def lowest(self, depth: int) -> int:
+        """The first rerouted block."""
+        return min(self.blocks(depth))
 
     def announced(self, config: TrainConfig, depth: int) -> str:
         """The rerouted blocks; warns where the start is stationary."""

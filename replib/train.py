@@ -1,43 +1,35 @@
-"""Train a defence: a ``transformers.Trainer`` with LoRA weights, and the base model as adapter-off reference.
-
-Everything else (devices, precision, accumulation, logging, checkpoints) is the Trainer's own.
-"""
+"""Train a defence, or go on where training stopped; the model as it was is the same model with its adapter off."""
 
 from __future__ import annotations
 
-import json
-import math
-import random
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
 from replib.activations import versions
 from replib.anatomy import adapter_hash
 from replib.chat import ChatModel
-from replib.checkpoints import Checkpoints, check_free, claimed, released
+from replib.checkpoints import Checkpoints, claimed, released
 from replib.errors import Diverged, ReplibError
 from replib.keeper import Keeper, Probe, default_choice
-from replib.lora import attached_lora, detached, perturb
-from replib.models import attached
-from replib.objective import Lora, Objective, Part
-from replib.parallel import average_gradients, gathered, shared, splits, wait, whole
+from replib.lengths import Lengths
+from replib.lora import attached_lora, perturb, undone, unfrozen
+from replib.objective import Lora, Objective
+from replib.parallel import shared, splits
 from replib.processes import is_first
 from replib.prompts import Contrast, Dialogue, content_hash
-from replib.recipe import TrainConfig
+from replib.recipe import TrainConfig, said_of_full
 from replib.repbend import RepBend
+from replib.results import TrainResult
 from replib.sieve import Build
+from replib.trainer import DefenceTrainer, Steps, arguments
 
-__all__ = ["BendData", "DefenceTrainer", "TrainConfig", "TrainResult", "attach", "default_choice", "train"]
+__all__ = ["BendData", "TrainConfig", "TrainResult", "attach", "default_choice", "train"]
 
 
 @dataclass(frozen=True)
@@ -65,58 +57,6 @@ class BendData:
         ]:
             raise ReplibError(f"{len(bad)} contrasts lack a safe or an unsafe response, for example to "
                               f"{bad[0].prompt[:60]!r}: fill or drop them.")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out: the bent model, its log, and the step that validation chose."""
-
-    model: ChatModel
-    history: pd.DataFrame
-    """One row a micro-batch: step, loss, safe, unsafe, cosine, kl, (pairing,) unsafe_norm, safe_norm."""
-    probes: pd.DataFrame
-    """One row a probe: step and whatever the probe measured on validation prompts."""
-    step: int
-    config: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, model: ChatModel, folder: Path | str) -> TrainResult:
-        """Put a saved adapter onto the model it was trained on."""
-        folder = Path(folder)
-        bent = attached(model, folder)
-        config = json.loads((folder / "replib.json").read_text())
-        history, probes = (pd.read_csv(folder / name) for name in ("history.csv", "probes.csv"))
-        return cls(bent, history, probes, config.pop("step"), config)
-
-    def save(self, folder: Path | str) -> Path:
-        """An ordinary peft adapter folder, with replib.json and the two logs beside it; never half written.
-
-        Raises:
-            ReplibError: the folder cannot be written, or holds another run or other files.
-        """
-        folder, about = Path(folder), json.loads(json.dumps(self.config | {"step": self.step}, default=str))
-        weights = {n: whole(p.detach()) for n, p in self.model.model.named_parameters() if "lora_" in n}
-        if is_first():
-            self._write(folder, about, weights)
-        wait()
-        self.model.adapter = str(folder)
-        return folder
-
-    def _write(self, folder: Path, about: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        partial = folder.absolute().with_name(folder.absolute().name + ".partial")
-        try:
-            check_free(folder, "replib.json", about)
-            for old in (partial, folder):  # half written, or this very run
-                shutil.rmtree(old, ignore_errors=True)
-            self.model.model.save_pretrained(partial, state_dict=weights)
-            self.history.to_csv(partial / "history.csv", index=False)
-            self.probes.to_csv(partial / "probes.csv", index=False)
-            (partial / "replib.json").write_text(json.dumps(about, indent=1))
-            partial.rename(folder)
-        except OSError as error:
-            raise ReplibError(
-                f"Cannot write the adapter to {folder}: {error.strerror}. Choose another folder."
-            ) from error
 
 
 def train(
@@ -152,45 +92,59 @@ def train(
             run or other files. The model is then as it was given.
     """
     objective, config = objective or RepBend(), config or TrainConfig()
-    objective.check(model, data)
-    objective.restore({})  # nothing of an earlier run
-    announced = objective.announced(config, model.n_layers)
+    lists = _checked(model, data, objective, config)
+    announced = objective.announced(config, model.n_layers) + said_of_full(model, config)
     if is_first():
         say(announced)
-    args = _arguments(config, Path(out), cpu=model.device.type == "cpu" and not splits())
+    args = arguments(config, Path(out), cpu=model.device.type == "cpu" and not splits())
     facts = model.provenance() | versions() | _recipe(objective, config, data, model.n_layers)
     scratch = Path(out) if 0 < config.save_every < config.steps else None
     start = scratch and claimed(scratch, _identity(facts, args.world_size, probe is not None))
     tuned = attach(model, config, objective.lora(model.n_layers))
     keeper = Keeper(tuned, probe, choose or default_choice, config.probe_every, config.patience)
+    steps = shared(Steps(lists, objective.draws(config), config, args.world_size))
     trainer = DefenceTrainer(
-        model=tuned.model,
-        args=args,
-        train_dataset=shared(_Steps(data, objective.draws(config), config, args.world_size)),
-        data_collator=lambda rows: rows[0],
-        callbacks=[keeper],
-        chat=tuned,
-        objective=objective,
+        args=args, train_dataset=steps, callbacks=[keeper], chat=tuned, objective=objective, config=config
     )
-    trainer.remove_callback(PrinterCallback)
+
+    def result() -> TrainResult:
+        history, probes = pd.DataFrame(trainer.history), pd.DataFrame(keeper.rows or {"step": []})
+        step = keeper.restore_best()
+        tuned.model.eval()
+        return TrainResult(tuned, history, probes, step, facts | {"adapter_hash": adapter_hash(tuned.model)})
+
     try:
         if scratch:
             trainer.add_callback(Checkpoints(scratch, config.save_every, trainer, keeper).restored(start))
         trainer.train(resume_from_checkpoint=start and str(start))
+    except Diverged as error:
+        place = Path(out).absolute().with_name(Path(out).name + "-last-good")
+        kept = f"Step {keeper.best[1]} is kept in {result().save(place)}." if keeper.best else "None was probed before."
+        undone(tuned)
+        raise Diverged(f"{error} {kept}") from error
     except BaseException:  # an interrupt too: the same call may come again
-        detached(tuned)
+        undone(tuned)
         raise
+    finally:
+        trainer.bar.close()
     if scratch:
         released(scratch)
-    step = keeper.restore_best()
-    tuned.model.eval()
-    return TrainResult(
-        tuned,
-        pd.DataFrame(trainer.history),
-        pd.DataFrame(keeper.rows, columns=None if keeper.rows else ["step"]),
-        step,
-        facts | {"adapter_hash": adapter_hash(tuned.model)},
-    )
+    return result()
+
+
+def _checked(model: ChatModel, data: Any, objective: Objective, config: TrainConfig) -> dict[str, list]:
+    """The lists that the objective draws from, cut to length; ReplibError where something does not fit together."""
+    objective.check(model, data)
+    objective.restore({})  # nothing of an earlier run
+    if config.first_block > (lowest := objective.lowest(model.n_layers)):
+        raise ReplibError(
+            f"first_block={config.first_block} is too high: {objective.name} moves the output of block {lowest}, which "
+            f"no adapter would reach. Take {lowest} at most."
+        )
+    if config.full and splits():
+        raise ReplibError("full=True keeps a whole frozen copy in each process: train LoRA with FSDP or DeepSpeed.")
+    lengths = Lengths(config.request_tokens, config.response_tokens)
+    return lengths.cut(model, {name: getattr(data, name) for name in objective.draws(config)})
 
 
 def _identity(facts: dict[str, Any], processes: int, probed: bool) -> dict[str, Any]:
@@ -212,116 +166,32 @@ def _recipe(objective: Objective, config: TrainConfig, data: Any, depth: int) ->
 
 
 def attach(model: ChatModel, config: TrainConfig, lora: Lora | None = None) -> ChatModel:
-    """The model with the LoRA adapter of a configuration, on every linear layer of its blocks if not said otherwise.
+    """The model with the LoRA adapter of a configuration, or with all weights in training and a frozen copy.
+
+    Args:
+        model: an adapter-free model.
+        config: shape of the adapter, its first block, dropout and seed.
+        lora: where it may be; None is every linear layer of every block.
 
     Raises:
-        ReplibError: the model carries an adapter already.
+        ReplibError: the model carries an adapter already, or no block is left to adapt.
     """
     set_seed(config.seed)
-    where = asdict(lora or Lora())
-    tuned = attached_lora(model, rank=config.rank, alpha=config.lora_alpha, dropout=config.dropout, **where)
+    lora = lora or Lora()
+    blocks = [i for i in lora.blocks or range(model.n_layers) if i >= config.first_block]
+    if config.full:
+        tuned = unfrozen(model)
+    elif blocks:
+        shape: dict[str, Any] = {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.dropout}
+        tuned = attached_lora(model, **shape, blocks=blocks, modules=lora.modules)
+    else:
+        raise ReplibError(
+            f"first_block={config.first_block} leaves no block to adapt: {model.name} has {model.n_layers}."
+        )
     if config.perturbation:
         perturb(tuned, config.perturbation, config.seed)
+    if config.checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the newer name is not in every transformers 5
+            tuned.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return tuned
-
-
-# --------------------------------------------------------------------------------------------- batches
-class _Steps(Dataset):
-    """One item is one micro-batch of dialogues: a list each. Shuffled once from the seed, without replacement."""
-
-    def __init__(self, data: Any, draws: Mapping[str, int], config: TrainConfig, processes: int = 1):
-        rng = random.Random(config.seed)
-        lists = {name: (_endless(getattr(data, name), rng), n) for name, n in draws.items()}
-        self.steps = [
-            {name: list(islice(items, n)) for name, (items, n) in lists.items()}
-            for _ in range(config.steps * config.accumulation * processes)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, i: int) -> dict[str, list]:
-        return self.steps[i]
-
-
-def _endless(items: Sequence[Any], rng: random.Random) -> Iterator[Any]:
-    while items:
-        yield from rng.sample(items, len(items))
-
-
-# --------------------------------------------------------------------------------------------- loss
-class DefenceTrainer(Trainer):
-    """The Trainer with the loss of an objective; ``history`` holds every term of every micro-batch."""
-
-    def __init__(self, *, chat: ChatModel, objective: Objective, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.chat, self.objective = chat, objective
-        self.history: list[dict[str, float]] = []
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The gradient of one micro-batch, taken part by part."""
-        if self.is_deepspeed_enabled:  # it averages by itself, and expects one backward pass
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        found: dict[str, Tensor] = {}
-        for part in self._parts(inputs):
-            self.accelerator.backward(part.loss / self.current_gradient_accumulation_steps)
-            _add(found, part)
-        if self.accelerator.sync_gradients:
-            average_gradients(self.chat.model)
-        self._log_steps(found)
-        return found["loss"] / self.current_gradient_accumulation_steps
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        """The loss of one micro-batch as a whole, where its gradient must be taken at once."""
-        del model
-        parts = list(self._parts(inputs))
-        found: dict[str, Tensor] = {}
-        for part in parts:
-            _add(found, part)
-        self._log_steps(found)
-        return torch.stack([part.loss for part in parts]).sum()
-
-    def _parts(self, inputs: Any) -> Iterator[Part]:
-        return self.objective.parts(self.chat, inputs, self.state.global_step / max(1, self.state.max_steps))
-
-    def _log_steps(self, found: dict[str, Tensor]) -> None:
-        """The rows of all processes, so that all stop where the loss of one is no number."""
-        for each in gathered({name: x.item() for name, x in found.items()}):
-            self._log_step(each)
-
-    def _log_step(self, found: dict[str, float]) -> None:
-        step = self.state.global_step + 1
-        if not math.isfinite(found["loss"]):
-            raise Diverged(
-                f"The loss is {found['loss']} at step {step} ({found}): lower alpha or the learning "
-                "rate, or set max_distance. The best adapter so far is kept."
-            )
-        self.history.append({"step": step} | found)
-
-
-def _add(found: dict[str, Tensor], part: Part) -> None:
-    for name, x in {"loss": part.loss, **part.terms}.items():
-        found[name] = found.get(name, 0) + x.detach()
-
-
-def _arguments(config: TrainConfig, out: Path, *, cpu: bool = False) -> TrainingArguments:
-    """What the Trainer is told; it trains where the model is, in several processes too."""
-    return TrainingArguments(
-        output_dir=str(out),
-        use_cpu=cpu,
-        max_steps=config.steps,
-        gradient_accumulation_steps=config.accumulation,
-        per_device_train_batch_size=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        weight_decay=0.0,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )

@@ -19,7 +19,8 @@ from replib.models import load
 from replib.objective import reference
 from replib.parallel import is_split, splits, whole
 from replib.repbend import RepBend
-from replib.train import DefenceTrainer, train
+from replib.train import train
+from replib.trainer import DefenceTrainer
 
 SEEN = {}
 

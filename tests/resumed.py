@@ -17,7 +17,8 @@ from replib.bend import BendConfig
 from replib.models import load
 from replib.prompts import Contrast, Dialogue
 from replib.repbend import RepBend
-from replib.train import BendData, DefenceTrainer, TrainConfig, train
+from replib.train import BendData, TrainConfig, train
+from replib.trainer import DefenceTrainer
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(4)]
 DATA = BendData(CONTRASTS, [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(4)])

@@ -118,7 +118,7 @@ def test_adapter_off_reads_the_base(tmp_path):
         ({"positions": -9}, "Position -9 lies before the start"),
     ],
 )
-def test_bad_arguments_are_named(llama, options, reason):
+def test_badarguments_are_named(llama, options, reason):
     with pytest.raises(ReplibError, match=reason):
         capture(llama, PROMPTS, **options)
 

@@ -20,7 +20,7 @@ from replib.repbend import RepBend
 from replib.scope import FIDELITIES, OFFICIAL, Scope
 from replib.settings import Settings
 from replib.study import Study
-from replib.train import BendData, DefenceTrainer, TrainConfig, _arguments, _Steps, attach, train
+from replib.train import BendData, DefenceTrainer, Steps, TrainConfig, arguments, attach, train
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]
 DATA = BendData(CONTRASTS, [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(3)])
@@ -153,9 +153,8 @@ def test_the_gradient_of_equal_micro_batches_is_that_of_one(tmp_path):
         chat, grads = attach(load(folder), config), Gradients()
         objective = RepBend(BendConfig(target_layers=(1, 2)))
         trainer = DefenceTrainer(
-            model=chat.model, args=_arguments(config, tmp_path),
-            train_dataset=_Steps(DATA, objective.draws(config), config),
-            data_collator=lambda rows: rows[0], callbacks=[grads], chat=chat, objective=objective,
+            args=arguments(config, tmp_path), train_dataset=Steps(vars(DATA), objective.draws(config), config),
+            callbacks=[grads], chat=chat, objective=objective, config=config,
         )  # fmt: skip
         trainer.train()
         assert [row["step"] for row in trainer.history] == [1] * accumulation

@@ -17,7 +17,8 @@ from replib.errors import ReplibError
 from replib.models import load
 from replib.prompts import Dialogue
 from replib.repbend import RepBend
-from replib.train import BendData, DefenceTrainer, TrainConfig, TrainResult, attach, train
+from replib.train import BendData, TrainConfig, TrainResult, attach, train
+from replib.trainer import DefenceTrainer
 
 QUIET = {"say": lambda text: None}
 

@@ -21,7 +21,7 @@ from replib import parallel
 from replib.bend import BendConfig
 from replib.models import load
 from replib.repbend import RepBend
-from replib.train import DefenceTrainer, _arguments, _Steps, attach
+from replib.train import DefenceTrainer, Steps, arguments, attach
 
 CONFIGS = Path(replib.__file__).parent / "configs"
 PYTHON, TORCHRUN = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -75,8 +75,8 @@ def test_the_loss_taken_at_once_has_the_gradient_of_its_parts(tmp_path):
         for name, weight in chat.model.named_parameters():
             weight.requires_grad_("lora_" in name)
         trainer = DefenceTrainer(
-            model=chat.model, args=_arguments(CONFIG, tmp_path), chat=chat, objective=objective,
-            train_dataset=_Steps(DATA, objective.draws(CONFIG), CONFIG), data_collator=lambda rows: rows[0],
+            args=arguments(CONFIG, tmp_path), chat=chat, objective=objective, config=CONFIG,
+            train_dataset=Steps(vars(DATA), objective.draws(CONFIG), CONFIG),
         )  # fmt: skip
         trainer.current_gradient_accumulation_steps = 2
         torch.manual_seed(0)

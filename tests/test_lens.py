@@ -171,7 +171,7 @@ def test_a_model_that_does_more_after_the_unembedding_is_refused_rather_than_mis
         ({"top": 1000}, "top=1000"),
     ],
 )
-def test_bad_arguments_are_named(model, wrong, reason):
+def test_badarguments_are_named(model, wrong, reason):
     with pytest.raises(ReplibError, match=reason):
         logit_lens(model, PROMPT, RESPONSE, **wrong)
 

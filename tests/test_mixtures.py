@@ -32,7 +32,7 @@ from replib.scope import Scope
 from replib.settings import ROOT
 from replib.sieve import Sieve, same_words
 from replib.sources import SCHEMAS, identify
-from replib.train import BendData, TrainConfig, _Steps, train
+from replib.train import BendData, Steps, TrainConfig, train
 
 LABELS = ("prompt_harm_label", "response_refusal_label", "response_harm_label")
 
@@ -499,7 +499,7 @@ def test_unpaired_answers_enter_the_terms_they_belong_to(tmp_path):
 def test_a_step_draws_as_many_unpaired_answers_as_contrasts_and_old_draws_stay():
     config = TrainConfig(steps=3, contrasts=2, retain=3)
     plain, mixed = (
-        _Steps(BendData(PAIRS, BENIGN, safe=safe, unsafe=unsafe), RepBend().draws(config), config)
+        Steps(vars(BendData(PAIRS, BENIGN, safe=safe, unsafe=unsafe)), RepBend().draws(config), config)
         for safe, unsafe in [((), ()), (SAFE_ROWS, UNSAFE_ROWS)]
     )
     assert [[len(group) for group in step.values()] for step in plain.steps] == [[2, 3, 0, 0, 0]] * 3

@@ -161,7 +161,7 @@ def test_without_nnsight_the_error_says_what_to_install(model, monkeypatch):
         ({"positions": -40}, "Position -40"),
     ],
 )
-def test_bad_arguments_are_refused_as_capture_refuses_them(model, wrong, reason):
+def test_badarguments_are_refused_as_capture_refuses_them(model, wrong, reason):
     for read in (capture, trace_capture):
         with pytest.raises(ReplibError, match=reason):
             read(model, PROMPTS, **wrong)

@@ -1,0 +1,78 @@
+"""What training leaves: the model, its log, and a folder from which both come back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from replib.card import card
+from replib.chat import ChatModel
+from replib.checkpoints import check_free
+from replib.errors import ReplibError
+from replib.models import attached, load
+from replib.parallel import trained, wait
+from replib.processes import is_first
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out: the bent model, its log, and the step that validation chose."""
+
+    model: ChatModel
+    history: pd.DataFrame
+    """One row a micro-batch: step, loss, safe, unsafe, cosine, kl, (pairing,) unsafe_norm, safe_norm."""
+    probes: pd.DataFrame
+    """One row a probe: step and whatever the probe measured on validation prompts."""
+    step: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, model: ChatModel, folder: Path | str) -> TrainResult:
+        """Put a saved adapter onto the model it was trained on; a fully trained model is loaded beside it."""
+        folder = Path(folder)
+        config = json.loads((folder / "replib.json").read_text())
+        full = config["train"]["full"]
+        bent = load(folder, dtype=model.dtype, device=str(model.device)) if full else attached(model, folder)
+        history, probes = (pd.read_csv(folder / name) for name in ("history.csv", "probes.csv"))
+        return cls(bent, history, probes, config.pop("step"), config)
+
+    def save(self, folder: Path | str) -> Path:
+        """An ordinary peft adapter (or model) folder with replib.json, a card and both logs; never half written.
+
+        Raises:
+            ReplibError: the folder cannot be written, or holds another run or other files.
+        """
+        folder, about = Path(folder), json.loads(json.dumps(self.config | {"step": self.step}, default=str))
+        weights = trained(self.model.model)  # by all processes, where they are split
+        if is_first():
+            self._write(folder, about, weights)
+        wait()
+        if self.model.frozen is None:
+            self.model.adapter = str(folder)
+        return folder
+
+    def _write(self, folder: Path, about: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        partial = folder.absolute().with_name(folder.absolute().name + ".partial")
+        try:
+            check_free(folder, "replib.json", about)
+            for old in (partial, folder):  # half written, or this very run
+                shutil.rmtree(old, ignore_errors=True)
+            full = self.model.frozen is not None
+            self.model.model.save_pretrained(partial, state_dict=None if full else weights)
+            if full:
+                self.model.tokenizer.save_pretrained(partial)
+            (partial / "README.md").write_text(card(about, self.probes), encoding="utf-8")
+            self.history.to_csv(partial / "history.csv", index=False)
+            self.probes.to_csv(partial / "probes.csv", index=False)
+            (partial / "replib.json").write_text(json.dumps(about, indent=1))
+            partial.rename(folder)
+        except OSError as error:
+            raise ReplibError(
+                f"Cannot write the adapter to {folder}: {error.strerror}. Choose another folder."
+            ) from error

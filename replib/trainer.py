@@ -1,0 +1,123 @@
+"""A ``transformers.Trainer`` whose loss comes in parts from an objective, and the micro-batches that it is given."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from replib.chat import ChatModel
+from replib.objective import Objective, Part
+from replib.parallel import average_gradients, gathered
+from replib.recipe import TrainConfig
+from replib.watch import Bar, check_sane
+
+
+class Steps(Dataset):
+    """One item is one micro-batch of dialogues: a list each. Shuffled once from the seed, without replacement."""
+
+    def __init__(
+        self, lists: Mapping[str, Sequence[Any]], draws: Mapping[str, int], config: TrainConfig, processes: int = 1
+    ):
+        rng = random.Random(config.seed)
+        drawn = {name: (_endless(lists[name], rng), n) for name, n in draws.items()}
+        self.steps = [
+            {name: list(islice(items, n)) for name, (items, n) in drawn.items()}
+            for _ in range(config.steps * config.accumulation * processes)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, i: int) -> dict[str, list]:
+        return self.steps[i]
+
+
+def _endless(items: Sequence[Any], rng: random.Random) -> Iterator[Any]:
+    while items:
+        yield from rng.sample(items, len(items))
+
+
+class DefenceTrainer(Trainer):
+    """The Trainer with the loss of an objective; ``history`` holds every term of every micro-batch."""
+
+    def __init__(self, *, chat: ChatModel, objective: Objective, config: TrainConfig, **kwargs: Any):
+        super().__init__(model=chat.model, data_collator=lambda rows: rows[0], **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.chat, self.objective, self.config = chat, objective, config
+        self.history: list[dict[str, float]] = []
+        self.bar = Bar(self.history)
+        self.add_callback(self.bar)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The gradient of one micro-batch, taken part by part."""
+        if self.is_deepspeed_enabled:  # it averages by itself, and expects one backward pass
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        found: dict[str, Tensor] = {}
+        for part in self._parts(inputs):
+            self.accelerator.backward(part.loss / self.current_gradient_accumulation_steps)
+            _add(found, part)
+        if self.accelerator.sync_gradients:
+            average_gradients(self.chat.model)
+        self._log_steps(found)
+        return found["loss"] / self.current_gradient_accumulation_steps
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        """The loss of one micro-batch as a whole, where its gradient must be taken at once."""
+        del model
+        parts = list(self._parts(inputs))
+        found: dict[str, Tensor] = {}
+        for part in parts:
+            _add(found, part)
+        self._log_steps(found)
+        return torch.stack([part.loss for part in parts]).sum()
+
+    def _parts(self, inputs: Any) -> Iterator[Part]:
+        return self.objective.parts(self.chat, inputs, self.state.global_step / max(1, self.state.max_steps))
+
+    def _log_steps(self, found: dict[str, Tensor]) -> None:
+        """The rows of all processes, so that all stop where the loss of one is no number."""
+        for each in gathered({name: x.item() for name, x in found.items()}):
+            self._log_step(each)
+
+    def _log_step(self, found: dict[str, float]) -> None:
+        step = self.state.global_step + 1
+        check_sane(step, found, self.history, self.config, str(self.chat.dtype))
+        self.history.append({"step": step} | found)
+
+
+def _add(found: dict[str, Tensor], part: Part) -> None:
+    for name, x in {"loss": part.loss, **part.terms}.items():
+        found[name] = found.get(name, 0) + x.detach()
+
+
+def arguments(config: TrainConfig, out: Path, *, cpu: bool = False) -> TrainingArguments:
+    """What the Trainer is told; it trains where the model is, in several processes too."""
+    args = TrainingArguments(
+        output_dir=str(out),
+        use_cpu=cpu,
+        max_steps=config.steps,
+        gradient_accumulation_steps=config.accumulation,
+        per_device_train_batch_size=1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        weight_decay=0.0,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # of several GPUs in one process the Trainer would give each a share of the micro-batch
+    return args
