@@ -116,7 +116,7 @@ def test_two_processes_are_one_with_doubled_accumulation(folder, one, tmp_path, 
     assert first["probes"] == second["probes"] and len(first["probes"]["step"]) == 5
     # Adapter off is the model that was given, under the wrapper too, and hooks see whole states.
     model = load(folder)
-    for each in (first, second):
+    for each in (one, first, second):
         with torch.no_grad():
             base = model.forward(model.encode(each["texts"]))
         torch.testing.assert_close(each["off"], base, atol=1e-5, rtol=1e-5)
