@@ -185,7 +185,7 @@ def pack(runs: Runs) -> Path:
     rows, keys = finished(runs.folder), [runs.key(setting) for setting in design()]
     if not (found := [rows[key] for key in keys if key in rows]):
         raise ReplibError(f"No setting of the design is trained in {runs.folder}: run the parts first.")
-    about = {"about": runs.about, "n": runs.n, "schedule": ORGANISM_TRAIN.schedule, "averaged": AVERAGED}
+    about = {"about": runs.about, "preset": asdict(Setting()), "n": runs.n, "schedule": ORGANISM_TRAIN.schedule}
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in found)
     path = data_dir() / "organism" / "surface.json"
     write_text(path, json.dumps(about, indent=1)[:-2] + f',\n "settings": [\n{lines}\n]}}\n')
