@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from replib.errors import ReplibError
 from replib.figure_parts import Measured, Numbers, cases, curve_lines, need, numbers, whiskers
-from replib.figure_style import BLUE, DASHES, INK, SKY, VERMILLION, dress, faint, safe, styled
+from replib.figure_style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, dress, faint, safe, styled
 from replib.tuning import pareto
 
 NAMED = 8  # points that can be labelled without overlap; more are named on hovering
@@ -86,34 +86,40 @@ def pareto_front(success: Measured, benign: Measured, *, names: Sequence[str], t
     figure = go.Figure()
     figure.add_scatter(x=front.benign, y=front.attack, mode="lines", name="front: no other point is better in both",
                        line={"color": INK, "dash": "dot", "width": 1.5, "shape": "vh"}, hoverinfo="skip")  # fmt: skip
-    for name, rows, colour in (
-        ("on the front", table.index.isin(best.index), BLUE),
-        ("beaten by another", ~table.index.isin(best.index), VERMILLION),
-    ):
-        figure.add_trace(_named(success, benign, names, rows).update(name=name, marker_color=colour))
-    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", rangemode="tozero", range=[-0.04, 1.06])
+    few, on = len(names) <= NAMED, table.index.isin(best.index)
+    for name, rows, colour in (("beaten by another", ~on, GREY), ("on the front", on, BLUE)):
+        barred = bool(rows.any()) and (few or rows is on)  # bars of many points would hide the points
+        figure.add_trace(_named(success, benign, names, rows, barred=barred).update(name=name, marker_color=colour))
+    left = float(np.nanmin(numbers(benign.value if benign.low is None else benign.low)))
+    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", range=[left - 0.04, 1.05])
     figure.update_yaxes(title_text="attack success", tickformat=".0%", range=[-0.04, 1.06])
     note = "; ".join(
-        filter(None, [cases([success, benign]), "bars: 95 % intervals" if success.low is not None else ""])
+        filter(
+            None,
+            [
+                cases([success, benign]),
+                "" if success.low is None else "bars: 95 % intervals" + ("" if few else ", of the front alone"),
+            ],
+        )
     )
     return dress(figure, title or "Attack success against what is left of benign answers", note, height=480)
 
 
-def _named(success: Measured, benign: Measured, names: Sequence[str], rows: np.ndarray) -> go.Scatter:
-    """The points that ``rows`` marks, with bars, words on hovering, and labels where they are few."""
-    places = np.flatnonzero(rows)
+def _named(success: Measured, benign: Measured, names: Sequence[str], rows: np.ndarray, *, barred: bool) -> go.Scatter:
+    """The points that ``rows`` marks, with words on hovering, and labels where they are few."""
+    places = np.flatnonzero(rows).astype(np.intp)
     hover = [
         f"{safe(names[i])}<br>attack success {success.words()[i]}<br>benign compliance {benign.words()[i]}"
-        for i in places
+        for i in places.tolist()
     ]
     colour = faint(INK, 0.35)
     return go.Scatter(
         x=numbers(benign.value)[places],
         y=numbers(success.value)[places],
-        error_x=whiskers(benign, places, colour) if len(places) else {},
-        error_y=whiskers(success, places, colour) if len(places) else {},
+        error_x=whiskers(benign, places, colour) if barred else {},
+        error_y=whiskers(success, places, colour) if barred else {},
         mode="markers+text" if len(names) <= NAMED else "markers",
-        text=[safe(names[i]) for i in places],
+        text=[safe(names[i]) for i in places.tolist()],
         textposition="top left",
         customdata=hover,
         hovertemplate="%{customdata}<extra></extra>",

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -192,7 +192,7 @@ class Response:
             ends.append((several.min(), several.max()) if several.size else (values.min(), values.max()))
         return np.array(ends)
 
-    def predict(self, points: Array) -> dict[str, Measured]:
+    def predict(self, points: ArrayLike) -> dict[str, Measured]:
         """Every rate at [m, 3] coefficients, with the 95 % band of another run there.
 
         Raises:

@@ -21,6 +21,7 @@ from replib.geometry import LayerProfile, pca
 from replib.lens import LensComparison, LensTrajectory
 from replib.response import COEFFICIENTS, Response, Surface
 from replib.train import TrainResult
+from replib.tuning import Tuning
 
 LABELS = ("harmful", "harmless")
 PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
@@ -194,9 +195,19 @@ def variance_shares(response: Response) -> go.Figure:
     return coefficient_figures.importance({name: found[name] for name in SHOWN}, estimator=estimator)
 
 
+def tuning(found: Tuning) -> go.Figure:
+    """Trials of a search: attack success against harmless compliance."""
+    t = found.table
+    names = [
+        f"trial {r.trial}: α {r.alpha:.3g}, β {r.beta:.3g}, γ {r.gamma:.3g}, KL {r.kl:.2g}" for r in t.itertuples()
+    ]
+    success, benign = Measured(t.attack_success), Measured(t.harmless_compliance)
+    return coefficient_figures.pareto_front(success, benign, names=names, title=f"{len(t)} trials of the search")
+
+
 def _swept(surface: Surface, table: pd.DataFrame, name: str, others: Sequence[str]) -> coefficient_figures.Sweep:
     """Rows of a table over one of its columns; ``others`` are free to differ and make the thin lines."""
-    values = sorted(table[name].unique())
+    values = sorted(table[name].unique(), key=lambda v: [*map(int, v.split("-"))] if isinstance(v, str) else [v])
     rows = surface.like_preset(table, name) if others else table
     rows = rows.sort_values(name).set_index(name)
     curves = {rate: _placed(surface, rows, rate, values) for rate in SHOWN}
