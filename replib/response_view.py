@@ -83,7 +83,7 @@ class ResponseView:
         point = np.array([axis[i] for axis, i in zip(self.axes, at, strict=True)])
         number = int(self.response.nearest(point)[0])
         a, b, c = at
-        guessed = [[numbers(x)[a, b, c] for x in (m.value, m.low, m.high)] for m in self.rates.values()]
+        guessed = [[float(numbers(x)[a, b, c]) for x in (m.value, m.low, m.high)] for m in self.rates.values()]
         trained = self.response.points[number]
         words = ", ".join(f"{GREEK[c]} {x:g}" for c, x in zip(COEFFICIENTS, trained, strict=True))
         name = f"{'trained right here' if np.array_equal(trained, point) else 'nearest trained'}: {words}"
