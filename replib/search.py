@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from replib.models import load
 from replib.recipe import TrainConfig
 from replib.references import References
 from replib.repbend import RepBend
+from replib.store import key_of
 from replib.study import Study
 from replib.train import train
 from replib.tuning import MAXIMISE, MINIMISE, RANGES, Tuning, need_optuna
@@ -39,8 +40,8 @@ class StudyObjective:
         s, out = self.study.settings, self.study.settings.out / "tune"
         model = load(s.model, adapter=s.adapter, device=s.device, dtype=s.dtype)
         bend = RepBend(replace(self.bend, alpha=alpha, beta=beta, gamma=gamma), References(out / "base"))
-        data = self.study.bend_data
-        found = train(model, data, bend, config=self.config, probe=self.probe, out=out / "scratch", say=lambda _: None)
+        data, scratch = self.study.bend_data, out / key_of(alpha, beta, gamma, asdict(self.config))
+        found = train(model, data, bend, config=self.config, probe=self.probe, out=scratch, say=lambda _: None)
         kept = found.probes.set_index("step").loc[found.step].to_dict()
         recent = found.history[found.history.step.between(found.step - AVERAGED + 1, found.step)]
         rates = {"attack_success": kept.pop("attack"), "harmless_compliance": kept.pop("harmless")}

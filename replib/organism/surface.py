@@ -99,21 +99,23 @@ class Runs:
 
     def key(self, setting: Setting) -> str:
         """What a row depends on."""
-        bend, config = setting.configs
-        return key_of(asdict(bend), asdict(config), self.about, self.n)
+        bend, config = map(asdict, setting.configs)
+        config.pop("save_every", None)  # changes no outcome
+        return key_of(bend, config, self.about, self.n)
 
     def row(self, setting: Setting) -> dict[str, Any]:
         """One setting, trained: the outcomes at every probed step, and the step that the probe chose."""
         try:
-            result = self._train(*setting.configs)
+            result = self._train(setting)
         except Diverged as error:
             return asdict(setting) | {"step": None, "diverged": str(error), "rows": []}
         return asdict(setting) | {"step": result.step, "rows": list(_rows(result))}
 
-    def _train(self, bend: BendConfig, config: TrainConfig) -> TrainResult:
+    def _train(self, setting: Setting) -> TrainResult:
+        bend, config = setting.configs
         shared = bend.target_layers == ORGANISM_BEND.target_layers and not config.seed
         objective = RepBend(bend, References(self.folder / "base" if shared else None))
-        data, out = self.study.bend_data, self.folder / "scratch"
+        data, out = self.study.bend_data, self.folder / "scratch" / self.key(setting)
         model = load(self.study.settings.model)
         return train(model, data, objective, config=config, probe=self._probe(), out=out, say=lambda _: None)
 
