@@ -99,7 +99,7 @@ class Runs:
 
     def key(self, setting: Setting) -> str:
         """What a row depends on."""
-        bend, config = map(asdict, setting.configs)
+        bend, config = (asdict(part) for part in setting.configs)
         config.pop("save_every", None)  # changes no outcome
         return key_of(bend, config, self.about, self.n)
 
