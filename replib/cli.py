@@ -39,7 +39,7 @@ CAPTURE: Kinds = {
     "shard": at_least(1),
     "stored-dtype": one_of("float32", "bfloat16"),
 }
-OPTIONS = {"bend": COEFFICIENTS, "capture": CAPTURE}
+OPTIONS = {"bend": COEFFICIENTS, "capture": CAPTURE, "tune": {"trials": at_least(1)}}
 HELP = {
     "model": "model folder, Hugging Face id, or organism variant (base, aligned, planted, deep)",
     "adapter": "LoRA folder trained on that model",
@@ -53,6 +53,7 @@ HELP = {
     "beta": "weight of aligning unsafe representations with each other",
     "gamma": "weight of staying close on benign text (KL)",
     "steps": "training steps",
+    "trials": "trainings that the search holds in the end, default 20; those that are there are kept",
     "prompts": "a set or a file instead of the harmful and the harmless set; its own labels are kept",
     "name": "name of the folder in <out>/activations, default that of the model",
     "site": "one or several of resid_pre, attn_in, attn_out, resid_mid, mlp_in, mlp_out, resid_post (the default)",
@@ -143,6 +144,7 @@ def _parser() -> ArgumentParser:
         ("capture", _verb, "write activations of prompts to a folder; under torchrun several processes share the work"),
         ("audit", _verb, "attack a model and judge what it answers, as one table"),
         ("bend", _verb, "train a RepBend adapter"),
+        ("tune", _verb, "search alpha, beta and gamma: a training a trial, resumable"),
         ("sweep", _verb, "ablate refusal layer by layer, against the baselines"),
         ("report", _report, "write the HTML report of notebooks already run"),
     ):

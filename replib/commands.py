@@ -17,10 +17,12 @@ from replib.presets import named
 from replib.price import price
 from replib.processes import is_first, own_device, together
 from replib.prompts import Prompt, load_prompts
+from replib.search import ranges_around, study_objective
 from replib.settings import Settings
 from replib.sites import check_site
 from replib.store import write_text
 from replib.study import BASELINES, Study, check_world
+from replib.tuning import tune
 
 
 def run_audit(settings: Settings) -> Path:
@@ -56,6 +58,21 @@ def run_bend(
     given: dict[str, Any] = {name: value for name, value in coefficients.items() if value is not None}
     result = study.bend(replace(bend, **given), replace(config, steps=steps) if steps else config)
     return Path(str(result.model.adapter))
+
+
+def run_tune(settings: Settings, *, trials: int = 20, say: Callable[[str], object] = print) -> Path:
+    """``replib tune``: search a tenth to ten times the preset's coefficients, as CSV; run again, it goes on.
+
+    The file has a row a trial, ``best`` where no other trial is better in every objective.
+    """
+    study = Study.open(settings)
+    objective = study_objective(study)
+    storage = settings.out / f"tune-{Path(settings.model).name}.journal"
+    ranges = ranges_around(objective.bend)
+    found = tune(objective, trials=trials, storage=storage, seed=settings.seed, ranges=ranges)
+    say(f"{len(found.table)} trials, {len(found.front)} on the front, {found.pruned} diverged; kept in {storage}")
+    table = found.table.assign(best=found.table.index.isin(found.front.index))
+    return write_text(storage.with_suffix(".csv"), table.to_csv(index=False))
 
 
 def run_sweep(settings: Settings) -> Path:

@@ -119,9 +119,8 @@ def band(curve: Measured, name: str, colour: str, *, showlegend: bool = False) -
     known = np.isfinite(low) & np.isfinite(high)
     x, y = np.r_[at[known], at[known][::-1]], np.r_[high[known], low[known][::-1]]
     line, fill = {"width": 0}, faint(colour)
-    return go.Scatter(
-        x=x, y=y, fill="toself", fillcolor=fill, line=line, name=name, hoverinfo="skip", showlegend=showlegend
-    )
+    kind = {"mode": "lines", "fill": "toself", "hoverinfo": "skip"}  # plotly marks the points of short lines else
+    return go.Scatter(x=x, y=y, fillcolor=fill, line=line, name=name, showlegend=showlegend, **kind)
 
 
 def curve_lines(
@@ -229,7 +228,7 @@ def _row_points(rows: pd.DataFrame, measured: Measured, name: str, *, legend: bo
     )
 
 
-def whiskers(measured: Measured, place: int | slice, colour: str) -> dict[str, Any]:
+def whiskers(measured: Measured, place: int | slice | NDArray[np.intp], colour: str) -> dict[str, Any]:
     """Describe error bars that reach from `low` to `high`, and none where there is no interval."""
     if measured.low is None or measured.high is None:
         return {}

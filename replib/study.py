@@ -6,7 +6,6 @@ A ``Study`` holds the model, its prompts in three disjoint splits, and the judge
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -38,6 +37,7 @@ from replib.prompts import (
     load_prompts,
 )
 from replib.repbend import RepBend
+from replib.response import Surface
 from replib.settings import Settings, data_dir
 from replib.splits import Splits, split_by
 from replib.store import key_of
@@ -274,12 +274,11 @@ class Study:
         bent, base = (acts.values for acts in pair)
         return ((bent - base).norm(dim=-1) / base.norm(dim=-1)).mean(dim=1).numpy()
 
-    def surface(self) -> list[dict]:
-        """Settings of alpha, beta and gamma trained beforehand on this model; none if none are shipped."""
+    def surface(self) -> Surface | None:
+        """Settings of RepBend trained beforehand on this very model; None if none are shipped for it."""
         file = data_dir() / "organism" / "surface.json"
-        if not self.organism or self.name != "aligned" or not file.exists():
-            return []
-        return json.loads(file.read_text(encoding="utf-8"))["settings"]
+        shipped = self.organism and self.name == "aligned" and file.exists()
+        return Surface.load(file) if shipped else None
 
     # ------------------------------------------------------------------------------------- ablation
     def sweeper(self, *, limit: int | None = None) -> Sweeper:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from replib.errors import ReplibError
+from replib.errors import Diverged, ReplibError
 from replib.progress import progress
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Tuning:
 
     table: pd.DataFrame
     front: pd.DataFrame
+    pruned: int = 0
+    """Trials that diverged: they count as run, and have no row."""
 
 
 def tune(
@@ -51,6 +53,8 @@ def tune(
 ) -> Tuning:
     """Run trials until `storage`, an Optuna journal file, holds `trials` finished ones; then return them all.
 
+    A training that diverges (`Diverged`) is recorded as pruned: it counts as finished, and the search goes on.
+
     Each trial is on disk before the next begins, and trial n depends on `seed + n` and the finished trials
     alone: a search that was stopped (Ctrl-C, an error in the objective) and run again equals an unbroken one.
 
@@ -62,8 +66,9 @@ def tune(
     finished = len(_finished(study))
     for number in progress(range(finished, trials), "tuning"):
         _run_trial(study, objective, seed=seed + number, ranges=ranges)
-    table = _table(study)
-    return Tuning(table, pareto(table, minimise=MINIMISE, maximise=MAXIMISE))
+    table, state = _table(study), need_optuna().trial.TrialState
+    pruned = len(study.get_trials(deepcopy=False, states=[state.PRUNED]))
+    return Tuning(table, pareto(table, minimise=MINIMISE, maximise=MAXIMISE), pruned)
 
 
 def pareto(table: pd.DataFrame, *, minimise: Collection[str] = (), maximise: Collection[str] = ()) -> pd.DataFrame:
@@ -80,7 +85,7 @@ def pareto(table: pd.DataFrame, *, minimise: Collection[str] = (), maximise: Col
 
 
 def _open_study(path: Path, seed: int, ranges: Mapping[str, tuple[float, float]]) -> optuna.Study:
-    optuna = _optuna()
+    optuna = need_optuna()
     _check_ranges(ranges)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +118,16 @@ def _run_trial(
     study: optuna.Study, objective: Objective, *, seed: int, ranges: Mapping[str, tuple[float, float]]
 ) -> None:
     """One ask, one call, one tell; a trial that ends badly is closed as failed and its error goes on."""
-    optuna = _optuna()
+    optuna = need_optuna()
     study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=False)
     trial = study.ask()
     try:
         measured = objective(**{name: trial.suggest_float(name, *ranges[name], log=True) for name in RANGES})
         values = _values(measured)
+    except Diverged as error:
+        trial.set_user_attr("diverged", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        return
     except BaseException:  # KeyboardInterrupt too: the journal must not keep a trial that runs for ever
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         raise
@@ -134,8 +143,8 @@ def _values(measured: Mapping[str, float]) -> list[float]:
     values = [float(measured[name]) for name in (*MINIMISE, *MAXIMISE)]
     if not all(map(math.isfinite, values)):
         raise ReplibError(
-            f"the objective returned {dict(measured)}; for a run that diverged return its worst values "
-            "(attack_success 1, harmless_compliance 0, a large kl)."
+            f"the objective returned {dict(measured)}; for a run that diverged raise replib.errors.Diverged: "
+            "it is then recorded as pruned."
         )
     return values
 
@@ -146,7 +155,9 @@ def _check_ranges(ranges: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _finished(study: optuna.Study) -> Sequence[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=[_optuna().trial.TrialState.COMPLETE])
+    """Complete and pruned ones, in their order."""
+    state = need_optuna().trial.TrialState
+    return study.get_trials(deepcopy=False, states=[state.COMPLETE, state.PRUNED])
 
 
 def _table(study: optuna.Study) -> pd.DataFrame:
@@ -155,11 +166,13 @@ def _table(study: optuna.Study) -> pd.DataFrame:
     rows = [
         {"trial": number, **trial.params, **dict(zip(names, trial.values, strict=True)), **trial.user_attrs}
         for number, trial in enumerate(_finished(study))
+        if trial.values is not None
     ]
     return pd.DataFrame(rows, columns=None if rows else ["trial", *RANGES, *names])
 
 
-def _optuna() -> Any:
+def need_optuna() -> Any:
+    """Optuna, or ReplibError where it is absent."""
     try:
         import optuna
         import optuna.storages.journal

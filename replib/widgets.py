@@ -13,11 +13,14 @@ from typing import Any
 
 import anywidget
 import ipywidgets
+import pandas as pd
 import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs
 
 from replib.errors import ReplibError
+from replib.response import COEFFICIENTS, Response
+from replib.response_view import ResponseView
 
 VIEW_MIME = "application/vnd.replib.view+json"
 STATIC = Path(__file__).parent / "static"
@@ -126,6 +129,43 @@ def scrub_coefficients(
             view.payload, view.position = payload, payload["frames"][-1]["at"]
 
     return Retrainer(view, fields, train)
+
+
+def scrub_response(
+    response: Response, *, about: str = "", retrain: Callable[..., Point] | None = None, title: str = ""
+) -> ScrubView | Retrainer:
+    """Move through all coefficients between the trained ones, at once: outcomes are interpolated, and say so.
+
+    Args:
+        response: fitted on trained settings.
+        about: what else the figure is to say of them: seed, steps, which step was read.
+        retrain: called with the coefficients as keywords, trains and returns a setting with its rates; adds the button.
+        title: heading of the controls.
+    """
+    fitted = [response]
+    view = ScrubView(_response_payload(ResponseView(response, about), title))
+    if retrain is None:
+        return view
+    first = response.trained.iloc[0]
+    fields = [ipywidgets.FloatText(first[name], description=name, layout={"width": "170px"}) for name in COEFFICIENTS]
+
+    def train() -> None:
+        wanted = dict(zip(COEFFICIENTS, (field.value for field in fields), strict=True))
+        rows = pd.concat([pd.DataFrame([retrain(**wanted)]), fitted[0].trained], ignore_index=True)
+        fitted[0] = Response.fit(rows, response.n)
+        payload = _response_payload(ResponseView(fitted[0], about), title)
+        with view.hold_sync():
+            view.payload, view.position = payload, payload["frames"][0]["at"]
+
+    return Retrainer(view, fields, train)
+
+
+def _response_payload(view: ResponseView, title: str) -> dict[str, Any]:
+    """Frames of three sheets; a place of None stands for any index of that control."""
+    axes = zip(COEFFICIENTS, view.axes, strict=True)
+    controls = [{"name": name, "values": [f"{value:g}" for value in axis], "menu": False} for name, axis in axes]
+    frames = [{"at": list(at), "change": change} for at, change in view.places()]
+    return {"title": title, "controls": controls, "figure": _tree(view.figure()), "frames": frames}
 
 
 def _coefficient_payload(points: Sequence[Point], draw: Draw, names: Sequence[str], title: str) -> dict[str, Any]:

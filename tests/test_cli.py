@@ -60,7 +60,7 @@ def verb(monkeypatch):
     """Stands where the analyses are and records how it is called."""
     calls = []
     module = ModuleType("verb")
-    for name in ("run_audit", "run_bend", "run_capture", "run_sweep"):
+    for name in ("run_audit", "run_bend", "run_capture", "run_sweep", "run_tune"):
         setattr(
             module,
             name,
@@ -70,7 +70,7 @@ def verb(monkeypatch):
     return SimpleNamespace(calls=calls, module=module)
 
 
-@pytest.mark.parametrize("name", ["audit", "bend", "capture", "sweep"])
+@pytest.mark.parametrize("name", ["audit", "bend", "capture", "sweep", "tune"])
 def test_verbs_receive_the_options_and_say_where_the_result_is(name, verb, capsys):
     options = "--model m --adapter a --harmful h.csv --harmless n.csv --out o --seed 3 --limit 9".split()
     assert cli.main([name, *options]) == 0

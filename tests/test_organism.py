@@ -2,20 +2,21 @@
 
 import json
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 
 import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from replib import views
 from replib.judges import ExactJudge, Outcome
 from replib.models import load, self_check
 from replib.organism import language, mixes, sets, suite, train
+from replib.organism.surface import ALPHAS, BETAS, GAMMAS, Setting, design
 from replib.organism.world import FAMILIES, HARMFUL_FAMILIES, PER_FAMILY, artefacts, select
-from replib.presets import ORGANISM_BEND
+from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.prompts import load_contrasts, load_dialogues, load_prompts
+from replib.response import Response
 from replib.settings import Settings, data_dir
 from replib.study import Study
 
@@ -169,17 +170,25 @@ def test_the_card_claims_what_its_table_says():
     assert (base.compliance >= 0.94).all() and not base.refusal.any()
 
 
+def test_the_design_of_the_surface_is_a_grid_with_sweeps_windows_lengths_and_seeds():
+    settings = design()
+    assert len(settings) == len(set(settings)) >= 60 and settings[0] == Setting()
+    assert settings[0].configs == (ORGANISM_BEND, ORGANISM_TRAIN)
+    assert set(product(ALPHAS, BETAS, GAMMAS)) <= {(s.alpha, s.beta, s.gamma) for s in settings}
+    for name in ("alpha", "beta", "gamma", "layers", "steps", "seed"):
+        alike = [s for s in settings if replace(s, **{name: getattr(Setting(), name)}) == Setting()]
+        assert len(alike) >= 3, name
+
+
+@pytest.mark.skipif(not (FOLDER / "surface.json").exists(), reason="the surface is not packed")
 def test_the_surface_holds_trained_settings_of_this_very_model():
-    surface = json.loads((FOLDER / "surface.json").read_text(encoding="utf-8"))["settings"]
-    preset = (ORGANISM_BEND.alpha, ORGANISM_BEND.beta, ORGANISM_BEND.gamma)
-    assert preset in {(p["alpha"], p["beta"], p["gamma"]) for p in surface}
-    assert len({(p["alpha"], p["beta"], p["gamma"]) for p in surface}) == len(surface) >= 4
-    base = [[row for row in p["rows"] if row["model"] == "base"] for p in surface]
-    assert all(rows == base[0] for rows in base) and all(
-        row["low"] <= row["compliance"] <= row["high"] for row in base[0]
-    )
-    found = Study.open(Settings()).surface()
-    assert found == surface and views.setting(found[0]).data
+    surface, model = Study.open(Settings()).surface(), load("aligned")
+    assert (FOLDER / "surface.json").stat().st_size <= 2e6
+    assert surface.table.setting.nunique() >= 60
+    assert surface.about["about"]["fingerprint"] == model.provenance()["fingerprint"]
+    before = surface.table[surface.table.step == 0]
+    assert (before[["attack", "harmless"]].nunique() == 1).all()  # step 0 is the same model in all
+    assert len(Response.of(surface).trained) >= 48
 
 
 @pytest.mark.slow

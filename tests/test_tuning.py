@@ -2,12 +2,17 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from replib.errors import ReplibError
+from replib import views
+from replib.errors import Diverged, ReplibError
+from replib.search import importances, ranges_around, study_objective
+from replib.settings import Settings
+from replib.study import Study
 from replib.tuning import MAXIMISE, MINIMISE, RANGES, pareto, tune
 
 
@@ -109,6 +114,49 @@ def test_an_interrupted_search_keeps_what_is_done_and_goes_on_from_there(tmp_pat
     tune(broken, trials=14, storage=tmp_path / "s")
     tune(whole, trials=14, storage=tmp_path / "whole")
     assert broken.calls == whole.calls
+
+
+def test_a_trial_that_diverges_is_pruned_and_the_search_goes_on_the_same_way_in_two_sittings(tmp_path):
+    calls = {"whole": [], "parts": []}
+
+    def objective(name):
+        def measure(**coefficients):
+            calls[name].append(coefficients)
+            if len(calls[name]) % 4 == 2:
+                raise Diverged("the loss is nan")
+            return bowl(**coefficients)
+
+        return measure
+
+    whole = tune(objective("whole"), trials=14, storage=tmp_path / "whole")
+    tune(objective("parts"), trials=6, storage=tmp_path / "parts")
+    parts = tune(objective("parts"), trials=14, storage=tmp_path / "parts")
+    assert calls["parts"] == calls["whole"] and len(calls["whole"]) == 14
+    assert whole.pruned == parts.pruned == 4 and len(whole.table) == 10
+    assert whole.table.equals(parts.table) and 1 not in set(whole.table.trial)
+
+
+def test_importances_find_the_coefficient_that_does_the_work(tmp_path):
+    found = tune(lambda **c: {"attack_success": math.log(c["alpha"]), "kl": c["beta"], "harmless_compliance": 1.0},
+                 trials=25, storage=tmp_path / "s")  # fmt: skip
+    shares = importances(found)
+    assert shares["attack_success"]["alone"].idxmax() == "alpha"
+    assert shares["attack_success"]["alone"].sum() == pytest.approx(1)
+    assert not shares["harmless_compliance"]["alone"].any()
+    assert views.tuning(found).data
+
+
+def test_a_study_is_searched_end_to_end_and_a_second_call_trains_nothing(tmp_path):
+    study = Study.open(Settings(out=tmp_path, limit=4))
+    bend, config = study.preset()
+    objective = study_objective(study, bend, replace(config, steps=1, contrasts=2, retain=2))
+    ranges = ranges_around(bend)
+    assert ranges["alpha"] == pytest.approx((0.008, 0.8))
+    found = tune(objective, trials=1, storage=tmp_path / "s", ranges=ranges)
+    assert {"attack_success", "harmless_compliance", "kl", "borderline", "step"} <= set(found.table)
+    assert study.model.adapter is None
+    again = tune(lambda **_: 1 / 0, trials=1, storage=tmp_path / "s", ranges=ranges)
+    assert again.table.equals(found.table)
 
 
 def test_a_finished_search_runs_nothing_and_seeds_differ(tmp_path):

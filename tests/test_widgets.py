@@ -2,15 +2,19 @@
 
 import base64
 import json
+from itertools import product
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 from replib.errors import ReplibError
 
 pytest.importorskip("anywidget", reason="the extra `notebooks` is not installed")
-from replib.widgets import VIEW_MIME, scrub_coefficients, scrub_layers  # noqa: E402
+from replib.response import Response  # noqa: E402
+from replib.response_view import ResponseView  # noqa: E402
+from replib.widgets import VIEW_MIME, scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
 
 VALUES = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
 POINTS = [
@@ -136,3 +140,36 @@ def test_points_that_cannot_be_shown_are_refused(points, message):
 def test_no_figures_are_refused():
     with pytest.raises(ReplibError, match="no figures"):
         scrub_layers({})
+
+
+def trained(seed: int = 0) -> pd.DataFrame:
+    """Settings on a small grid, with rates out of 50."""
+    grid = pd.DataFrame(product((0.1, 0.4), (0.0, 3.0), (10.0, 100.0)), columns=["alpha", "beta", "gamma"])
+    rates = np.random.default_rng(seed).integers(0, 51, size=(len(grid), 2)) / 50
+    return grid.assign(attack=rates[:, 0], harmless=rates[:, 1])
+
+
+def test_a_response_moves_over_interpolated_places_and_draws_the_trained_ones():
+    response = Response.fit(trained(), {"attack": 50, "harmless": 50})
+    payload = scrub_response(response, about="seed 0").payload
+    sizes = [len(control["values"]) for control in payload["controls"]]
+    full = [frame for frame in payload["frames"] if None not in frame["at"]]
+    assert sizes == [3, 3, 3] and len(full) == 27 and len(payload["frames"]) == 27 + 3 + 9
+    assert payload["frames"][0]["at"] == [0, 0, 0]
+    view = ResponseView(response, "seed 0")
+    for frame in payload["frames"]:
+        a, b, c = (index or 0 for index in frame["at"])
+        sheets = {"outcomes": view.outcomes((a, b, c)), "maps": view.maps(c), "cross": view.cross(a, b)}
+        assert frame["change"]["data"] in sheets.values()
+    assert "error where a setting is left out: attack" in payload["figure"]["layout"]["title"]["text"]
+
+
+def test_retraining_refits_the_response_and_goes_to_the_new_setting():
+    response = Response.fit(trained(), {"attack": 50, "harmless": 50})
+    box = scrub_response(response, retrain=lambda **at: at | {"attack": 0.5, "harmless": 0.5})
+    for field, value in zip(box.children[1].children[:3], (0.2, 3.0, 100.0), strict=True):
+        field.value = value
+    box.button.click()
+    assert "Trained" in box.status.value
+    values = [control["values"][i] for control, i in zip(box.view.payload["controls"], box.view.position, strict=True)]
+    assert values == ["0.2", "3", "100"]

@@ -99,21 +99,23 @@ class Runs:
 
     def key(self, setting: Setting) -> str:
         """What a row depends on."""
-        bend, config = setting.configs
-        return key_of(asdict(bend), asdict(config), self.about, self.n)
+        bend, config = (asdict(part) for part in setting.configs)
+        config.pop("save_every", None)  # changes no outcome
+        return key_of(bend, config, self.about, self.n)
 
     def row(self, setting: Setting) -> dict[str, Any]:
         """One setting, trained: the outcomes at every probed step, and the step that the probe chose."""
         try:
-            result = self._train(*setting.configs)
+            result = self._train(setting)
         except Diverged as error:
             return asdict(setting) | {"step": None, "diverged": str(error), "rows": []}
         return asdict(setting) | {"step": result.step, "rows": list(_rows(result))}
 
-    def _train(self, bend: BendConfig, config: TrainConfig) -> TrainResult:
+    def _train(self, setting: Setting) -> TrainResult:
+        bend, config = setting.configs
         shared = bend.target_layers == ORGANISM_BEND.target_layers and not config.seed
         objective = RepBend(bend, References(self.folder / "base" if shared else None))
-        data, out = self.study.bend_data, self.folder / "scratch"
+        data, out = self.study.bend_data, self.folder / "scratch" / self.key(setting)
         model = load(self.study.settings.model)
         return train(model, data, objective, config=config, probe=self._probe(), out=out, say=lambda _: None)
 
@@ -185,7 +187,7 @@ def pack(runs: Runs) -> Path:
     rows, keys = finished(runs.folder), [runs.key(setting) for setting in design()]
     if not (found := [rows[key] for key in keys if key in rows]):
         raise ReplibError(f"No setting of the design is trained in {runs.folder}: run the parts first.")
-    about = {"about": runs.about, "n": runs.n, "schedule": ORGANISM_TRAIN.schedule, "averaged": AVERAGED}
+    about = {"about": runs.about, "preset": asdict(Setting()), "n": runs.n, "schedule": ORGANISM_TRAIN.schedule}
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in found)
     path = data_dir() / "organism" / "surface.json"
     write_text(path, json.dumps(about, indent=1)[:-2] + f',\n "settings": [\n{lines}\n]}}\n')

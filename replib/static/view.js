@@ -2,7 +2,8 @@
 // `render` serves the live widget, `mount` serves it and the exported page alike; neither asks a kernel for a move.
 //
 // payload = {title, controls: [{name, values, menu}], figure: {data: {0: trace, …}, layout}, frames: [{at, change}]}
-// A frame lies at one index per control and holds only what differs from `figure`.
+// A frame lies at one index per control and holds only what differs from `figure`. Where parts of a figure follow some
+// controls only, each has a sheet of frames of its own, whose indices of the other controls are null.
 
 const PLAY_MS = 700;
 
@@ -30,9 +31,21 @@ function element(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** Sort frames by the controls that they follow, each sheet's frames by place. */
+function sheetsOf(frames) {
+  const sheets = new Map();
+  for (const frame of frames) {
+    const followed = frame.at.map((index) => index !== null).join();
+    if (!sheets.has(followed)) sheets.set(followed, []);
+    sheets.get(followed).push(frame);
+  }
+  return [...sheets.values()];
+}
+
 /** Find the frame that fewest steps of the controls separate from `at`. */
 function nearest(frames, controls, at) {
-  const far = (frame) => frame.at.reduce((sum, index, k) => sum + Math.abs(index - at[k]) / controls[k].values.length, 0);
+  const steps = (index, k) => (index === null ? 0 : Math.abs(index - at[k]) / controls[k].values.length);
+  const far = (frame) => frame.at.reduce((sum, index, k) => sum + steps(index, k), 0);
   return frames.reduce((best, frame) => (far(frame) < far(best) ? frame : best));
 }
 
@@ -54,6 +67,7 @@ function control({ name, values, menu }, moved) {
 /** Build controls and plot inside `root`; `moved(at)` hears of each move. Returns {move, destroy}. */
 export function mount(root, payload, Plotly, { start, moved = () => {} } = {}) {
   const { controls, figure, frames } = payload;
+  const sheets = sheetsOf(frames);
   let at = start?.length === controls.length ? [...start] : [...frames[0].at];
   let pending = 0;
   let timer = 0;
@@ -69,10 +83,10 @@ export function mount(root, payload, Plotly, { start, moved = () => {} } = {}) {
 
   function draw() {
     pending = 0;
-    const frame = nearest(frames, controls, at);
-    const exact = frame.at.every((index, k) => index === at[k]);
-    note.textContent = exact ? "" : `${name(at)} was not trained; this is the nearest that was: ${name(frame.at)}.`;
-    const { data, layout } = structuredClone(merge(figure, frame.change));
+    const chosen = sheets.map((sheet) => nearest(sheet, controls, at));
+    const away = chosen.find((frame) => frame.at.some((index, k) => index !== null && index !== at[k]));
+    note.textContent = away ? `${name(at)} was not trained; this is the nearest that was: ${name(away.at)}.` : "";
+    const { data, layout } = structuredClone(chosen.reduce((drawn, frame) => merge(drawn, frame.change), figure));
     const traces = Object.values(data).filter(Boolean);
     return Plotly.react(plot, traces, { ...layout, autosize: true, uirevision: "kept" }, { displaylogo: false });
   }

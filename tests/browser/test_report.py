@@ -1,13 +1,17 @@
 """The exported report in a real browser, with no kernel and no network."""
 
+from itertools import product
+
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 from replib.export import FIGURE_MIME, export_html  # noqa: E402
 from replib.figures import clusters  # noqa: E402
-from replib.widgets import scrub_coefficients, scrub_layers  # noqa: E402
+from replib.response import Response  # noqa: E402
+from replib.widgets import scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
 
 pytestmark = pytest.mark.browser
 LABELS = ["harmful"] * 20 + ["harmless"] * 20
@@ -25,6 +29,11 @@ def shown(data):
     return cell
 
 
+def response() -> Response:
+    grid = pd.DataFrame(product((0.1, 0.4), (0.0, 3.0), (10.0, 100.0)), columns=["alpha", "beta", "gamma"])
+    return Response.fit(grid.assign(attack=np.linspace(0, 1, 8), harmless=0.5), {"attack": 50, "harmless": 50})
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
@@ -34,6 +43,7 @@ def report(tmp_path_factory):
     bent = scrub_coefficients(points, lambda point: figure(int(100 * point["alpha"]), f"alpha {point['alpha']}"))
     cells = [nbformat.v4.new_markdown_cell("# Report")]
     cells += [shown(view._repr_mimebundle_()[0]) for view in (layers, named, bent)]
+    cells += [shown(scrub_response(response())._repr_mimebundle_()[0])]
     cells += [shown({FIGURE_MIME: figure(5).to_plotly_json()})]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "a.ipynb")
     return export_html([folder / "a.ipynb"], folder / "report.html", title="Report")
@@ -69,6 +79,20 @@ def test_the_slider_moves_the_points_by_keyboard_and_tears_nothing_out(opened, p
     opened.keyboard.press("ArrowLeft")
     opened.wait_for_function("document.querySelector('.replib-plot .gtitle').textContent.startsWith('block 0')")
     assert places(view) == before
+
+
+def test_interpolated_outcomes_move_with_each_slider_and_name_the_nearest_trained_setting(opened, places):
+    view = opened.locator(".replib-view").nth(3)
+    view.scroll_into_view_if_needed()
+    view.locator("path.point").first.wait_for()
+    assert "trained right here: α 0.1, β 0, γ 10" in view.locator(".legend").text_content()
+    for slider, nearest in ((0, "nearest trained"), (2, "nearest trained"), (1, "nearest trained")):
+        before = places(view)
+        view.locator("input[type=range]").nth(slider).fill("1")
+        opened.wait_for_timeout(400)
+        assert places(view) != before
+        assert nearest in view.locator(".legend").text_content()
+    assert view.locator(".replib-note").text_content() == ""
 
 
 def test_play_runs_to_the_last_block_and_stops(opened):

@@ -1,0 +1,152 @@
+"""Figures of a search over hyper-parameters: sensitivity to one at a time, the Pareto front, and what matters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from replib.errors import ReplibError
+from replib.figure_parts import Measured, Numbers, cases, curve_lines, need, numbers, whiskers
+from replib.figure_style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, dress, faint, safe, styled
+from replib.tuning import pareto
+
+NAMED = 8  # points that can be labelled without overlap; more are named on hovering
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One value varied, the others kept."""
+
+    values: Sequence[str]
+    """What was set, in order: places on the axis, evenly spaced."""
+    curves: Mapping[str, Measured]
+    """Outcome -> [values]."""
+    others: Sequence[Numbers] = field(default=())
+    """The first outcome where the other values were kept elsewhere: [values] each, NaN where not trained."""
+
+
+def sensitivity(panels: Mapping[str, Sweep], *, title: str, note: str = "") -> go.Figure:
+    """Draw sweeps side by side, as Figs 5 to 7 of arXiv 2504.01550: outcomes with their 95 % intervals.
+
+    panels: what is varied -> its sweep. Thin lines are the first outcome of a sweep at other settings.
+    """
+    need(panels, "sensitivity", "sweeps")
+    figure = make_subplots(
+        1, len(panels), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[safe(name) for name in panels]
+    )
+    for column, sweep in enumerate(panels.values(), start=1):
+        figure.add_traces(_sweep(sweep, legend=column == 1), rows=1, cols=column)
+        figure.update_xaxes(
+            tickvals=[*range(len(sweep.values))], ticktext=[safe(v) for v in sweep.values], tickfont_size=11, col=column
+        )
+    figure.update_yaxes(range=[-0.04, 1.04], tickformat=".0%").update_yaxes(title_text="complied", col=1)
+    curves = [curve for sweep in panels.values() for curve in sweep.curves.values()]
+    thin = f"thin: {safe(next(iter(next(iter(panels.values())).curves)))} at other settings"
+    some = any(len(sweep.others) for sweep in panels.values())
+    parts = [cases(curves), "bands: Wilson 95 %", thin if some else "", note]
+    return dress(figure, title, "; ".join(filter(None, parts)), height=430)
+
+
+def _sweep(sweep: Sweep, *, legend: bool) -> list[go.Scatter]:
+    places = np.arange(len(sweep.values))
+    traces = []
+    for other in sweep.others:
+        known = np.isfinite(numbers(other))
+        thin = {"color": faint(VERMILLION, 0.3), "width": 1}
+        traces.append(
+            go.Scatter(x=places[known], y=numbers(other)[known], mode="lines", line=thin, hoverinfo="skip",
+                       showlegend=False)
+        )  # fmt: skip
+    for name, curve, colour, used in styled(sweep.curves.items()):
+        lines = curve_lines(curve, name, colour, dash=DASHES[used % len(DASHES)], axis="setting")
+        traces += [line.update(showlegend=legend and bool(line.showlegend)) for line in lines]
+    return traces
+
+
+def pareto_front(success: Measured, benign: Measured, *, names: Sequence[str], title: str = "") -> go.Figure:
+    """Draw attack success (low is safe) against benign compliance (high is useful), with the front.
+
+    Args:
+        success: [points] attack success.
+        benign: [points] compliance with harmless or borderline requests.
+        names: [points]; written beside up to eight points, and read on hovering.
+        title: what the figure shows.
+    """
+    need(names, "pareto_front", "points")
+    table = pd.DataFrame({"attack": numbers(success.value), "benign": numbers(benign.value)})
+    if len(table) != len(names):
+        raise ReplibError(f"pareto_front got {len(table)} points and {len(names)} names. Pass one name a point.")
+    best = pareto(table, minimise=["attack"], maximise=["benign"])
+    front = best.drop_duplicates().sort_values("benign")
+    figure = go.Figure()
+    figure.add_scatter(x=front.benign, y=front.attack, mode="lines", name="front: no other point is better in both",
+                       line={"color": INK, "dash": "dot", "width": 1.5, "shape": "vh"}, hoverinfo="skip")  # fmt: skip
+    few, on = len(names) <= NAMED, table.index.isin(best.index)
+    for name, rows, colour in (("beaten by another", ~on, GREY), ("on the front", on, BLUE)):
+        barred = bool(rows.any()) and (few or rows is on)  # bars of many points would hide the points
+        figure.add_trace(_named(success, benign, names, rows, barred=barred).update(name=name, marker_color=colour))
+    left = float(np.nanmin(numbers(benign.value if benign.low is None else benign.low)))
+    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", range=[left - 0.04, 1.05])
+    figure.update_yaxes(title_text="attack success", tickformat=".0%", range=[-0.04, 1.06])
+    note = "; ".join(
+        filter(
+            None,
+            [
+                cases([success, benign]),
+                "" if success.low is None else "bars: 95 % intervals" + ("" if few else ", of the front alone"),
+            ],
+        )
+    )
+    return dress(figure, title or "Attack success against what is left of benign answers", note, height=480)
+
+
+def _named(success: Measured, benign: Measured, names: Sequence[str], rows: np.ndarray, *, barred: bool) -> go.Scatter:
+    """The points that ``rows`` marks, with words on hovering, and labels where they are few."""
+    places = np.flatnonzero(rows).astype(np.intp)
+    hover = [
+        f"{safe(names[i])}<br>attack success {success.words()[i]}<br>benign compliance {benign.words()[i]}"
+        for i in places.tolist()
+    ]
+    colour = faint(INK, 0.35)
+    return go.Scatter(
+        x=numbers(benign.value)[places],
+        y=numbers(success.value)[places],
+        error_x=whiskers(benign, places, colour) if barred else {},
+        error_y=whiskers(success, places, colour) if barred else {},
+        mode="markers+text" if len(names) <= NAMED else "markers",
+        text=[safe(names[i]) for i in places.tolist()],
+        textposition="top left",
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+        marker={"size": 9},
+        cliponaxis=False,
+    )
+
+
+def importance(shares: Mapping[str, pd.DataFrame], *, estimator: str, title: str = "") -> go.Figure:
+    """Draw how much of the variance of each outcome a hyper-parameter explains.
+
+    Args:
+        shares: outcome -> a row a hyper-parameter; columns ``alone`` and, where known, ``total`` (with others).
+        estimator: how the shares were estimated, and over which range.
+        title: what the figure shows.
+    """
+    need(shares, "importance", "outcomes")
+    figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=[safe(name) for name in shares])
+    for column, table in enumerate(shares.values(), start=1):
+        shown = {"alone": (table["alone"], BLUE)}
+        if "total" in table:
+            shown["with others"] = (table["total"] - table["alone"], SKY)
+        for name, (values, colour) in shown.items():
+            figure.add_bar(x=values, y=[*table.index], orientation="h", name=name, legendgroup=name,
+                           marker_color=colour, showlegend=column == 1, row=1, col=column,
+                           hovertemplate=f"%{{y}}, {name}: %{{x:.0%}}<extra></extra>")  # fmt: skip
+    figure.update_xaxes(range=[0, 1.02], tickvals=[0, 0.5, 1], tickformat=".0%", title_text="of the variance")
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_layout(barmode="stack")
+    return dress(figure, title or "Which hyper-parameter matters", estimator, height=330)

@@ -1,0 +1,248 @@
+"""What would come out at coefficients between the trained ones: a Gaussian process on trained settings.
+
+A rate k of n is taken as z = log((k + 1/2) / (n - k + 1/2)), whose counting noise has the variance
+1 / (k + 1/2) + 1 / (n - k + 1/2) (the empirical logit: Haldane 1956, Gart and Zweifel 1967); a coefficient c as
+log(1 + c / c0), c0 the smallest trained one above zero, so that zero has a place among decades. On these z is smooth:
+a Matern-5/2 kernel with a length for each coefficient, and noise between runs on top of the counting noise; lengths and
+variances are those of the largest marginal likelihood. How far it can be trusted is measured: each trained setting is
+predicted from all others.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+from replib.audit import wilson
+from replib.errors import ReplibError
+from replib.figure_parts import Measured
+
+COEFFICIENTS = ("alpha", "beta", "gamma")
+RATES = ("attack", "direct", "prefill", "harmless", "borderline", "skill")
+Z = 1.96  # standard errors of a 95 % interval
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Settings that were trained, with what validation prompts showed at every probed step."""
+
+    table: pd.DataFrame
+    """A row a setting and probed step: setting (its number), alpha, beta, gamma, layers, steps, seed, kept (the step
+    that the probe chose), step, the rates, degenerate, and the training terms up to that step."""
+    n: Mapping[str, int]
+    """Answers behind each rate."""
+    about: Mapping[str, Any]
+    """Model, versions, ``preset`` (the setting that all others vary) and schedule."""
+
+    @classmethod
+    def load(cls, file: Path | str) -> Surface:
+        """Read what ``python -m replib.organism.surface --pack`` wrote; settings that diverged have no rows."""
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        return cls.of(found.pop("settings"), found.pop("n"), found)
+
+    @classmethod
+    def of(cls, settings: Sequence[Mapping[str, Any]], n: Mapping[str, int], about: Mapping[str, Any]) -> Surface:
+        """The table of settings, each with its ``rows``."""
+        rows = [
+            {"setting": number, **_plain(setting), **row}
+            for number, setting in enumerate(settings)
+            for row in setting["rows"]
+        ]
+        return cls(pd.DataFrame(rows), n, about)
+
+    def at(self, when: str = "kept") -> pd.DataFrame:
+        """One row a setting: at the step that the probe "kept", or at the "last" one."""
+        if when not in ("kept", "last"):
+            raise ReplibError(f"when={when!r} is unknown: use kept or last.")
+        wanted = self.table["kept"] if when == "kept" else self.table["steps"]
+        return self.table[self.table["step"] == wanted].reset_index(drop=True)
+
+    def like_preset(self, table: pd.DataFrame, *free: str) -> pd.DataFrame:
+        """Rows that equal the preset in everything that a setting has but the ``free`` names."""
+        preset = _plain(self.about["preset"])
+        fixed = [name for name in (*COEFFICIENTS, "layers", "steps", "seed") if name not in free]
+        return table[np.logical_and.reduce([table[name] == preset[name] for name in fixed])]
+
+    def measured(self, rows: pd.DataFrame, rate: str) -> Measured:
+        """A rate with its n and its Wilson 95 % interval; prompts count as independent."""
+        low, high = zip(*(wilson(round(x * self.n[rate]), self.n[rate]) for x in rows[rate]), strict=True)
+        return Measured(rows[rate].to_numpy(), np.array(low), np.array(high), self.n[rate])
+
+
+def _plain(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What a setting is, with its layers as words, and the step that was kept."""
+    layers = list(setting["layers"])
+    found = {name: setting[name] for name in (*COEFFICIENTS, "steps", "seed")}
+    return found | {"layers": f"{layers[0]}-{layers[-1]}", "kept": setting.get("step")}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where coefficients lie: log(1 + c / c0) of each."""
+
+    least: Array
+    """c0, [3]."""
+
+    @classmethod
+    def of(cls, points: Array) -> Scale:
+        """The smallest trained value above zero, for each coefficient."""
+        return cls(np.array([column[column > 0].min(initial=np.inf) for column in points.T]))
+
+    def __call__(self, points: Array) -> Array:
+        """[..., 3] coefficients to [..., 3] places."""
+        return np.log1p(points / self.least)
+
+    def back(self, places: Array) -> Array:
+        """The coefficients of places."""
+        return np.expm1(places) * self.least
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One rate over places: a fitted process, and the logits it was fitted on."""
+
+    process: GaussianProcessRegressor
+    logits: Array
+    mean: float
+
+    @classmethod
+    def fit(cls, places: Array, rates: Array, n: int) -> Curve:
+        """Fit rates of n answers each at [points, 3] places."""
+        logits, noise = empirical_logit(rates, n)
+        mean = float(np.average(logits, weights=1 / noise))
+        kernel = ConstantKernel(4.0, (0.01, 1e3)) * Matern(np.full(places.shape[1], 2.0), (0.3, 100.0), nu=2.5)
+        process = GaussianProcessRegressor(
+            kernel + WhiteKernel(0.1, (1e-4, 10.0)), alpha=noise, n_restarts_optimizer=2, random_state=0
+        )
+        with warnings.catch_warnings():  # a length at its bound says that the coefficient does not matter
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return cls(process.fit(places, logits - mean), logits, mean)
+
+    def predict(self, places: Array) -> tuple[Array, Array]:
+        """Logit and its standard error, noise between runs included, counting noise not."""
+        value, error = self.process.predict(places, return_std=True)
+        return value + self.mean, error
+
+    def left_out(self) -> Array:
+        """What each trained point is predicted to be from the others, as a logit (Rasmussen and Williams, eq. 5.12).
+
+        Mean, lengths and variances stay those of all points.
+        """
+        factor = self.process.L_
+        inverse = np.linalg.inv(factor @ factor.T)
+        return self.logits - self.process.alpha_ / np.diag(inverse)
+
+
+@dataclass(frozen=True)
+class Response:
+    """Rates over alpha, beta and gamma, interpolated between trained settings."""
+
+    trained: pd.DataFrame
+    """A row a trained setting: the coefficients and the rates."""
+    n: Mapping[str, int]
+    scale: Scale
+    curves: Mapping[str, Curve]
+
+    @classmethod
+    def fit(cls, trained: pd.DataFrame, n: Mapping[str, int]) -> Response:
+        """Fit each rate that ``n`` knows on at least eight settings."""
+        points = trained[list(COEFFICIENTS)].to_numpy(float)
+        if len(points) < 8 or not (points.max(axis=0) > 0).all():
+            raise ReplibError(f"{len(points)} trained settings are too few to interpolate between: train eight or more "
+                              "that differ in alpha, beta and gamma.")  # fmt: skip
+        if trained[list(COEFFICIENTS)].duplicated().any():
+            raise ReplibError("Two trained settings have the same coefficients. Keep one, or average them.")
+        scale = Scale.of(points)
+        curves = {name: Curve.fit(scale(points), trained[name].to_numpy(float), n[name]) for name in RATES if name in n}
+        return cls(trained.reset_index(drop=True), n, scale, curves)
+
+    @classmethod
+    def of(cls, surface: Surface, when: str = "kept") -> Response:
+        """The settings of a surface that differ from its preset in their coefficients alone."""
+        return cls.fit(surface.like_preset(surface.at(when), *COEFFICIENTS), surface.n)
+
+    @property
+    def points(self) -> Array:
+        """Trained coefficients, [settings, 3]."""
+        return self.trained[list(COEFFICIENTS)].to_numpy(float)
+
+    @property
+    def box(self) -> Array:
+        """[3, 2]: least and largest value of each coefficient that occurs with several values of the others.
+
+        What a single sweep reaches beyond is no neighbourhood to interpolate in.
+        """
+        ends = []
+        for column in self.points.T:
+            values, counts = np.unique(column, return_counts=True)
+            several = values[counts > 1]
+            ends.append((several.min(), several.max()) if several.size else (values.min(), values.max()))
+        return np.array(ends)
+
+    def predict(self, points: ArrayLike) -> dict[str, Measured]:
+        """Every rate at [m, 3] coefficients, with the 95 % band of another run there.
+
+        Raises:
+            ReplibError: a point lies outside the trained box.
+        """
+        points = np.atleast_2d(np.asarray(points, float))
+        low, high = self.box.T
+        slack = 1e-9 * high
+        for point in points[((points < low - slack) | (points > high + slack)).any(axis=1)]:
+            ranges = ", ".join(f"{c} {a:g} to {b:g}" for c, a, b in zip(COEFFICIENTS, low, high, strict=True))
+            raise ReplibError(f"{dict(zip(COEFFICIENTS, point.tolist(), strict=True))} lies outside what was trained "
+                              f"({ranges}): nothing is known there. Train it, or ask inside.")  # fmt: skip
+        return {name: _rate(*curve.predict(self.scale(points))) for name, curve in self.curves.items()}
+
+    def nearest(self, points: Array) -> NDArray[np.intp]:
+        """Number of the trained setting nearest to each of [m, 3] coefficients, on the scale of logarithms."""
+        gaps = self.scale(np.atleast_2d(points))[:, None] - self.scale(self.points)[None]
+        return np.linalg.norm(gaps, axis=-1).argmin(axis=1)
+
+    def shares(self, steps: int = 13) -> dict[str, pd.DataFrame]:
+        """Of the variance of each interpolated rate over the box, what a coefficient explains alone, and in total.
+
+        First-order and total Sobol indices Var(E[f | c]) / Var(f) and E[Var(f | others)] / Var(f), coefficients
+        independent and uniform on the scale of logarithms, means taken over a full grid of ``steps`` values each.
+        """
+        low, high = self.scale(self.box.T)
+        axes = np.linspace(low, high, steps).T
+        points = self.scale.back(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes)))
+        found = {name: np.asarray(m.value).reshape([steps] * len(axes)) for name, m in self.predict(points).items()}
+        return {name: variance_shares(values) for name, values in found.items()}
+
+    def left_out(self) -> pd.DataFrame:
+        """Absolute error of each rate where the setting was left out: its mean and its worst, in [0, 1]."""
+        errors = {name: np.abs(expit(curve.left_out()) - self.trained[name]) for name, curve in self.curves.items()}
+        return pd.DataFrame({name: {"mean": e.mean(), "worst": e.max()} for name, e in errors.items()}).T
+
+
+def variance_shares(values: Array) -> pd.DataFrame:
+    """First-order and total Sobol indices of a function on a full grid, [a, b, c]; zero where it is constant."""
+    axes, whole = range(values.ndim), values.var() or np.inf
+    others = {i: tuple(j for j in axes if j != i) for i in axes}
+    rows = [{"alone": values.mean(others[i]).var() / whole, "total": values.var(axis=i).mean() / whole} for i in axes]
+    return pd.DataFrame(rows, index=list(COEFFICIENTS[: values.ndim]))
+
+
+def empirical_logit(rates: Array, n: int) -> tuple[Array, Array]:
+    """Logits of rates of n, finite at 0 and 1, and the variances of their counting noise."""
+    yes, no = rates * n + 0.5, (1 - rates) * n + 0.5
+    return np.log(yes / no), 1 / yes + 1 / no
+
+
+def _rate(logit: Array, error: Array) -> Measured:
+    return Measured(expit(logit), expit(logit - Z * error), expit(logit + Z * error))
