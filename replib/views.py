@@ -20,6 +20,7 @@ from replib.figure_parts import Measured
 from replib.geometry import LayerProfile, pca
 from replib.lens import LensComparison, LensTrajectory
 from replib.response import COEFFICIENTS, Response, Surface
+from replib.standings import MEASURES, Standings
 from replib.train import TrainResult
 from replib.tuning import Tuning
 
@@ -186,6 +187,14 @@ def pareto_settings(surface: Surface, benign: str = "borderline", when: str = "k
     ]
     both = (surface.measured(rows, rate) for rate in ("attack", benign))
     return coefficient_figures.pareto_front(*both, names=names, title=f"Attack success against {benign} compliance")
+
+
+def pareto_defences(found: Standings, against: str = "benign") -> go.Figure:
+    """The defences: mean attack success against what is left of a rate that ought to stay high."""
+    both = (found.measured(rate) for rate in ("attack", against))
+    title = f"Defences on the test split: attack success against {MEASURES[against]}"
+    figure = coefficient_figures.pareto_front(*both, names=found.titles, title=title, listed=True)
+    return figure.update_xaxes(title_text=MEASURES[against])
 
 
 def variance_shares(response: Response) -> go.Figure:

@@ -125,6 +125,10 @@ CONTENDERS = {
 }
 """By name, in the order of the table."""
 
+CHOSEN = {name: 0 for name, contender in CONTENDERS.items() if contender.grid}
+ORGANISM = {name: CONTENDERS[name].grid[point] for name, point in CHOSEN.items()}
+"""The methods with the values for the organism, as ``replib.rivals.DEFENCES`` has those of the sources."""
+
 
 def for_rivals(data: DefenceData) -> DefenceData:
     """The same rows as RepBend's, with retained answers among the safe ones.
