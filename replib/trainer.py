@@ -119,5 +119,7 @@ def arguments(config: TrainConfig, out: Path, *, cpu: bool = False) -> TrainingA
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    args._n_gpu = min(args.n_gpu, 1)  # of several GPUs in one process the Trainer would give each a share of the micro-batch
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # of several GPUs in one process the Trainer would give each a share of the micro-batch
     return args

@@ -169,7 +169,8 @@ def test_differences_name_each_field_on_both_sides():
 def fresh(folder, **changes):
     config = TrainConfig(steps=1, rank=2, lora_alpha=2, dropout=0.0, perturbation=1e-2, **changes)
     chat = attach(load(folder), config)
-    return TrainResult(chat, *outcome_tables(), 1, {"train": vars(config)})
+    about = {"method": "RepBend", "model": "llama", "objective": {}, "data": {}, "train": vars(config)}
+    return TrainResult(chat, *outcome_tables(), 1, about)
 
 
 def outcome_tables():
