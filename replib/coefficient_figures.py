@@ -26,6 +26,8 @@ class Sweep:
     """What was set, in order: places on the axis, evenly spaced."""
     curves: Mapping[str, Measured]
     """Outcome -> [values]."""
+    linked: bool = field(default=True, kw_only=True)
+    """Whether there is something between two values; names have nothing between them."""
     others: Sequence[Numbers] = field(default=())
     """The first outcome where the other values were kept elsewhere: [values] each, NaN where not trained."""
 
@@ -48,7 +50,8 @@ def sensitivity(panels: Mapping[str, Sweep], *, title: str, note: str = "") -> g
     curves = [curve for sweep in panels.values() for curve in sweep.curves.values()]
     thin = f"thin: {safe(next(iter(next(iter(panels.values())).curves)))} at other settings"
     some = any(len(sweep.others) for sweep in panels.values())
-    parts = [cases(curves), "bands: Wilson 95 %", thin if some else "", note]
+    linked = any(sweep.linked for sweep in panels.values())
+    parts = [cases(curves), f"{'bands' if linked else 'bars'}: Wilson 95 %", thin if some else "", note]
     return dress(figure, title, "; ".join(filter(None, parts)), height=430)
 
 
@@ -63,7 +66,9 @@ def _sweep(sweep: Sweep, *, legend: bool) -> list[go.Scatter]:
                        showlegend=False)
         )  # fmt: skip
     for name, curve, colour, used in styled(sweep.curves.items()):
-        lines = curve_lines(curve, name, colour, dash=DASHES[used % len(DASHES)], axis="setting")
+        lines = curve_lines(curve, name, colour, dash=DASHES[used % len(DASHES)], axis="setting", banded=sweep.linked)
+        if not sweep.linked:
+            lines[0].update(mode="markers", marker_size=9, error_y=whiskers(curve, slice(None), colour))
         traces += [line.update(showlegend=legend and bool(line.showlegend)) for line in lines]
     return traces
 
@@ -96,7 +101,7 @@ def pareto_front(
     if listed:
         figure.update_traces(mode="markers", selector={"mode": "markers+text"})
     left = float(np.nanmin(numbers(benign.value if benign.low is None else benign.low)))
-    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", range=[left - 0.04, 1.05])
+    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", range=[left - 0.04, 1.01 + 0.1 * (1 - left)])
     figure.update_yaxes(title_text="attack success", tickformat=".0%", range=[-0.04, 1.06])
     if listed:
         _list_names(figure, table, names)

@@ -1,9 +1,6 @@
 """Public checkpoints of the defences: what they were made from, how, and where that is described.
 
-All are ordinary ids for ``models.load``; an adapter is downloaded first and loaded onto its base::
-
-    from huggingface_hub import snapshot_download
-    model = load(known.base, adapter=snapshot_download(known.id))
+All are ordinary ids: ``load(known.id)``, or ``load(known.base, adapter=known.id)`` for an adapter.
 """
 
 from __future__ import annotations

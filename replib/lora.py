@@ -23,6 +23,7 @@ def attached_lora(
     dropout: float = 0.0,
     blocks: Collection[int] | None = None,
     modules: Collection[str] | None = None,
+    name: str = "untrained",
 ) -> ChatModel:
     """The model with LoRA on linear layers of some blocks, None: all of them; LoRA-B is zero.
 
@@ -33,6 +34,8 @@ def attached_lora(
         dropout: share of the inputs of A that is zeroed in training.
         blocks: indices of the adapted blocks.
         modules: names of the adapted layers as they end, for example ``["q_proj", "v_proj"]`` or ``["mlp.c_proj"]``.
+
+        name: what results are told about the adapter until it is saved.
 
     Raises:
         ReplibError: the model carries an adapter already, or has no such layers.
@@ -62,7 +65,7 @@ def attached_lora(
         model.tokenizer,
         name=model.name,
         revision=model.revision,
-        adapter="repbend",
+        adapter=name,
         template=model.template,
         anatomy=model.anatomy,
     )

@@ -54,7 +54,7 @@ def load(
 
     Args:
         name: "base", "aligned", "planted", "deep" (the organism), a folder, or a hub id.
-        adapter: folder of a LoRA adapter trained on exactly this model.
+        adapter: folder or hub id of a LoRA adapter trained on exactly this model.
         revision: commit or tag of a hub id; the commit that it stands for is recorded.
         dtype: default float32 on CPU, bfloat16 on an accelerator.
         device: "cpu", "cuda", ...; "auto" spreads a large model over the devices, a dict of parts and devices as you
@@ -83,7 +83,7 @@ def load(
     chat.template = _template(tokenizer, template, str(name))
     watch = watched() if check is None else check
     base = next_logits(chat) if watch and adapter is not None else None
-    chat = chat if adapter is None else attached(chat, Path(adapter))
+    chat = chat if adapter is None else attached(chat, adapter)
     if quantize == "8bit":
         next_logits(chat)  # the first pass of 8-bit weights differs from all later ones
     if watch:
@@ -223,18 +223,23 @@ def _template(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> s
     return None
 
 
-def attached(model: ChatModel, folder: Path) -> ChatModel:
+def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
     """The model with a saved LoRA adapter on top; the weights are shared, and ``adapter_off`` gives the base back.
 
+    Args:
+        model: what the adapter was trained on.
+        adapter: its folder, or its id on the Hugging Face hub.
+
     Raises:
-        ReplibError: no adapter in the folder, or one that was trained on another base.
+        ReplibError: no adapter there, or one that was trained on another base.
     """
     from peft import PeftModel
 
+    folder = _adapter_folder(str(adapter))
     if not (folder / "adapter_config.json").exists():
         raise ReplibError(
             f"{str(folder)!r} holds no adapter_config.json: pass the folder that `replib bend` or "
-            "peft's save_pretrained wrote."
+            "peft's save_pretrained wrote, or a hub id."
         )
     card = folder / "replib.json"
     expected = json.loads(card.read_text()).get("fingerprint") if card.exists() else None
@@ -261,10 +266,26 @@ def attached(model: ChatModel, folder: Path) -> ChatModel:
         model.tokenizer,
         name=model.name,
         revision=model.revision,
-        adapter=str(folder),
+        adapter=str(adapter),
         template=model.template,
         anatomy=model.anatomy,
     )
+
+
+def _adapter_folder(adapter: str) -> Path:
+    """A folder as it is; the folder into which a hub id was downloaded."""
+    if Path(adapter).exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
+        return Path(adapter)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=["adapter_*", "replib.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ReplibError(
+            f"{adapter!r} is no folder here, and the hub gives no adapter of that name: {str(error).splitlines()[0]} "
+            "Check the spelling and the network, or pass a folder."
+        ) from error
 
 
 def merged(model: ChatModel) -> ChatModel:

@@ -6,6 +6,7 @@ A ``Study`` holds the model, its prompts in three disjoint splits, and the judge
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -96,8 +97,9 @@ class Study:
 
     @property
     def name(self) -> str:
-        """The model's name in tables: its folder, and ``+ RepBend`` with an adapter."""
-        return Path(self.settings.model).name + (" + RepBend" if self.model.adapter else "")
+        """The model's name in tables: its folder, and with an adapter what trained it, as ``+ RepBend``."""
+        base, adapter = Path(self.settings.model).name, self.model.adapter
+        return f"{base} + {_method(adapter)}" if adapter else base
 
     def with_model(self, model: ChatModel) -> Study:
         """The same study of another model, for example the bent one."""
@@ -305,6 +307,12 @@ class Study:
 def outcome(task: Task) -> str:
     """What a task counts towards: its kind, or its name where benign requests of one kind are told apart."""
     return task.name if task.kind == "benign" else task.kind
+
+
+def _method(adapter: str) -> str:
+    """What trained an adapter, by the record beside it; its own name where there is none."""
+    record = Path(adapter) / "replib.json"
+    return json.loads(record.read_text(encoding="utf-8"))["method"] if record.exists() else Path(adapter).name
 
 
 def check_world(settings: Settings) -> None:

@@ -100,7 +100,7 @@ def train(
     facts = model.provenance() | versions() | _recipe(objective, config, data, model.n_layers)
     scratch = Path(out) if 0 < config.save_every < config.steps else None
     start = scratch and claimed(scratch, _identity(facts, args.world_size, probe is not None))
-    tuned = attach(model, config, objective.lora(model.n_layers))
+    tuned = attach(model, config, objective.lora(model.n_layers), objective.name)
     keeper = Keeper(tuned, probe, choose or default_choice, config.probe_every, config.patience)
     steps = shared(Steps(lists, objective.draws(config), config, args.world_size))
     trainer = DefenceTrainer(
@@ -165,13 +165,14 @@ def _recipe(objective: Objective, config: TrainConfig, data: Any, depth: int) ->
     }
 
 
-def attach(model: ChatModel, config: TrainConfig, lora: Lora | None = None) -> ChatModel:
+def attach(model: ChatModel, config: TrainConfig, lora: Lora | None = None, name: str = "untrained") -> ChatModel:
     """The model with the LoRA adapter of a configuration, or with all weights in training and a frozen copy.
 
     Args:
         model: an adapter-free model.
         config: shape of the adapter, its first block, dropout and seed.
         lora: where it may be; None is every linear layer of every block.
+        name: what results are told about the adapter until it is saved.
 
     Raises:
         ReplibError: the model carries an adapter already, or no block is left to adapt.
@@ -183,7 +184,7 @@ def attach(model: ChatModel, config: TrainConfig, lora: Lora | None = None) -> C
         tuned = unfrozen(model)
     elif blocks:
         shape: dict[str, Any] = {"rank": config.rank, "alpha": config.lora_alpha, "dropout": config.dropout}
-        tuned = attached_lora(model, **shape, blocks=blocks, modules=lora.modules)
+        tuned = attached_lora(model, **shape, blocks=blocks, modules=lora.modules, name=name)
     else:
         raise ReplibError(
             f"first_block={config.first_block} leaves no block to adapt: {model.name} has {model.n_layers}."

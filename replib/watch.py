@@ -30,7 +30,7 @@ def check_sane(
         overflow = " Weights in float16 overflow where bfloat16 does not." if dtype == "torch.float16" else ""
         raise Diverged(
             f"At step {step} no number came out for {', '.join(bad)} ({_named(found)}): lower the learning rate "
-            f"{config.learning_rate:g} or the weight of {_culprit(bad)}, or set max_distance.{overflow}"
+            f"{config.learning_rate:g} or the weight of {_culprit(found, bad)}, or set max_distance.{overflow}"
         )
     most = config.max_growth
     for name, first in history[0].items() if history and most else ():
@@ -42,9 +42,10 @@ def check_sane(
             )
 
 
-def _culprit(bad: Sequence[str]) -> str:
-    """The first term that is no number; the loss and the norms only follow."""
-    return next((name for name in bad if name != "loss" and not name.endswith("_norm")), "what pushes most")
+def _culprit(found: Mapping[str, float], bad: Sequence[str]) -> str:
+    """The first term that is no number; where only their sum is none, the largest."""
+    terms = [name for name in found if name != "loss" and not name.endswith("_norm")]
+    return next((name for name in terms if name in bad), max(terms, key=lambda name: abs(found[name])))
 
 
 def _named(found: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from replib import views
+from replib import surface_views
 from replib.audit import crossed, crossed_rate, wilson
 from replib.errors import ReplibError
 from replib.models import load
@@ -199,11 +199,11 @@ def test_the_table_has_a_row_a_defence_and_the_figure_a_name():
     assert list(wide.index) == ["NONE", "SFT", "REPBEND"] and wide.seeds.tolist() == [1, 2, 2]
     assert wide["mean attack success"]["NONE"].startswith("75 [") and wide.seconds["SFT"] == 30
     assert {"story", "prefill", "skills", "parameters"} <= set(wide.columns)
-    figure = views.pareto_defences(found)
+    figure = surface_views.pareto_defences(found)
     assert {note.text for note in figure.layout.annotations} == set(found.titles)
     heights = sorted(note.ay for note in figure.layout.annotations)
     assert min(np.diff(heights)) > 0.07 and heights[-1] < figure.layout.yaxis.range[1]
-    assert views.pareto_defences(found, "skill").layout.xaxis.title.text == "skills"
+    assert surface_views.pareto_defences(found, "skill").layout.xaxis.title.text == "skills"
 
 
 def test_without_a_packed_file_it_is_said_what_makes_one(tmp_path):

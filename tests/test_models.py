@@ -148,6 +148,24 @@ def test_provenance_tells_two_adapters_of_one_base_apart(folder, tmp_path):
     assert merged(bent).provenance()["adapter_hash"] == found
 
 
+def test_an_adapter_may_come_from_the_hub(folder, tmp_path, monkeypatch):
+    saved = tiny.save_adapter(tmp_path / "saved", folder)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(saved))
+    model, local = (load(folder, adapter=a) for a in ("somebody/adapter", saved))
+    assert asked == ["somebody/adapter"] and model.adapter == "somebody/adapter"
+    assert torch.equal(*(m.forward(m.encode(PROMPTS)) for m in (model, local)))
+
+
+def test_an_adapter_that_the_hub_does_not_give_is_named(folder, monkeypatch):
+    def refuse(name, **_):
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ReplibError, match="'somebody/adapter' is no folder here, and the hub .*no network Check"):
+        load(folder, adapter="somebody/adapter")
+
+
 def test_quantising_without_the_package_says_what_is_missing(folder, monkeypatch):
     monkeypatch.setattr("replib.models.find_spec", lambda name: None)
     with pytest.raises(ReplibError, match="'4bit' needs the package bitsandbytes: pip install"):
