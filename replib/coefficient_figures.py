@@ -101,7 +101,7 @@ def pareto_front(
     if listed:
         figure.update_traces(mode="markers", selector={"mode": "markers+text"})
     left = float(np.nanmin(numbers(benign.value if benign.low is None else benign.low)))
-    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", range=[left - 0.04, 1.01 + 0.1 * (1 - left)])
+    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", range=[left - 0.04, 1.01 + 0.03 * (1 - left)])
     figure.update_yaxes(title_text="attack success", tickformat=".0%", range=[-0.04, 1.06])
     if listed:
         _list_names(figure, table, names)
@@ -163,7 +163,8 @@ def importance(shares: Mapping[str, pd.DataFrame], *, estimator: str, title: str
         title: what the figure shows.
     """
     need(shares, "importance", "outcomes")
-    figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=[safe(name) for name in shares])
+    titles = [safe(name) + ("" if table.to_numpy().any() else ": does not vary") for name, table in shares.items()]
+    figure = make_subplots(1, len(shares), shared_yaxes=True, subplot_titles=titles)
     for column, table in enumerate(shares.values(), start=1):
         shown = {"alone": (table["alone"], BLUE)}
         if "total" in table:

@@ -49,7 +49,7 @@ def step_curves(surface: Surface) -> go.Figure:
     return coefficient_figures.sensitivity(panels, title="How long is trained", note=note)
 
 
-def pareto_settings(surface: Surface, benign: str = "borderline", when: str = "kept") -> go.Figure:
+def pareto_settings(surface: Surface, benign: str = "harmless", when: str = "last") -> go.Figure:
     """Every trained setting: attack success against a benign rate."""
     rows = surface.at(when)
     names = [
