@@ -16,7 +16,7 @@ from replib.standings import MEASURES, Standings
 from replib.tuning import Tuning
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
-SHOWN = ("attack", "harmless", "borderline")
+SHOWN = ("attack", "prefill", "harmless", "borderline")
 
 
 def coefficient_sweeps(surface: Surface, when: str = "last") -> go.Figure:
