@@ -62,7 +62,7 @@ def test_the_defence_that_is_shown_trains_and_comes_back(tmp_path, monkeypatch):
     exec(choices + defence, names)
     assert names["as_trained"].scope is OFFICIAL and names["mixed"].scope != OFFICIAL
     assert names["again"].provenance()["adapter_hash"] == names["result"].model.provenance()["adapter_hash"]
-    shown = re.search(r"rival\(.*?# (.*)", section)[1]
+    shown = re.search(r"# (sft, .*)", section)[1]
     assert all(name in shown for name in names["DEFENCES"] if name != "whp_retain")
 
 
