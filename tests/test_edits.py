@@ -1,17 +1,14 @@
-"""Edits: algebra, where they act, and that nothing of them is left."""
+"""Edits at work: where they act, whose they are, and that nothing of them is left, however the model is run."""
 
 import pytest
 import tiny
 import torch
-from steered import next_input, random_edit
-from test_gates import halves
+from steered import PROMPTS, halves, next_input, random_edit
 
 from replib.activations import capture, capture_sites
 from replib.edits import AffineEdit, Gate, applied, bound
 from replib.errors import ReplibError
 from replib.models import load
-
-PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +65,7 @@ def test_last_prompt_edits_that_token_alone(model):
         "last_prompt": torch.zeros_like(batch.prompt_mask).scatter(1, batch.last_prompt[:, None], True),
         "all_prompt": batch.prompt_mask,
         "response": batch.response_mask,
+        "decode": torch.zeros_like(batch.response_mask),  # answers that are given are not written
         "all": torch.ones_like(batch.prompt_mask),
     }.items():
         with applied(model, {0: AffineEdit.shift(torch.ones(16))}, positions=positions):
@@ -79,7 +77,7 @@ def test_last_prompt_edits_that_token_alone(model):
 def test_generated_tokens_are_edited_only_where_asked(model):
     """Decoding steps see one token at a time; 'last_prompt' must not match each of them."""
     counts, nothing = {}, Counting(torch.zeros(16, 0), torch.zeros(16, 0), torch.zeros(16))
-    for positions in ("last_prompt", "all_prompt", "response", "all"):
+    for positions in ("last_prompt", "all_prompt", "response", "decode", "all"):
         Counting.seen = []
         with applied(model, {1: nothing}, positions=positions):
             model.generate(["w1 w2", "w3 w4"], max_new_tokens=4)
@@ -87,6 +85,7 @@ def test_generated_tokens_are_edited_only_where_asked(model):
     assert counts["last_prompt"] == [2]
     assert counts["all_prompt"] == [2 * 5]
     assert set(counts["response"]) == {2} and len(counts["response"]) == 3
+    assert counts["decode"] == counts["response"]
     assert counts["all"] == [2 * 5, 2, 2, 2]
 
 

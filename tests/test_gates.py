@@ -5,25 +5,15 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from steered import next_input, random_edit
+from steered import PROMPTS, halves, next_input, random_edit
 
-from replib.activations import capture
 from replib.edits import AffineEdit, Gate, applied
 from replib.models import load
-
-PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return load(tiny.save_model(tmp_path_factory.mktemp("llama")))
-
-
-def halves(model, layer=0):
-    """A gate that parts PROMPTS, the third from the others, by the stream after a block."""
-    x = capture(model, PROMPTS, layers=[layer])[layer]
-    w = x[2] - x[:2].mean(0)
-    return Gate(w, float((x[2] @ w + (x[:2] @ w).max()) / 2), layer)
 
 
 @torch.no_grad()
