@@ -187,7 +187,13 @@ def _together(verb: str, one: AffineEdit, other: Edit) -> tuple[AffineEdit, Affi
             f"Edits of two places cannot be {verb}: {one.origin}, and {other.origin}. Give `applied` both, each under "
             "its own key, or free them with .bound(None)."
         )
-    return one, other, one.origin or other.origin
+    wider = torch.promote_types(one.u.dtype, other.u.dtype)
+    return _typed(one, wider), _typed(other, wider), one.origin or other.origin
+
+
+def _typed(edit: AffineEdit, dtype: torch.dtype) -> AffineEdit:
+    s = None if edit.s is None else edit.s.to(dtype)
+    return replace(edit, u=edit.u.to(dtype), v=edit.v.to(dtype), c=edit.c.to(dtype), s=s)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ PER = ("prompt", "token")
 class Gate:
     """Open where ``w^T x > threshold``, x being the stream at a site; edits act only there.
 
-    As in conditional steering (CAST, arXiv 2409.05907, section 3), whose condition is read once, from the prompt,
+    As in conditional steering (CAST, arXiv 2409.05907), whose condition is read once, from the prompt,
     while behaviour is steered at later blocks. Ours is linear in x, not a cosine, so that LDA gives its best form.
     """
 

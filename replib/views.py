@@ -19,6 +19,7 @@ from replib.errors import ReplibError
 from replib.figure_parts import Measured
 from replib.geometry import LayerProfile, pca
 from replib.lens import LensComparison, LensTrajectory
+from replib.methods import METHODS
 from replib.response import COEFFICIENTS, Response, Surface
 from replib.train import TrainResult
 from replib.tuning import Tuning
@@ -26,7 +27,6 @@ from replib.tuning import Tuning
 LABELS = ("harmful", "harmless")
 PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
-METHOD_NAMES = {"pca_ot": "PCA-OT", "rfa": "RFA", "actadd": "ActAdd", "act": "Linear-AcT"}
 Pair = tuple[Activations, Activations]  # harmful, harmless
 
 
@@ -281,7 +281,7 @@ def audit(table: pd.DataFrame) -> go.Figure:
 
 def edit_name(method: str, positions: str) -> str:
     """How a method and its edited positions are called in figures."""
-    return f"{METHOD_NAMES[method]}, {positions.replace('_', ' ')}"
+    return f"{METHODS[method].title}, {positions.replace('_', ' ')}"
 
 
 def tradeoff(best: pd.DataFrame, title: str) -> go.Figure:

@@ -45,6 +45,14 @@ def test_a_chain_of_edits_is_one_edit():
             torch.testing.assert_close((then @ first)(x), then(first(x)), atol=1e-3, rtol=1e-3)
 
 
+def test_a_map_in_float64_is_combined_with_one_in_float32():
+    a, b, x = random_edit(1), random_edit(2, diagonal=True), torch.randn(4, 16)
+    finer = AffineEdit(*(t.double() for t in (b.u, b.v, b.c, b.s)))
+    for found, expected in [(a + finer, a + b), (finer @ a, b @ a), (a @ finer, a @ b)]:
+        assert found.u.dtype == found.c.dtype == torch.float64
+        torch.testing.assert_close(found(x), expected(x), atol=1e-3, rtol=1e-3)
+
+
 def test_edits_make_a_vector_space_and_their_chains_are_associative():
     a, b, c = (random_edit(i, r=i) for i in (1, 2, 3))
     x = 0.1 * torch.randn(4, 16)
