@@ -108,7 +108,8 @@ def select_direction(
     """
     filters = filters or Filters()
     top = int(filters.depth * model.n_layers)
-    kept = {key: r for key, r in candidates.items() if key[0] < top and r.norm() > 0}
+    least = 1e-6 * max(r.norm() for r in candidates.values())  # one template's tokens are embedded alike: no direction
+    kept = {key: r for key, r in candidates.items() if key[0] < top and r.norm() > least}
     if not kept:
         raise ReplibError(f"No candidate direction lies below block {top}, or all have length zero: give others.")
     trial = _Trial(model, tokens, *val, first_logits(model, val[1]))
@@ -128,7 +129,7 @@ class _Trial:
     base: Float[Tensor, "prompts vocab"]
     """First-token logits of the unedited model on the harmless prompts."""
 
-    def scores(self, r: Float[Tensor, " d"], key: tuple[int, int]) -> dict[str, float]:
+    def scores(self, r: Float[Tensor, " d"], key: tuple[int, int]) -> dict[str, float | int]:
         """Bypass, induce and KL of one direction."""
         with applied(self.model, everywhere(AffineEdit.ablation(r), self.model.n_layers), positions="all"):
             bypass = self.tokens.scores(first_logits(self.model, self.harmful)).mean().item()
@@ -187,8 +188,8 @@ def steering_plane(candidates: Float[Tensor, "n d"]) -> Float[Tensor, "d 2"]:
     """Orthonormal ``b1, b2``: the candidate of greatest mean cosine with all, and their first principal axis."""
     unit = torch.nn.functional.normalize(candidates, dim=-1)
     first = unit[(unit @ unit.mT).mean(1).argmax()]
-    axis = torch.linalg.svd(candidates - candidates.mean(0), full_matrices=False)[2][0]
-    second = axis - (axis @ first) * first
-    if not (second.norm() > 1e-6 and first.norm() > 0):
+    _, spread, axes = torch.linalg.svd(candidates - candidates.mean(0), full_matrices=False)
+    second = axes[0] - (axes[0] @ first) * first
+    if not (spread[0] > 1e-6 * candidates.norm() and second.norm() > 1e-6):
         raise ReplibError("The directions of all layers are one: they span no plane to turn in. Ablate that one.")
     return torch.stack([first, second / second.norm()], 1).float()

@@ -40,14 +40,13 @@ def by_hand(model, r, layer):
     remove = lambda x: x - (x @ unit)[..., None] * unit  # noqa: E731
     plain = [single(model, p) for p in HARMLESS]
     undo = []
-    for i, block in enumerate(model.blocks):
+    for block in model.blocks:
         undo += [wrap(block, before=remove), wrap(block.self_attn, after=remove), wrap(block.mlp, after=remove)]
     bypass = torch.stack([score(single(model, p)) for p in HARMFUL]).mean()
     edited = [single(model, p) for p in HARMLESS]
     [back() for back in undo]
-    kl = sum((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum() for p, q in zip(plain, edited)) / len(
-        plain
-    )
+    logs = [(p.log_softmax(-1), q.log_softmax(-1)) for p, q in zip(plain, edited, strict=True)]
+    kl = torch.stack([(p.exp() * (p - q)).sum() for p, q in logs]).mean()
     back = wrap(model.blocks[layer], before=lambda x: x + r)
     induce = torch.stack([score(single(model, p)) for p in HARMLESS]).mean()
     back()
@@ -81,7 +80,7 @@ def wrap(module, *, before=lambda x: x, after=lambda x: x):
 def test_scores_are_those_of_the_source_said_again(model, gaps):
     before = first_logits(model, HARMLESS)
     chosen = select_direction(model, gaps, (HARMFUL, HARMLESS), TOKENS, filters=OPEN)
-    assert len(chosen.table) == 6 and chosen.passed
+    assert set(chosen.table.layer) == {1, 2} and chosen.passed  # template tokens are embedded alike: none at block 0
     for row in chosen.table.to_dict("records")[::2]:
         expected = by_hand(model, gaps[row["layer"], row["position"]], row["layer"])
         assert {k: row[k] for k in expected} == pytest.approx(expected, abs=2e-4, rel=1e-3)
@@ -105,12 +104,11 @@ def test_filters_are_applied_as_in_the_source():
 
 
 def test_where_all_are_filtered_the_best_is_returned_and_said(model, gaps):
-    with pytest.warns(UserWarning, match="None of 4 directions .* is a finding"):
+    with pytest.warns(UserWarning, match="None of 2 directions .* is a finding"):
         chosen = select_direction(model, gaps, (HARMFUL, HARMLESS), TOKENS, filters=Filters(kl=-1.0))
-    assert not chosen.passed and set(chosen.table.layer) == {0, 1}  # int(0.8 * 3) blocks from below
-    assert (
-        chosen.table.bypass.min() == chosen.table.set_index(["layer", "position"]).bypass[chosen.layer, chosen.position]
-    )
+    assert not chosen.passed and set(chosen.table.layer) == {1}  # int(0.8 * 3) blocks from below
+    bypass = chosen.table.set_index(["layer", "position"]).bypass
+    assert bypass.min() == bypass[chosen.layer, chosen.position]
 
 
 def test_no_candidate_is_left(model, gaps):

@@ -80,11 +80,14 @@ def test_first_logits_do_not_depend_on_the_batch(model):
 
 
 def test_only_refused_harmful_and_answered_harmless_prompts_survive(model):
-    scores = {i: tokens(i).scores(first_logits(model, HARMFUL + HARMLESS)) for i in range(6, 46)}
-    one = next(i for i, s in scores.items() if 2 <= (s[:10] > 0).sum() < 10 and (s[10:] < 0).sum() >= 2)
-    kept = survivors(model, HARMFUL, HARMLESS, tokens(one))
-    assert [p in kept.harmful for p in HARMFUL] == (scores[one][:10] > 0).tolist()
-    assert [p in kept.harmless for p in HARMLESS] == (scores[one][10:] < 0).tolist()
+    p = first_logits(model, HARMFUL + HARMLESS).softmax(-1).mean(0)
+    order = p.argsort()
+    half = tokens(*order[p[order].cumsum(0) < 0.5].tolist())  # about half of the probability: some above, some below
+    scores = half.scores(first_logits(model, HARMFUL + HARMLESS))
+    kept = survivors(model, HARMFUL, HARMLESS, half)
+    assert 1 < len(kept.harmful) < 10 and 1 < len(kept.harmless) < 10
+    assert [p in kept.harmful for p in HARMFUL] == (scores[:10] > 0).tolist()
+    assert [p in kept.harmless for p in HARMLESS] == (scores[10:] < 0).tolist()
     assert kept.asked == (10, 10) and str(kept).startswith(f"{len(kept.harmful)} of 10 harmful prompts are refused")
 
 
