@@ -27,6 +27,7 @@ __all__ = [
     "SupportedEdit",
     "applied",
     "bound",
+    "place",
 ]
 POSITIONS = ("last_prompt", "all_prompt", "response", "decode", "all")
 Edits = Mapping[int, Edit] | Mapping[tuple[str, int], Edit]
@@ -76,8 +77,13 @@ def applied(
 
 def bound(model: ChatModel, edits: Mapping[Key, Edit]) -> dict[Key, Edit]:
     """The same edits, each for its own place in this very model: ``applied`` refuses them anywhere else."""
-    name = _identity(model)
+    name = _identity(model)  # once, as an adapter is read whole
     return {key: edit.bound(Origin(name, *key)) for key, edit in edits.items()}
+
+
+def place(model: ChatModel, site: str, layer: int) -> Origin:
+    """A site of a block of this very model, adapter included: what an edit or a gate can be ``bound`` to."""
+    return Origin(_identity(model), site, layer)
 
 
 def _identity(model: ChatModel) -> str:

@@ -56,7 +56,7 @@ class AblationData:
         return {"fit": fit, "scored": content_hash([*self.scored]), "neutral": content_hash([*self.neutral])}
 
 
-def fit_edits(  # noqa: PLR0913
+def fit_edits(
     model: ChatModel,
     method: str | Method,
     data: AblationData,

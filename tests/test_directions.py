@@ -7,10 +7,12 @@ import torch
 
 from replib.activations import capture
 from replib.directions import Direction, Filters, angular_edits, mean_gaps, select_direction, steering_plane
-from replib.edits import AffineEdit, applied
+from replib.edits import AffineEdit, Gate, applied
 from replib.errors import ReplibError
+from replib.methods import fit_edit
 from replib.models import load
-from replib.refusals import RefusalTokens, first_logits
+from replib.refusals import RefusalTokens, first_logits, survivors
+from replib.study import Study
 
 HARMFUL, HARMLESS = [f"w{i} w{i + 1}" for i in range(12)], [f"w{i} w{2 * i % 40} w3" for i in range(20, 30)]
 TOKENS = RefusalTokens((7, 9, 11), ("w1", "w3", "w5"), 1.0, 0.0, 1, 1)
@@ -157,3 +159,29 @@ def test_what_enters_each_sublayer_is_turned(model):
     turned = edits["mlp_in", 1](torch.randn(100, 16))
     assert (turned @ b1 <= 1e-5).all()
     assert not torch.allclose(edited, before) and torch.equal(first_logits(model, HARMFUL), before)
+
+
+# --------------------------------------------------------------------------------------------- where the truth is known
+@pytest.mark.slow
+def test_refusal_planted_in_blocks_5_and_6_is_found_above_them(tmp_path):
+    """The whole path on the organism: tokens, filter, candidates, choice, and edits of both kinds."""
+    study = Study.open(model="planted", out=tmp_path)
+    model = study.model
+    fit, val = ([[p.text for p in getattr(x, s)[:24]] for x in (study.harmful, study.harmless)] for s in ("fit", "val"))
+    tokens = RefusalTokens.find(model, *val)
+    assert tokens.coverage > 0.9 and tokens.overlap < 0.1
+    kept = survivors(model, *fit, tokens)
+    chosen = select_direction(
+        model, mean_gaps(model, kept.harmful, kept.harmless, range(5, 9)), (val[0][:8], val[1][:8]), tokens
+    )
+    assert chosen.passed and chosen.layer >= 6  # the input of block 6 is the output of block 5
+    with applied(model, chosen.ablation(model), positions="all"):
+        assert tokens.scores(first_logits(model, val[0])).max() < 0
+    with applied(model, chosen.addition(model, 1.0), positions="all"):
+        assert tokens.scores(first_logits(model, val[1])).median() > 0
+    x, y = (capture(model, p, layers=[6])[6] for p in fit)
+    edit, gate = fit_edit("pca_ot", x, y, 6), Gate.fit(x, y, 6)
+    plain = first_logits(model, val[1])
+    with applied(model, edit, gate=gate):  # only what looks harmful is moved
+        assert tokens.scores(first_logits(model, val[0])).median() < 0
+        assert torch.equal(first_logits(model, val[1]), plain)

@@ -7,7 +7,8 @@ import tiny
 import torch
 from steered import PROMPTS, halves, next_input, random_edit
 
-from replib.edits import AffineEdit, Gate, applied
+from replib.edits import AffineEdit, Gate, applied, place
+from replib.errors import ReplibError
 from replib.models import load
 
 
@@ -73,3 +74,20 @@ def test_a_gate_needs_no_more_coordinates_than_samples_span():
     spread = rows.T @ rows / 11
     dense = torch.linalg.solve(spread + spread.trace() / 40 * torch.eye(40).double(), x.mean(0) - y.mean(0))
     torch.testing.assert_close(Gate.fit(x, y, 0).w.double(), dense * spread.trace() / 40, atol=1e-5, rtol=1e-4)
+
+
+def test_a_gate_is_refused_by_another_model_or_layer(model):
+    edit, gate = {2: random_edit()}, Gate(torch.ones(16), 0.0, 1).bound(place(model, "resid_post", 1))
+    with applied(model, edit, gate=gate):
+        pass
+    lower, foreign = replace(gate, layer=0), gate.bound(replace(gate.origin, model="another"))
+    for wrong in (lower, foreign):
+        with pytest.raises(ReplibError, match="resid_post of block 1 .* not for"), applied(model, edit, gate=wrong):
+            pass
+
+
+def test_bad_gates_are_named():
+    with pytest.raises(ReplibError, match="Unknown gate per='row'"):
+        Gate(torch.ones(16), 0.0, 1, per="row")
+    with pytest.raises(ReplibError, match="one mean"):
+        Gate.fit(torch.ones(3, 4), torch.ones(3, 4), 0)
