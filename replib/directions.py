@@ -108,7 +108,8 @@ def select_direction(
     """
     filters = filters or Filters()
     top = int(filters.depth * model.n_layers)
-    least = 1e-6 * max(r.norm() for r in candidates.values())  # one template's tokens are embedded alike: no direction
+    # Tokens of one template are embedded alike: no direction, but for rounding.
+    least = 1e-6 * max((float(r.norm()) for r in candidates.values()), default=0.0)
     kept = {key: r for key, r in candidates.items() if key[0] < top and r.norm() > least}
     if not kept:
         raise ReplibError(f"No candidate direction lies below block {top}, or all have length zero: give others.")

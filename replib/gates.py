@@ -92,8 +92,8 @@ class Phase:
         if batch is None:
             if self.needed:
                 raise ReplibError(
-                    "Only positions='all' without a gate by prompt does not need to know where the prompt ends: call "
-                    "model.forward or model.generate (not model.model), or use that."
+                    "Edits need to know where the prompt ends: call model.forward or model.generate (not model.model). "
+                    "Only positions='all', without a gate or with one per token, does without."
                 )
             return False
         if tokens == batch.input_ids.shape[1] and self.met != self.model.readings:
