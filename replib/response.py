@@ -31,6 +31,7 @@ from replib.figure_parts import Measured
 
 COEFFICIENTS = ("alpha", "beta", "gamma")
 RATES = ("attack", "direct", "prefill", "harmless", "borderline", "skill")
+STILL = 0.005  # a rate that moves by less does not vary: no n here tells it from rounding
 Z = 1.96  # standard errors of a 95 % interval
 Array = NDArray[np.float64]
 
@@ -231,8 +232,8 @@ class Response:
 
 
 def variance_shares(values: Array) -> pd.DataFrame:
-    """First-order and total Sobol indices of a function on a full grid, [a, b, c]; zero where it is constant."""
-    axes, whole = range(values.ndim), values.var() or np.inf
+    """First-order and total Sobol indices of a rate on a grid, [a, b, c]; zero where it moves by less than STILL."""
+    axes, whole = range(values.ndim), values.var() if np.ptp(values) > STILL else np.inf
     others = {i: tuple(j for j in axes if j != i) for i in axes}
     rows = [{"alone": values.mean(others[i]).var() / whole, "total": values.var(axis=i).mean() / whole} for i in axes]
     return pd.DataFrame(rows, index=list(COEFFICIENTS[: values.ndim]))
