@@ -1,8 +1,6 @@
-"""Fit edits that ablate refusal, and sweep them over layers: Gaussian transport beside the one-direction baselines.
+"""Sweeps of edits over layers: Gaussian transport beside the one-direction baselines, each scored the same way.
 
-Sources: PCA-OT (arXiv 2603.04355), RFA and ActAdd (arXiv 2406.11717), Linear-AcT (arXiv 2410.23054). The full text of
-the first was not available to us: K, the edited positions and the rule that selects layers are switches here, not its
-choices.
+The methods themselves are in ``methods``, what is asked of a direction before it is trusted in ``directions``.
 """
 
 from __future__ import annotations
@@ -10,8 +8,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -26,118 +22,21 @@ from replib.activations import Activations, capture, versions
 from replib.audit import rates
 from replib.bend import kl_divergence
 from replib.chat import ChatModel
-from replib.edits import AffineEdit, applied
-from replib.errors import ReplibError
+from replib.edits import applied
+from replib.fitting import AblationData, fit_edits
 from replib.judges import Judge
+from replib.methods import SiteEdits, fit_edit, method_of
+from replib.positions import Position
 from replib.prefix import Prefix
 from replib.progress import progress
-from replib.prompts import Prompt, content_hash
 from replib.reader import check_layers
 from replib.store import Rows, key_of
-from replib.transport import GaussianMap
 
 log = logging.getLogger(__name__)
+__all__ = ["AblationData", "Cell", "Sweeper", "best_of", "fit_edit", "fit_edits", "onset", "sweep_layers"]
 KS = (1, 2, 4, 8, 16)
-METHODS = ("pca_ot", "rfa", "actadd", "act")
-SiteEdits = dict[tuple[str, int], AffineEdit]
 
 
-@dataclass(frozen=True)
-class AblationData:
-    """Prompts that fit an edit, and others that score it."""
-
-    harmful: Sequence[str]
-    """Source of the transport: fit split."""
-    harmless: Sequence[str]
-    """Its target: fit split."""
-    scored: Sequence[Prompt]
-    """Harmful prompts on which attack success is counted: val to choose, test to report."""
-    neutral: Sequence[str]
-    """Harmless prompts on which the first-token KL to the unedited model is measured."""
-
-    def __post_init__(self) -> None:
-        for name in ("harmful", "harmless", "scored", "neutral"):
-            if not getattr(self, name):
-                raise ReplibError(f"No {name} prompts: an ablation needs both classes to fit and prompts to score.")
-        if shared := {p.text for p in self.scored} & set(self.harmful):
-            raise ReplibError(
-                f"{len(shared)} scored prompts were used to fit, for example {min(shared)!r}: split them."
-            )
-
-    def hashes(self) -> dict[str, str]:
-        """What identifies the four lists in a table."""
-        fit = content_hash([*self.harmful, "|", *self.harmless])
-        return {"fit": fit, "scored": content_hash([*self.scored]), "neutral": content_hash([*self.neutral])}
-
-
-# --------------------------------------------------------------------------------------------- one edit
-def fit_edit(
-    method: str,
-    harmful: Float[Tensor, "n d"],
-    harmless: Float[Tensor, "m d"],
-    layer: int,
-    *,
-    k: int = 2,
-    depth: int = 0,
-) -> SiteEdits:
-    """The edit of one method, fitted on activations of one block's output.
-
-    ``pca_ot``: Gaussian transport in K principal components, complement kept. ``actadd``: shift by the difference in
-    means (minus the refusal direction, not normalised). ``act``: a line per coordinate through the sorted samples,
-    without the support gate of the original. ``rfa``: the difference-in-means direction is removed from
-    what enters every block and from what its attention and feed-forward write (``depth`` blocks).
-
-    Raises:
-        ReplibError: unknown method, too few prompts for K, widths that differ, non-finite values.
-    """
-    if method == "pca_ot":
-        u, v, c = GaussianMap.fit(harmful, harmless, k=k).factors()
-        return {("resid_post", layer): AffineEdit(u, v, c)}
-    gap = (harmless.double().mean(0) - harmful.double().mean(0)).float()
-    if method == "actadd":
-        return {("resid_post", layer): AffineEdit.shift(gap)}
-    if method == "act":
-        return {("resid_post", layer): linear_act(harmful, harmless)}
-    if method == "rfa":
-        edit = AffineEdit.ablation(gap)
-        return {(site, i): edit for i in range(depth) for site in ("resid_pre", "attn_out", "mlp_out")}
-    raise ReplibError(f"Unknown method {method!r}: use one of {', '.join(METHODS)}.")
-
-
-def linear_act(source: Float[Tensor, "n d"], target: Float[Tensor, "m d"]) -> AffineEdit:
-    """Linear-AcT (arXiv 2410.23054): gain and bias by least squares between sorted samples, one coordinate at a time.
-
-    Unequal sample sizes are met on the quantiles of the smaller one; a constant coordinate is only shifted.
-    """
-    n = min(len(source), len(target))
-    q = torch.linspace(0, 1, n, dtype=torch.float64)
-    a, b = (torch.quantile(x.double(), q, dim=0) for x in (source, target))
-    da, db = a - a.mean(0), b - b.mean(0)
-    variance = da.square().sum(0)
-    gain = torch.where(variance > 1e-12, (da * db).sum(0) / variance.clamp(min=1e-12), torch.ones_like(variance))
-    return AffineEdit.diagonal((gain - 1).float(), (b.mean(0) - gain * a.mean(0)).float())
-
-
-def fit_edits(
-    model: ChatModel,
-    method: str,
-    data: AblationData,
-    layers: Sequence[int],
-    *,
-    k: int = 2,
-    positions: str = "last_prompt",
-) -> SiteEdits:
-    """Edits at several blocks, each fitted with the earlier ones active: it meets what it will be applied to."""
-    edits: SiteEdits = {}
-    for layer in sorted(check_layers(model, layers)):
-        with applied(model, edits, positions=positions) if edits else nullcontext():
-            harmful = capture(model, data.harmful, layers=[layer])[layer]
-            harmless = capture(model, data.harmless, layers=[layer])[layer]
-        edits |= fit_edit(method, harmful, harmless, layer, k=k, depth=model.n_layers)
-    return edits
-
-
-# --------------------------------------------------------------------------------------------- sweeps
 class Cell(NamedTuple):
     """One edit of a sweep: how it is fitted and where it acts."""
 
@@ -168,16 +67,19 @@ class Sweeper:
         self.model, self.data, self.judge = model, data, judge
         self.length, self.batch_size = max_new_tokens, batch_size
         self.rows = Rows(store)
+        self._fitted: dict[tuple[Position, str], tuple[Activations, Activations]] = {}
         self.about = {"model": name or model.name, "judge": judge.name} | data.hashes()
         self.identity = model.provenance() | versions() | {"max_new_tokens": max_new_tokens}
 
-    @cached_property
-    def fitted(self) -> tuple[Activations, Activations]:
-        """Harmful and harmless activations at every block, read once."""
-        harmful, harmless = (
-            capture(self.model, x, batch_size=self.batch_size) for x in (self.data.harmful, self.data.harmless)
-        )
-        return harmful, harmless
+    def fitted(self, read: Position = "last_prompt", site: str = "resid_post") -> tuple[Activations, Activations]:
+        """Harmful and harmless activations at every block, read once a position and site."""
+        if (read, site) not in self._fitted:
+            harmful, harmless = (
+                capture(self.model, x, site=site, positions=read, batch_size=self.batch_size)
+                for x in (self.data.harmful, self.data.harmless)
+            )
+            self._fitted[read, site] = harmful, harmless
+        return self._fitted[read, site]
 
     @cached_property
     def reference(self) -> Float[Tensor, "prompts vocab"]:
@@ -190,13 +92,15 @@ class Sweeper:
         *,
         ks: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
-        positions: str = "last_prompt",
+        positions: str | None = None,
     ) -> pd.DataFrame:
         """One edit at one block at a time, for every block and every K; see ``sweep_layers``.
 
-        Without ``ks``, those of 1, 2, 4, 8 and 16 that the fit prompts are enough for.
+        Without ``ks``, those of 1, 2, 4, 8 and 16 that the fit prompts are enough for; without ``positions``, the
+        choice of the method's source.
         """
-        if method != "pca_ot":
+        positions = positions or method_of(method).positions
+        if not method_of(method).ranked:
             ks = [0]
         elif ks is None:
             ks = self._possible()
@@ -233,7 +137,7 @@ class Sweeper:
         counts = [rates(self.judge(self.data.scored, answers[i * n : (i + 1) * n])) for i in range(len(cells))]
         kls = [kl_divergence(self.reference, edited, 1.0).item() for edited in logits]
         return [
-            self._facts(cell) | count | {"kl": kl, "n_kl": len(self.data.neutral)}
+            self._facts(cell) | count | {"kl": kl, "n_kl": len(self.data.neutral)} | self.data.counts()
             for cell, count, kl in zip(cells, counts, kls, strict=True)
         ]
 
@@ -275,8 +179,9 @@ class Sweeper:
             warnings.simplefilter("ignore", UserWarning)  # a small K that misses the mean gap is a row of the sweep
             if len(cell.layers) > 1:
                 return fit_edits(self.model, cell.method, self.data, cell.layers, k=k, positions=cell.positions)
-            harmful, harmless = (x[layer] for x in self.fitted)
-            return fit_edit(cell.method, harmful, harmless, layer, k=k, depth=self.model.n_layers)
+            method = method_of(cell.method)
+            harmful, harmless = (x[layer] for x in self.fitted(method.read, method.site))
+            return fit_edit(method, harmful, harmless, layer, k=k, depth=self.model.n_layers)
 
     def _facts(self, cell: Cell) -> dict:
         return self.about | cell._asdict() | {"layers": list(cell.layers), "layer": cell.layers[0]}
@@ -318,7 +223,8 @@ def sweep_layers(
     Options are those of ``Sweeper.layers``: ``ks``, ``layers``, ``positions``.
 
     Returns:
-        One row a cell: model, method, layers, k, positions, n, attack success (``compliance``) with its Wilson 95 %
-        interval, refusal and degenerate shares, and ``kl`` (nats, first answer token, harmless prompts).
+        One row a cell: model, method, layers, k, positions, prompts a class that fitted it, n, attack success
+        (``compliance``) with its Wilson 95 % interval, refusal and degenerate shares, and ``kl`` (nats, first answer
+        token, harmless prompts).
     """
     return Sweeper(model, data, judge).layers(method, **options)

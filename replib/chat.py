@@ -41,6 +41,7 @@ class ChatModel:
         self.merged: str = about.get("merged", "")  # hash of an adapter that was added into the weights
         self.template: str | None = about.get("template", tokenizer.chat_template)
         self.reading: Batch | None = None  # the batch in the forward pass: tells edits where the prompt ends
+        self.readings = 0  # batches read so far: tells a prompt of one token from an answer's token
         self.as_base = False  # whether the adapter is switched off at this moment
         self.frozen: ChatModel | None = None  # a copy from before training, where all weights are trained
         self.rebind(about.get("anatomy"))
@@ -158,6 +159,7 @@ class ChatModel:
     def reading_batch(self, batch: Batch) -> Iterator[None]:
         """Make ``batch`` known to hooks while it is in the forward pass."""
         before, self.reading = self.reading, batch
+        self.readings += 1
         try:
             yield
         finally:

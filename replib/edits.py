@@ -1,90 +1,47 @@
-"""Every affine edit of the residual stream, ``x -> x + u (v^T x) + c``, applied inside a context and exactly undone.
-
-Mean shifts, directional ablation, activation transport and Gaussian optimal transport are all of this form. There is
-deliberately no way to fold an edit into weights.
-"""
+"""Edits applied inside a context and exactly undone: which tokens they meet, and whose edits they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from replib.affine import AffineEdit, Edit, Origin, Rotation, SupportedEdit
 from replib.chat import ChatModel
 from replib.errors import ReplibError
+from replib.gates import Gate, Phase, Watch
 from replib.reader import check_layers
-from replib.sites import Hook, check_site, hooked
+from replib.sites import SITES, Hook, check_site, hooked
 
-POSITIONS = ("last_prompt", "prompt", "response", "all")
-Edits = Mapping[int, "AffineEdit"] | Mapping[tuple[str, int], "AffineEdit"]
-
-
-@dataclass(frozen=True)
-class AffineEdit:
-    """x -> x + u (v^T x) + s * x + c, of rank r in d dimensions; computed in float32, returned in the type of x."""
-
-    u: Float[Tensor, "d r"]
-    v: Float[Tensor, "d r"]
-    c: Float[Tensor, " d"]
-    s: Float[Tensor, " d"] | None = None
-    """Gain per coordinate minus one, for edits that treat coordinates apart."""
-
-    def displacement(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """How far x is moved, in float32."""
-        x, edit = x.float(), self.to(x.device)
-        moved = (x @ edit.v) @ edit.u.T + edit.c
-        return moved if edit.s is None else moved + edit.s * x
-
-    def to(self, device: torch.device) -> AffineEdit:
-        """The same edit in float32 on another device."""
-        u, v, c = (t.to(device, torch.float32) for t in (self.u, self.v, self.c))
-        return AffineEdit(u, v, c, None if self.s is None else self.s.to(device, torch.float32))
-
-    def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """The edited x."""
-        return (x.float() + self.displacement(x)).to(x.dtype)
-
-    def __mul__(self, strength: float) -> AffineEdit:
-        """The displacement scaled: 0 edits nothing, 1 is the edit itself."""
-        s = None if self.s is None else self.s * strength
-        return AffineEdit(self.u * strength, self.v, self.c * strength, s)
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> AffineEdit:
-        """The opposite displacement."""
-        return self * -1.0
-
-    def __add__(self, other: AffineEdit) -> AffineEdit:
-        """Both displacements of the same x, summed."""
-        gains = [s for s in (self.s, other.s) if s is not None]
-        u, v = torch.cat([self.u, other.u], 1), torch.cat([self.v, other.v], 1)
-        return AffineEdit(u, v, self.c + other.c, sum(gains[1:], gains[0]) if gains else None)
-
-    @classmethod
-    def shift(cls, c: Float[Tensor, " d"]) -> AffineEdit:
-        """Add the same vector everywhere."""
-        return cls(c.new_zeros(len(c), 0), c.new_zeros(len(c), 0), c)
-
-    @classmethod
-    def diagonal(cls, s: Float[Tensor, " d"], c: Float[Tensor, " d"]) -> AffineEdit:
-        """A line per coordinate: x + s x + c."""
-        return cls(c.new_zeros(len(c), 0), c.new_zeros(len(c), 0), c, s)
-
-    @classmethod
-    def ablation(cls, direction: Float[Tensor, " d"]) -> AffineEdit:
-        """Remove the component along a direction: x - r r^T x with r of unit length."""
-        r = (direction / direction.norm())[:, None]
-        return cls(-r, r, torch.zeros_like(direction))
+__all__ = [
+    "POSITIONS",
+    "AffineEdit",
+    "Edit",
+    "Edits",
+    "Gate",
+    "Origin",
+    "Rotation",
+    "SupportedEdit",
+    "applied",
+    "bound",
+    "place",
+]
+POSITIONS = ("last_prompt", "all_prompt", "response", "decode", "all")
+Edits = Mapping[int, Edit] | Mapping[tuple[str, int], Edit]
+Key = tuple[str, int]
 
 
 @contextmanager
 def applied(
-    model: ChatModel, edits: Edits | Sequence[Edits], *, positions: str = "last_prompt", strength: float = 1.0
+    model: ChatModel,
+    edits: Edits | Sequence[Edits],
+    *,
+    positions: str = "last_prompt",
+    strength: float = 1.0,
+    gate: Gate | None = None,
 ) -> Iterator[ChatModel]:
     """Run ``model`` with edits in place; afterwards, also after an exception, it is exactly what it was.
 
@@ -92,13 +49,16 @@ def applied(
         model: the model to edit.
         edits: block index -> edit of its output, or (site, block index) -> edit. A list of such mappings: every
             batch is that many groups of rows of equal size, in this order, and each group meets its own edits.
-        positions: which tokens are edited. ``last_prompt``: the last prompt token, once; ``prompt``: all prompt
-            tokens; ``response``: all answer tokens, forced or generated; ``all``: prompt and answer.
+        positions: which tokens are edited. ``last_prompt``: the last prompt token, once; ``all_prompt``: all prompt
+            tokens; ``response``: all answer tokens, forced or generated; ``decode``: answer tokens as they are read
+            back while generating, a prefill left alone; ``all``: prompt and answer.
         strength: displacement interpolation in [0, 1]; 0 leaves every bit as it was.
+        gate: edit only where a linear score exceeds a threshold; all other rows or tokens keep every bit.
 
     Raises:
-        ReplibError: unknown positions, site or layer, width mismatch, strength outside [0, 1]; on running, a batch
-            that does not fall into groups.
+        ReplibError: unknown positions, site or layer, width mismatch, strength outside [0, 1], an edit that was
+            fitted for another model, site or layer, a gate that comes after an edit; on running, a batch that does
+            not fall into groups.
     """
     if positions not in POSITIONS:
         raise ReplibError(f"Unknown edit positions {positions!r}: use one of {', '.join(POSITIONS)}.")
@@ -106,12 +66,33 @@ def applied(
         raise ReplibError(f"Edit strength {strength} is outside [0, 1].")
     groups = [_by_site(model, group) for group in ([edits] if isinstance(edits, Mapping) else edits)]
     keys = dict.fromkeys(key for group in groups for key in group)
-    hooks = {key: _hook(model, [g[key] * strength if key in g else None for g in groups], positions) for key in keys}
-    with hooked(model, hooks if strength else {}):
+    watch = None if gate is None else _watch(model, gate, keys)
+    where = _Where(model, positions, watch)
+    hooks: dict[Key, Hook] = {
+        key: _Hook(where, [g[key] * strength if key in g else None for g in groups]) for key in keys
+    }
+    with hooked(model, {watch.gate.key: watch} if watch else {}), hooked(model, hooks if strength else {}):
         yield model
 
 
-def _by_site(model: ChatModel, edits: Edits) -> dict[tuple[str, int], AffineEdit]:
+def bound(model: ChatModel, edits: Mapping[Key, Edit]) -> dict[Key, Edit]:
+    """The same edits, each for its own place in this very model: ``applied`` refuses them anywhere else."""
+    name = _identity(model)  # once, as an adapter is read whole
+    return {key: edit.bound(Origin(name, *key)) for key, edit in edits.items()}
+
+
+def place(model: ChatModel, site: str, layer: int) -> Origin:
+    """A site of a block of this very model, adapter included: what an edit or a gate can be ``bound`` to."""
+    return Origin(_identity(model), site, layer)
+
+
+def _identity(model: ChatModel) -> str:
+    about = model.provenance()
+    return "+".join(filter(None, (about["fingerprint"], about["adapter_hash"])))
+
+
+# --------------------------------------------------------------------------------------------- what is asked
+def _by_site(model: ChatModel, edits: Edits) -> dict[Key, Edit]:
     keyed = {(k if isinstance(k, tuple) else ("resid_post", k)): e for k, e in edits.items()}
     for (site, layer), edit in keyed.items():
         if check_site(site) == "resid_mid":
@@ -119,28 +100,105 @@ def _by_site(model: ChatModel, edits: Edits) -> dict[tuple[str, int], AffineEdit
                 "resid_mid is only read: edit attn_out, and what is added there reaches all that follows."
             )
         check_layers(model, [layer])
-        if len(edit.c) != model.d_model:
-            raise ReplibError(f"The edit has width {len(edit.c)}, but {model.name} has {model.d_model}: wrong model?")
-    return {(site, layer % model.n_layers): edit for (site, layer), edit in keyed.items()}
+        if edit.width != model.d_model:
+            raise ReplibError(f"The edit has width {edit.width}, but {model.name} has {model.d_model}: wrong model?")
+    placed = {(site, layer % model.n_layers): edit for (site, layer), edit in keyed.items()}
+    _check_origins(model, {key: edit.origin for key, edit in placed.items() if edit.origin})
+    return placed
 
 
-def _hook(model: ChatModel, edits: Sequence[AffineEdit | None], positions: str) -> Hook:
-    edits = [edit and edit.to(model.device) for edit in edits]
+def _check_origins(model: ChatModel, origins: Mapping[Key, Origin]) -> None:
+    name = _identity(model) if origins else ""
+    for key, origin in origins.items():
+        if origin != (here := Origin(name, *key)):
+            raise ReplibError(
+                f"This edit was fitted for {origin}, not for {here}: fit it again there, or free it with .bound(None)."
+            )
 
-    def run(hidden: Tensor) -> Tensor | None:
-        mask = _mask(model, positions, hidden)
+
+def _watch(model: ChatModel, gate: Gate, keys: Mapping[Key, None]) -> Watch:
+    check_site(gate.site)
+    gate = replace(gate, layer=check_layers(model, [gate.layer])[0])
+    if len(gate.w) != model.d_model:
+        raise ReplibError(f"The gate has width {len(gate.w)}, but {model.name} has {model.d_model}: wrong model?")
+    if gate.origin:
+        _check_origins(model, {gate.key: gate.origin})
+    if early := [key for key in keys if _order(key) < _order(gate.key)]:
+        raise ReplibError(
+            f"The gate is read at {gate.site} of block {gate.layer}, after the edit at {early[0][0]} of block "
+            f"{early[0][1]}: gate no later than the first edit."
+        )
+    return Watch(model, gate)
+
+
+def _order(key: Key) -> tuple[int, int]:
+    return key[1], SITES.index(key[0])
+
+
+# --------------------------------------------------------------------------------------------- what is run
+@dataclass
+class _Where:
+    """Which tokens of a forward call are edited."""
+
+    model: ChatModel
+    positions: str
+    watch: Watch | None
+
+    def __call__(self, hidden: Tensor, *, answering: bool) -> Tensor | None:
+        """``[rows, tokens]``, or ``[rows, 1]`` where all tokens of a row are alike; None: all are."""
+        chosen = self._chosen(hidden, answering=answering)
+        if self.watch is None:
+            return chosen
+        opened = self.watch.opened.to(hidden.device)
+        return opened.expand(hidden.shape[:2]) if chosen is None else chosen & opened
+
+    def idle(self, *, answering: bool) -> bool:
+        """Whether no token of this call can be edited; known without a look at any tensor."""
+        if answering:
+            return self.positions in ("last_prompt", "all_prompt")
+        return self.positions == "decode"
+
+    def _chosen(self, hidden: Tensor, *, answering: bool) -> Tensor | None:
+        batch = self.model.reading
+        if answering or self.positions == "all" or batch is None:
+            return None
+        if self.positions == "last_prompt":
+            mask = torch.zeros_like(batch.prompt_mask).scatter(1, batch.last_prompt[:, None], True)
+        else:
+            mask = batch.prompt_mask if self.positions == "all_prompt" else batch.response_mask
+        return _copies(mask, hidden)
+
+
+def _copies(mask: Tensor, hidden: Tensor) -> Tensor:
+    """A mask of rows, for hidden states that hold each row several times (beams)."""
+    return mask.repeat_interleave(len(hidden) // len(mask), dim=0).to(hidden.device)
+
+
+class _Hook:
+    """The edits of one site, one a group of rows."""
+
+    def __init__(self, where: _Where, edits: Sequence[Edit | None]):
+        self.where, self.edits = where, edits
+        self.phase = Phase(where.model, needed=where.positions != "all")
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        answering = self.phase.answering(hidden)
+        if self.where.idle(answering=answering):
+            return None
+        if len(hidden) % len(self.edits):
+            raise ReplibError(f"{len(hidden)} rows do not fall into {len(self.edits)} equal groups, one for each edit.")
+        self.edits = [edit and edit.to(hidden.device) for edit in self.edits]
+        mask = self.where(hidden, answering=answering)
         if mask is not None and not mask.any():
             return None
-        if len(hidden) % len(edits):
-            raise ReplibError(f"{len(hidden)} rows do not fall into {len(edits)} equal groups, one for each edit.")
-        where: Sequence[Tensor | None] = [None] * len(edits) if mask is None else mask.chunk(len(edits))
-        parts = zip(edits, hidden.chunk(len(edits)), where, strict=True)
-        return torch.cat([_edited(*part) for part in parts])
-
-    return run
+        if len(self.edits) == 1:
+            return _edited(self.edits[0], hidden, mask)
+        n = len(self.edits)
+        where: Sequence[Tensor | None] = [None] * n if mask is None else mask.chunk(n)
+        return torch.cat([_edited(*part) for part in zip(self.edits, hidden.chunk(n), where, strict=True)])
 
 
-def _edited(edit: AffineEdit | None, hidden: Tensor, where: Tensor | None) -> Tensor:
+def _edited(edit: Edit | None, hidden: Tensor, where: Tensor | None) -> Tensor:
     if edit is None:
         return hidden
     if where is None:
@@ -148,24 +206,3 @@ def _edited(edit: AffineEdit | None, hidden: Tensor, where: Tensor | None) -> Te
     edited = hidden.clone()
     edited[where] = edit(hidden[where])
     return edited
-
-
-def _mask(model: ChatModel, positions: str, hidden: Tensor) -> Tensor | None:
-    """Which tokens of this forward call are edited; None means all of them."""
-    if positions == "all":
-        return None
-    batch = model.reading
-    if batch is None:
-        raise ReplibError(
-            f"positions={positions!r} needs to know where the prompt ends: call model.forward or model.generate "
-            "(not model.model), or use positions='all'."
-        )
-    if hidden.shape[1] != batch.input_ids.shape[1]:  # a decoding step: every token here is an answer token
-        return hidden.new_full(hidden.shape[:2], positions == "response", dtype=torch.bool)
-    last = torch.zeros_like(batch.prompt_mask).scatter(1, batch.last_prompt[:, None], True)
-    choices: dict[str, Callable[[], Tensor]] = {
-        "last_prompt": lambda: last,
-        "prompt": lambda: batch.prompt_mask,
-        "response": lambda: batch.response_mask,
-    }
-    return choices[positions]()

@@ -37,6 +37,7 @@ from replib.prompts import (
     load_dialogues,
     load_prompts,
 )
+from replib.refusals import RefusalTokens
 from replib.repbend import RepBend
 from replib.response import Surface
 from replib.settings import Settings, data_dir
@@ -283,8 +284,12 @@ class Study:
         return Surface.load(file) if shipped else None
 
     # ------------------------------------------------------------------------------------- ablation
-    def sweeper(self, *, limit: int | None = None) -> Sweeper:
-        """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``."""
+    def sweeper(self, *, limit: int | None = None, filtered: bool = False) -> Sweeper:
+        """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``.
+
+        ``filtered``: only harmful prompts that the model refuses and harmless ones that it answers fit an edit, as in
+        arXiv 2406.11717; how many survive stands in every row.
+        """
         texts = lambda prompts, n: [p.text for p in prompts[:n]]  # noqa: E731
         limit = limit or self.settings.limit or PER_CELL
         data = AblationData(
@@ -293,6 +298,8 @@ class Study:
             scored=Task("scored", "direct", self.harmful.test).sample(limit, self.settings.seed).prompts,
             neutral=texts(self.harmless.test, max(1, limit // 2)),
         )
+        if filtered:
+            data = data.kept(self.model, RefusalTokens.find(self.model, data.harmful, data.harmless))
         return Sweeper(
             self.model,
             data,

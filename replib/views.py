@@ -18,11 +18,11 @@ from replib.errors import ReplibError
 from replib.figure_parts import Measured
 from replib.geometry import LayerProfile, pca
 from replib.lens import LensComparison, LensTrajectory
+from replib.methods import METHODS
 from replib.train import TrainResult
 
 LABELS = ("harmful", "harmless")
 PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
-METHOD_NAMES = {"pca_ot": "PCA-OT", "rfa": "RFA", "actadd": "ActAdd", "act": "Linear-AcT"}
 Pair = tuple[Activations, Activations]  # harmful, harmless
 
 
@@ -193,7 +193,7 @@ def audit(table: pd.DataFrame) -> go.Figure:
 
 def edit_name(method: str, positions: str) -> str:
     """How a method and its edited positions are called in figures."""
-    return f"{METHOD_NAMES[method]}, {positions.replace('_', ' ')}"
+    return f"{METHODS[method].title}, {positions.replace('_', ' ')}"
 
 
 def tradeoff(best: pd.DataFrame, title: str) -> go.Figure:

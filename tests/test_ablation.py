@@ -1,17 +1,18 @@
-"""Fitting and sweeping edits: each method against its formula, and what must not be possible."""
+"""Sweeping edits: fitted in sequence, scored together, gone on with, and leaving nothing behind."""
 
-import numpy as np
-import ot
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import tiny
 import torch
 
-from replib.ablation import METHODS, AblationData, Sweeper, best_of, fit_edit, fit_edits, linear_act, sweep_layers
+from replib.ablation import AblationData, Sweeper, best_of, fit_edits, sweep_layers
 from replib.activations import capture
 from replib.edits import applied
 from replib.errors import ReplibError
 from replib.judges import PhraseJudge
+from replib.methods import METHODS
 from replib.models import load
 from replib.prompts import Prompt
 
@@ -25,69 +26,29 @@ def model(tmp_path_factory):
     return load(tiny.save_model(tmp_path_factory.mktemp("llama")))
 
 
-@pytest.fixture(scope="module")
-def clouds():
-    torch.manual_seed(0)
-    return torch.randn(40, 16) @ torch.randn(16, 16), torch.randn(30, 16) + 2
-
-
-def test_pca_ot_gives_the_target_mean_and_covariance_in_its_subspace(clouds):
-    harmful, harmless = clouds
-    edit = fit_edit("pca_ot", harmful, harmless, 0, k=3)[("resid_post", 0)]
-    basis = torch.linalg.qr(edit.v.float())[0]
-    moved, target = edit(harmful) @ basis, harmless @ basis
-    torch.testing.assert_close(moved.mean(0), target.mean(0), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(moved.T.cov(), target.T.cov(), atol=2e-3, rtol=2e-3)
-    outside = torch.eye(16) - basis @ basis.T
-    torch.testing.assert_close(edit(harmful) @ outside, harmful @ outside, atol=1e-4, rtol=1e-4)
-
-
-def test_actadd_moves_one_mean_onto_the_other(clouds):
-    harmful, harmless = clouds
-    edit = fit_edit("actadd", harmful, harmless, 4)[("resid_post", 4)]
-    torch.testing.assert_close(edit(harmful).mean(0), harmless.mean(0), atol=1e-5, rtol=1e-4)
-
-
-def test_rfa_removes_the_mean_gap_everywhere_it_could_be_written(clouds):
-    harmful, harmless = clouds
-    edits = fit_edit("rfa", harmful, harmless, 1, depth=3)
-    assert set(edits) == {(s, i) for s in ("resid_pre", "attn_out", "mlp_out") for i in range(3)}
-    gap = harmful.mean(0) - harmless.mean(0)
-    torch.testing.assert_close(edits[("mlp_out", 2)](harmful) @ gap, torch.zeros(40), atol=1e-3, rtol=0)
-
-
-def test_linear_act_is_least_squares_between_sorted_samples(clouds):
-    a, b = clouds[0][:30].double().numpy(), clouds[1].double().numpy()
-    edit = linear_act(*map(torch.from_numpy, (a, b)))
-    for j in range(16):
-        slope, bias = np.polyfit(np.sort(a[:, j]), np.sort(b[:, j]), 1)
-        assert 1 + edit.s[j].item() == pytest.approx(slope, rel=1e-4)
-        assert edit.c[j].item() == pytest.approx(bias, abs=1e-4)
-
-
-def test_linear_act_of_one_coordinate_is_near_exact_transport(clouds):
-    """For sorted samples of equal size the optimal coupling pairs ranks; the line is its best affine fit."""
-    a, b = clouds[0][:30, :1], clouds[1][:, :1]
-    plan = ot.emd([], [], ot.dist(a.double().numpy(), b.double().numpy()))
-    paired = torch.from_numpy(30 * plan @ b.double().numpy()).float()
-    residual = linear_act(a, b)(a) - paired
-    assert residual.mean().abs() < 1e-4 and (residual * a).mean().abs() < 1e-3
-
-
-def test_a_constant_coordinate_is_only_shifted():
-    a, b = torch.ones(5, 2), torch.randn(5, 2)
-    edit = linear_act(a, b)
-    assert not edit.s.any()
-    torch.testing.assert_close(edit(a).mean(0), b.mean(0), atol=1e-6, rtol=1e-5)
-
-
 def test_a_later_edit_is_fitted_with_the_earlier_one_active(model):
     both = fit_edits(model, "actadd", DATA, [2, 0])
     first = fit_edits(model, "actadd", DATA, [0])
-    with applied(model, first):
+    with applied(model, first, positions="all"):  # where its source acts
         moved = [capture(model, x, layers=[2])[2].mean(0) for x in (HARMLESS, HARMFUL)]
     torch.testing.assert_close(both[("resid_post", 2)].c, moved[0] - moved[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(both[("resid_post", 0)].c, first[("resid_post", 0)].c)
+
+
+def test_a_method_that_is_not_sequential_is_fitted_on_the_unedited_model(model):
+    at_once = fit_edits(model, replace(METHODS["actadd"], sequential=False), DATA, [0, 2])
+    for layer in (0, 2):
+        alone = fit_edits(model, "actadd", DATA, [layer])
+        torch.testing.assert_close(at_once["resid_post", layer].c, alone["resid_post", layer].c)
+
+
+def test_each_method_is_fitted_where_its_source_reads(model):
+    """AcT on means over the prompt, and at any site; what is fitted belongs to this model and place."""
+    edits = fit_edits(model, replace(METHODS["mean_act"], site="mlp_in"), DATA, [1])
+    means = [capture(model, x, site="mlp_in", layers=[1], positions="prompt")[1].mean(0) for x in (HARMLESS, HARMFUL)]
+    torch.testing.assert_close(edits["mlp_in", 1].c, means[0] - means[1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ReplibError, match="mlp_in of block 1"), applied(model, {("mlp_in", 2): edits["mlp_in", 1]}):
+        pass
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,7 +58,9 @@ def test_a_sweep_has_a_row_a_block_and_leaves_the_model_as_it_was(model, method)
         before = model.forward(batch)
         table = sweep_layers(model, DATA, PhraseJudge(), method, ks=(1, 2))
         assert torch.equal(model.forward(batch), before)
-    assert len(table) == (6 if method == "pca_ot" else 3)
+    assert len(table) == (6 if METHODS[method].ranked else 3)
+    assert (table.n_harmful == 20).all() and (table.n_harmless == 18).all()
+    assert (table.positions == METHODS[method].positions).all()
     assert (table.n == 2).all() and (table.low <= table.compliance).all() and (table.compliance <= table.high).all()
     assert (table.kl >= -1e-6).all() and table.kl.max() > 0
 
@@ -111,7 +74,7 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     assert len(again.layers(ks=(1,))) == 3 and [cell.layers for cell in scored] == [(2,)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["pca_ot", "rfa", "linear_act"])
 @pytest.mark.parametrize("positions", ["last_prompt", "all"])
 def test_edits_that_share_a_pass_score_as_each_does_alone(model, method, positions):
     """Two rows a pass hold one edit at a time, eight rows four edits."""
@@ -131,20 +94,6 @@ def test_the_best_of_equals_is_the_gentlest():
 def test_one_two_and_all_blocks(model):
     table = Sweeper(model, DATA, PhraseJudge()).depths(1, k=1)
     assert [tuple(x) for x in table.layers] == [(1,), (0, 1), (1, 2), (0, 1, 2)]
-
-
-@pytest.mark.parametrize(
-    ("call", "reason"),
-    [
-        (lambda a, b: fit_edit("magic", a, b, 0), "Unknown method 'magic'.*pca_ot"),
-        (lambda a, b: fit_edit("pca_ot", a[:3], b, 0, k=8), "8"),
-        (lambda a, b: fit_edit("pca_ot", a[:0], b, 0), "."),
-        (lambda a, b: fit_edit("pca_ot", a * float("nan"), b, 0), "."),
-    ],
-)
-def test_bad_fits_are_named(clouds, call, reason):
-    with pytest.raises(ReplibError, match=reason):
-        call(*clouds)
 
 
 def test_both_classes_are_needed_and_fitted_prompts_are_not_scored():

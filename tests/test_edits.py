@@ -1,26 +1,19 @@
-"""Edits: algebra, where they act, and that nothing of them is left."""
+"""Edits at work: where they act, whose they are, and that nothing of them is left, however the model is run."""
 
 import pytest
 import tiny
 import torch
+from steered import PROMPTS, halves, next_input, random_edit
 
 from replib.activations import capture, capture_sites
-from replib.edits import AffineEdit, applied
+from replib.edits import AffineEdit, Gate, applied, bound
 from replib.errors import ReplibError
 from replib.models import load
-
-PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return load(tiny.save_model(tmp_path_factory.mktemp("llama")))
-
-
-def random_edit(seed=0, d=16, r=3, *, diagonal=False):
-    g = torch.Generator().manual_seed(seed)
-    u, v, c, s = (torch.randn(*shape, generator=g) for shape in ((d, r), (d, r), (d,), (d,)))
-    return AffineEdit(u, v, c, s if diagonal else None)
 
 
 class Counting(AffineEdit):
@@ -39,21 +32,6 @@ class Counting(AffineEdit):
         return self
 
 
-def test_an_edit_is_the_dense_affine_map():
-    e, x = random_edit(diagonal=True), torch.randn(5, 16)
-    dense = torch.eye(16) + e.u @ e.v.T + e.s.diag()
-    torch.testing.assert_close(e(x), x @ dense.T + e.c, atol=1e-5, rtol=1e-4)
-
-
-def test_algebra():
-    a, b, x = random_edit(1), random_edit(2, diagonal=True), torch.randn(4, 16)
-    moved = lambda e: e.displacement(x)  # noqa: E731
-    torch.testing.assert_close(moved(a + b), moved(a) + moved(b), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(moved(2.0 * b), 2 * moved(b))
-    torch.testing.assert_close(moved(a + -a), torch.zeros(4, 16), atol=1e-5, rtol=0)
-    torch.testing.assert_close(moved(AffineEdit.shift(a.c)), a.c.expand(4, 16))
-
-
 def test_each_group_of_rows_meets_its_own_edits(model):
     a, b = random_edit(1), random_edit(2)
     groups = [{0: a}, {}, {("mlp_out", 1): b, 0: b}]
@@ -65,16 +43,6 @@ def test_each_group_of_rows_meets_its_own_edits(model):
             torch.testing.assert_close(model.forward(batch), logits, atol=1e-5, rtol=1e-4)
     with applied(model, groups), pytest.raises(ReplibError, match="4 rows do not fall into 3 equal groups"):
         model.forward(model.encode(["w1 w2"] * 4))
-
-
-def test_ablation_removes_the_direction_and_nothing_else():
-    r, x = torch.randn(16), torch.randn(6, 16)
-    edit = AffineEdit.ablation(r)
-    torch.testing.assert_close(edit(x) @ r, torch.zeros(6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(edit(edit(x)), edit(x))
-    other = torch.randn(16)
-    other -= (other @ r) / (r @ r) * r
-    torch.testing.assert_close(edit(x) @ other, x @ other, atol=1e-4, rtol=1e-4)
 
 
 def test_the_next_block_sees_the_edit(model):
@@ -95,8 +63,9 @@ def test_last_prompt_edits_that_token_alone(model):
     before = seen["x"]
     for positions, mask in {
         "last_prompt": torch.zeros_like(batch.prompt_mask).scatter(1, batch.last_prompt[:, None], True),
-        "prompt": batch.prompt_mask,
+        "all_prompt": batch.prompt_mask,
         "response": batch.response_mask,
+        "decode": torch.zeros_like(batch.response_mask),  # answers that are given are not written
         "all": torch.ones_like(batch.prompt_mask),
     }.items():
         with applied(model, {0: AffineEdit.shift(torch.ones(16))}, positions=positions):
@@ -108,14 +77,15 @@ def test_last_prompt_edits_that_token_alone(model):
 def test_generated_tokens_are_edited_only_where_asked(model):
     """Decoding steps see one token at a time; 'last_prompt' must not match each of them."""
     counts, nothing = {}, Counting(torch.zeros(16, 0), torch.zeros(16, 0), torch.zeros(16))
-    for positions in ("last_prompt", "prompt", "response", "all"):
+    for positions in ("last_prompt", "all_prompt", "response", "decode", "all"):
         Counting.seen = []
         with applied(model, {1: nothing}, positions=positions):
             model.generate(["w1 w2", "w3 w4"], max_new_tokens=4)
         counts[positions] = Counting.seen
     assert counts["last_prompt"] == [2]
-    assert counts["prompt"] == [2 * 5]
+    assert counts["all_prompt"] == [2 * 5]
     assert set(counts["response"]) == {2} and len(counts["response"]) == 3
+    assert counts["decode"] == counts["response"]
     assert counts["all"] == [2 * 5, 2, 2, 2]
 
 
@@ -137,7 +107,7 @@ def test_the_model_is_bit_for_bit_what_it_was(model):
     before, weights = model.forward(batch), {k: v.clone() for k, v in model.model.state_dict().items()}
     with applied(model, {0: random_edit(), 2: random_edit(1)}, positions="all"):
         assert not torch.equal(model.forward(batch), before)
-        with applied(model, {1: random_edit(2)}, positions="prompt"):
+        with applied(model, {1: random_edit(2)}, positions="all_prompt"):
             model.forward(batch)
     assert torch.equal(model.forward(batch), before)
     with pytest.raises(KeyError), applied(model, {0: random_edit()}):
@@ -171,11 +141,6 @@ def test_what_a_sublayer_adds_is_edited_where_it_is_added(kind, tmp_path):
     torch.testing.assert_close(after, before["resid_post"][1] + shift, atol=1e-5, rtol=1e-4)
 
 
-def test_an_edit_keeps_the_type_of_the_stream():
-    x = torch.randn(3, 16, dtype=torch.bfloat16)
-    assert random_edit()(x).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("edits", "options", "reason"),
     [
@@ -185,6 +150,13 @@ def test_an_edit_keeps_the_type_of_the_stream():
         ({("resid_mid", 0): random_edit()}, {}, "resid_mid is only read: edit attn_out"),
         ({0: random_edit()}, {"positions": "last"}, "Unknown edit positions 'last'"),
         ({0: random_edit()}, {"strength": 1.5}, r"1.5 is outside \[0, 1\]"),
+        (
+            {0: random_edit()},
+            {"gate": Gate(torch.ones(16), 0.0, 1)},
+            "block 1, after the edit at resid_post of block 0",
+        ),
+        ({0: random_edit()}, {"gate": Gate(torch.ones(8), 0.0, 0)}, "gate has width 8"),
+        ({0: random_edit()}, {"gate": Gate(torch.ones(16), 0.0, 7)}, "Layer 7"),
     ],
 )
 def test_bad_edits_are_named(model, edits, options, reason):
@@ -198,3 +170,163 @@ def test_where_the_prompt_ends_must_be_known(model):
         applied(model, {0: random_edit()}),
     ):
         model.model(**model.encode(PROMPTS).inputs())
+
+
+# --------------------------------------------------------------------------------------------- whose edit it is
+def test_an_edit_is_refused_by_another_model_layer_or_site(model, tmp_path):
+    edits = bound(model, {("resid_post", 1): random_edit()})
+    edit = edits[("resid_post", 1)]
+    with applied(model, edits), applied(model, {1: edit}), applied(model, {-2: edit}):
+        pass
+    for wrong in ({0: edit}, {("mlp_out", 1): edit}):
+        with pytest.raises(ReplibError, match="resid_post of block 1 .* not for"), applied(model, wrong):
+            pass
+    other = load(tiny.save_model(tmp_path, "qwen2"))
+    with pytest.raises(ReplibError, match="fit it again"), applied(other, edits):
+        pass
+    with applied(other, {0: edit.bound(None)}):
+        pass
+
+
+def test_an_adapter_makes_another_model(tmp_path):
+    base = tiny.save_model(tmp_path / "base")
+    bent = load(base, adapter=tiny.save_adapter(tmp_path / "adapter", base))
+    edits = bound(bent, {("resid_post", 1): random_edit()})
+    with applied(bent, edits):
+        pass
+    with bent.adapter_off(), pytest.raises(ReplibError, match="fitted for"), applied(bent, edits):
+        pass
+    with pytest.raises(ReplibError, match="fitted for"), applied(load(base), edits):
+        pass
+
+
+# --------------------------------------------------------------------------------------------- every way to run
+def check_exact(model, **tolerance):
+    """The next block is given what the formula says, at the edited tokens alone, and nothing of it is left."""
+    batch, edit = model.encode(PROMPTS, ["w8 w9"] * 3), random_edit()
+    before = next_input(model, batch, 0)
+    with applied(model, {0: edit}, positions="all_prompt"):
+        after = next_input(model, batch, 0)
+    expected = torch.where(batch.prompt_mask[..., None], edit(before), before)
+    torch.testing.assert_close(after, expected, **tolerance)
+    assert torch.equal(after[~batch.prompt_mask], before[~batch.prompt_mask])
+    assert torch.equal(next_input(model, batch, 0), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "gpt_neox", "mixtral"])
+def test_edits_are_exact_in_every_architecture(kind, tmp_path):
+    check_exact(load(tiny.save_model(tmp_path, kind)))
+
+
+def test_edits_are_exact_in_bfloat16(tmp_path):
+    check_exact(load(tiny.save_model(tmp_path), dtype="bfloat16"))
+
+
+def test_edits_are_exact_with_an_adapter_on_and_off(tmp_path):
+    base = tiny.save_model(tmp_path / "base")
+    bent = load(base, adapter=tiny.save_adapter(tmp_path / "adapter", base))
+    check_exact(bent)
+    batch, plain, edits = bent.encode(PROMPTS), load(base), {0: random_edit()}
+    with torch.no_grad(), bent.adapter_off(), applied(bent, edits), applied(plain, edits):
+        torch.testing.assert_close(bent.forward(batch), plain.forward(batch))
+
+
+def test_edits_are_exact_where_the_model_is_spread_over_memory_and_disk(tmp_path):
+    from accelerate import dispatch_model
+
+    expected = load(tiny.save_model(tmp_path / "model"))
+    spread, edits = load(tmp_path / "model"), {0: random_edit(), ("attn_out", 1): random_edit(1)}
+    places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    dispatch_model(spread.model, places, offload_dir=tmp_path / "disk", main_device="cpu", force_hooks=True)
+    batch, answers = spread.encode(PROMPTS), []
+    for model in (expected, spread):
+        with torch.no_grad(), applied(model, bound(model, edits_at(edits)), positions="all"):
+            answers.append((model.forward(batch), model.generate(PROMPTS, max_new_tokens=4)))
+    torch.testing.assert_close(answers[0][0], answers[1][0])
+    assert answers[0][1] == answers[1][1]
+
+
+def edits_at(edits):
+    return {(key if isinstance(key, tuple) else ("resid_post", key)): edit for key, edit in edits.items()}
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_compiled_model_is_edited_too(tmp_path, how):
+    plain, compiled = load(tiny.save_model(tmp_path)), load(tmp_path)
+    if how == "wrapped":
+        compiled.model = torch.compile(compiled.model, backend="eager")
+    else:
+        compiled.model.compile(backend="eager")
+    batch = plain.encode(PROMPTS)
+    with torch.no_grad():
+        before = compiled.forward(batch)  # compiled code without hooks now exists
+        with applied(plain, {0: random_edit()}), applied(compiled, {0: random_edit()}):
+            torch.testing.assert_close(compiled.forward(batch), plain.forward(batch))
+        assert torch.equal(compiled.forward(batch), before)
+
+
+def decoded(model, batch, *, edit, steps):
+    """Greedy answers without a cache: every step reads everything again, and what was answered is edited as such."""
+    rows = batch
+    for _ in range(steps):
+        with torch.no_grad(), applied(model, {0: edit}, positions="all"):
+            rows = rows.answered(model.forward(rows)[:, -1].argmax(-1, keepdim=True))
+    return rows.input_ids[:, batch.input_ids.shape[1] :]
+
+
+def test_generating_with_a_cache_is_generating_without_one(model):
+    batch, edit = model.encode(PROMPTS), random_edit()
+    with applied(model, {0: edit}, positions="all"):
+        found = model.continued(batch, 5)[:, batch.input_ids.shape[1] :]
+    kept = ~model.ends(found).cumsum(1).bool()
+    assert torch.equal(found[kept], decoded(model, batch, edit=edit, steps=5)[kept]) and kept.any()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("positions", ["last_prompt", "all_prompt", "decode", "all"])
+def test_beams_of_one_prompt_meet_the_same_edit(model, positions, gated):
+    """Beam search holds each row several times; a prompt in a batch is answered as by itself."""
+    gate, edit = halves(model) if gated else None, random_edit()
+
+    def beams(prompts):
+        batch = model.encode(prompts)
+        with model.reading_batch(batch), applied(model, {1: edit}, positions=positions, gate=gate):
+            ids = model.model.generate(**batch.inputs(), num_beams=3, do_sample=False, max_new_tokens=4, pad_token_id=0)
+        return model.tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+
+    assert beams(PROMPTS) == [beams([p])[0] for p in PROMPTS]
+
+
+def test_an_answer_to_a_prompt_of_one_token_is_not_taken_for_the_prompt(model):
+    model.template, template = None, model.template
+    Counting.seen, nothing = [], Counting(torch.zeros(16, 0), torch.zeros(16, 0), torch.zeros(16))
+    try:
+        with applied(model, {1: nothing}, positions="last_prompt"):
+            model.generate(["w1", "w2"], max_new_tokens=4)
+            model.generate(["w3", "w4"], max_new_tokens=4)
+    finally:
+        model.template = template
+    assert Counting.seen == [2, 2]
+
+
+def test_a_prompt_read_in_pieces_is_refused(model):
+    batch = model.encode(PROMPTS)
+    with model.reading_batch(batch), applied(model, {0: random_edit()}), pytest.raises(ReplibError, match="at once"):
+        model.model(**batch.columns(0, 3).inputs())
+
+
+def test_an_outer_edit_acts_before_an_inner_one(model):
+    a, b, batch = random_edit(1), random_edit(2), model.encode(PROMPTS)
+    with torch.no_grad(), applied(model, {0: b @ a}):
+        expected = model.forward(batch)
+    with torch.no_grad(), applied(model, {0: a}), applied(model, {0: b}):
+        torch.testing.assert_close(model.forward(batch), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_an_edit_fitted_at_one_position_may_act_at_another(model):
+    """Fit at the first instruction token; act on the last prompt token."""
+    x = capture(model, PROMPTS, layers=[0], positions="instruction")[0]
+    with applied(model, {0: AffineEdit.shift(x.mean(0))}, positions="last_prompt"):
+        after = capture(model, PROMPTS, site="resid_pre", layers=[1])[1]
+    torch.testing.assert_close(after, capture(model, PROMPTS, layers=[0])[0] + x.mean(0), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,98 @@
+"""Null edits beside a method: what of its effect is the classes', the subspace's, the mean's, the covariance's.
+
+Each takes the ``fit`` of a method and returns another fit, ``(harmful, harmless, k) -> edit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replib.affine import AffineEdit
+from replib.errors import ReplibError
+
+Fit = Callable[[Tensor, Tensor, int], AffineEdit]
+
+
+def mean_only(fit: Fit) -> Fit:
+    """The shift of the source's mean and nothing else; with ``covariance_only`` it sums to the edit itself."""
+
+    def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
+        edit = fit(source, target, k)
+        return AffineEdit.shift(edit.displacement(source.mean(0)))
+
+    return run
+
+
+def covariance_only(fit: Fit) -> Fit:
+    """The change of spread about the source's mean, which stays where it is."""
+
+    def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
+        edit = fit(source, target, k)
+        return replace(edit, c=edit.c - edit.displacement(source.mean(0)))
+
+    return run
+
+
+def random_labels(fit: Fit, *, seed: int = 0) -> Fit:
+    """The method fitted on the same prompts with the classes drawn by lot."""
+
+    def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
+        rows = torch.cat([source, target])
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+        return fit(rows[: len(source)], rows[len(source) :], k)
+
+    return run
+
+
+def harmless_split(fit: Fit, *, seed: int = 0) -> Fit:
+    """The method fitted from one random half of the harmless prompts to the other: no class differs."""
+
+    def run(_source: Tensor, target: Tensor, k: int) -> AffineEdit:
+        if len(target) < 4:
+            raise ReplibError(f"{len(target)} harmless prompts do not give two halves: add prompts, 4 at least.")
+        order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+        return fit(target[order[::2]], target[order[1::2]], k)
+
+    return run
+
+
+def random_subspace(fit: Fit, *, seed: int = 0) -> Fit:
+    """The edit turned into a random subspace, isotropic in all d coordinates, with the same energy on the source."""
+
+    def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
+        edit = fit(source, target, k)
+        turned = _turned(edit, seed)
+        return turned * (energy(edit, source) / energy(turned, source)) ** 0.5
+
+    return run
+
+
+def energy(edit: AffineEdit, x: Float[Tensor, "n d"]) -> float:
+    """Mean squared displacement of the rows."""
+    return float(edit.displacement(x).square().sum(1).mean())
+
+
+def _turned(edit: AffineEdit, seed: int) -> AffineEdit:
+    """Replace the orthonormal basis of the edit's columns by a random one: the edit within it stays the same."""
+    if edit.s is not None:
+        raise ReplibError("An edit with a gain per coordinate acts on all of space: it has no subspace to draw.")
+    rank = edit.u.shape[1]
+    within = torch.linalg.qr(torch.cat([edit.u, edit.v, edit.c[:, None]], 1), mode="reduced")[1]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(edit.width, len(within), generator=generator, dtype=within.dtype)
+    u, v, c = (torch.linalg.qr(drawn)[0] @ within).split([rank, rank, 1], dim=1)
+    return replace(edit, u=u, v=v, c=c[:, 0])
+
+
+CONTROLS = {
+    "mean_only": mean_only,
+    "covariance_only": covariance_only,
+    "random_subspace": random_subspace,
+    "random_labels": random_labels,
+    "harmless_split": harmless_split,
+}
