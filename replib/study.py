@@ -6,6 +6,7 @@ A ``Study`` holds the model, its prompts in three disjoint splits, and the judge
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
