@@ -23,10 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import Activations, capture, versions
+from replib.affine import AffineEdit
 from replib.audit import rates
 from replib.bend import kl_divergence
 from replib.chat import ChatModel
-from replib.edits import AffineEdit, applied
+from replib.edits import applied
 from replib.errors import ReplibError
 from replib.judges import Judge
 from replib.prefix import Prefix
@@ -91,8 +92,7 @@ def fit_edit(
         ReplibError: unknown method, too few prompts for K, widths that differ, non-finite values.
     """
     if method == "pca_ot":
-        u, v, c = GaussianMap.fit(harmful, harmless, k=k).factors()
-        return {("resid_post", layer): AffineEdit(u, v, c)}
+        return {("resid_post", layer): GaussianMap(k).fit(harmful, harmless).edit()}
     gap = (harmless.double().mean(0) - harmful.double().mean(0)).float()
     if method == "actadd":
         return {("resid_post", layer): AffineEdit.shift(gap)}

@@ -5,7 +5,8 @@ import tiny
 import torch
 
 from replib.activations import capture, capture_sites
-from replib.edits import AffineEdit, applied
+from replib.affine import AffineEdit
+from replib.edits import applied
 from replib.errors import ReplibError
 from replib.models import load
 
@@ -52,6 +53,13 @@ def test_algebra():
     torch.testing.assert_close(moved(2.0 * b), 2 * moved(b))
     torch.testing.assert_close(moved(a + -a), torch.zeros(4, 16), atol=1e-5, rtol=0)
     torch.testing.assert_close(moved(AffineEdit.shift(a.c)), a.c.expand(4, 16))
+
+
+def test_edits_compose():
+    a, b, x = random_edit(1), random_edit(2, diagonal=True), torch.randn(4, 16)
+    for second, first in ((a, b), (b, a), (b, b), (a, a)):
+        torch.testing.assert_close((second @ first)(x), second(first(x)), atol=1e-4, rtol=1e-4)
+    assert (a @ a).s is None
 
 
 def test_each_group_of_rows_meets_its_own_edits(model):
