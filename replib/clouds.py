@@ -65,6 +65,10 @@ class Cloud:
     sampled: bool = False
     """Whether row i of the factor is sample i, centred; what was streamed has forgotten its samples."""
 
+    def __post_init__(self) -> None:
+        if not (self.mean.isfinite().all() and self.factor.isfinite().all()):
+            raise ReplibError("a cloud's mean or covariance is NaN or inf; leave out the vectors that are not finite.")
+
     @classmethod
     def of(cls, x: Samples | Cloud, name: str = "sample") -> Cloud:
         """The Gaussian of samples ``[n, d]``; ReplibError if they are fewer than two or not finite."""

@@ -70,7 +70,7 @@ class Moments:
         return self._checked(2, self._factor) / (self.n - 1) ** 0.5
 
     def cloud(self, index: int) -> Cloud:
-        """Gaussian of the layer at this index, as ``GaussianMap.fit`` and ``bures_wasserstein`` take it."""
+        """Gaussian of one layer by index, for ``GaussianMap.fit`` and ``bures_wasserstein`` (less what is ``lost``)."""
         return Cloud(self.mean[index], self.factor[index], self.n)
 
     @property

@@ -1,5 +1,7 @@
 """Bures-Wasserstein distances against POT and against known truth, their bias, and their null."""
 
+import math
+
 import ot
 import pytest
 import torch
@@ -66,6 +68,13 @@ def test_span_coordinates_are_an_isometry():
     assert small[0].shape == (14, 25)
     assert torch.allclose(torch.cdist(*small), torch.cdist(x, y))
     assert bures_wasserstein(*small).total == pytest.approx(bures_wasserstein(x, y).total, rel=1e-12)
+
+
+def test_a_stream_with_a_gap_in_it_is_refused():
+    rows = classes()[0].clone()
+    rows[3, 3] = math.nan
+    with pytest.raises(ReplibError, match="NaN or inf"):
+        Cloud(rows[3], rows, 60)
 
 
 def test_streamed_clouds_are_as_far_apart_as_their_samples():
