@@ -25,7 +25,14 @@ COMMON: Kinds = {
     "seed": int,
     "limit": int,
 }
-COEFFICIENTS: Kinds = {"preset": str, "alpha": float, "beta": float, "gamma": float, "steps": int}
+COEFFICIENTS: Kinds = {
+    "preset": str,
+    "alpha": float,
+    "beta": float,
+    "gamma": float,
+    "steps": int,
+    "save-every": at_least(0),
+}
 CAPTURE: Kinds = {
     "prompts": str,
     "name": str,
@@ -53,6 +60,7 @@ HELP = {
     "beta": "weight of aligning unsafe representations with each other",
     "gamma": "weight of staying close on benign text (KL)",
     "steps": "training steps",
+    "save-every": "steps between checkpoints, from which the same command goes on; default 25, 0 for none",
     "trials": "trainings that the search holds in the end, default 20; those that are there are kept",
     "prompts": "a set or a file instead of the harmful and the harmless set; its own labels are kept",
     "name": "name of the folder in <out>/activations, default that of the model",

@@ -26,6 +26,8 @@ class Sweep:
     """What was set, in order: places on the axis, evenly spaced."""
     curves: Mapping[str, Measured]
     """Outcome -> [values]."""
+    linked: bool = field(default=True, kw_only=True)
+    """Whether there is something between two values; names have nothing between them."""
     others: Sequence[Numbers] = field(default=())
     """The first outcome where the other values were kept elsewhere: [values] each, NaN where not trained."""
 
@@ -48,7 +50,8 @@ def sensitivity(panels: Mapping[str, Sweep], *, title: str, note: str = "") -> g
     curves = [curve for sweep in panels.values() for curve in sweep.curves.values()]
     thin = f"thin: {safe(next(iter(next(iter(panels.values())).curves)))} at other settings"
     some = any(len(sweep.others) for sweep in panels.values())
-    parts = [cases(curves), "bands: Wilson 95 %", thin if some else "", note]
+    linked = any(sweep.linked for sweep in panels.values())
+    parts = [cases(curves), f"{'bands' if linked else 'bars'}: Wilson 95 %", thin if some else "", note]
     return dress(figure, title, "; ".join(filter(None, parts)), height=430)
 
 
@@ -63,12 +66,16 @@ def _sweep(sweep: Sweep, *, legend: bool) -> list[go.Scatter]:
                        showlegend=False)
         )  # fmt: skip
     for name, curve, colour, used in styled(sweep.curves.items()):
-        lines = curve_lines(curve, name, colour, dash=DASHES[used % len(DASHES)], axis="setting")
+        lines = curve_lines(curve, name, colour, dash=DASHES[used % len(DASHES)], axis="setting", banded=sweep.linked)
+        if not sweep.linked:
+            lines[0].update(mode="markers", marker_size=9, error_y=whiskers(curve, slice(None), colour))
         traces += [line.update(showlegend=legend and bool(line.showlegend)) for line in lines]
     return traces
 
 
-def pareto_front(success: Measured, benign: Measured, *, names: Sequence[str], title: str = "") -> go.Figure:
+def pareto_front(
+    success: Measured, benign: Measured, *, names: Sequence[str], title: str = "", listed: bool = False
+) -> go.Figure:
     """Draw attack success (low is safe) against benign compliance (high is useful), with the front.
 
     Args:
@@ -76,6 +83,7 @@ def pareto_front(success: Measured, benign: Measured, *, names: Sequence[str], t
         benign: [points] compliance with harmless or borderline requests.
         names: [points]; written beside up to eight points, and read on hovering.
         title: what the figure shows.
+        listed: all names stand in a column beside the points, and all bars are drawn; for a dozen points or so.
     """
     need(names, "pareto_front", "points")
     table = pd.DataFrame({"attack": numbers(success.value), "benign": numbers(benign.value)})
@@ -86,13 +94,17 @@ def pareto_front(success: Measured, benign: Measured, *, names: Sequence[str], t
     figure = go.Figure()
     figure.add_scatter(x=front.benign, y=front.attack, mode="lines", name="front: no other point is better in both",
                        line={"color": INK, "dash": "dot", "width": 1.5, "shape": "vh"}, hoverinfo="skip")  # fmt: skip
-    few, on = len(names) <= NAMED, table.index.isin(best.index)
+    few, on = listed or len(names) <= NAMED, table.index.isin(best.index)
     for name, rows, colour in (("beaten by another", ~on, GREY), ("on the front", on, BLUE)):
         barred = bool(rows.any()) and (few or rows is on)  # bars of many points would hide the points
         figure.add_trace(_named(success, benign, names, rows, barred=barred).update(name=name, marker_color=colour))
+    if listed:
+        figure.update_traces(mode="markers", selector={"mode": "markers+text"})
     left = float(np.nanmin(numbers(benign.value if benign.low is None else benign.low)))
-    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", range=[left - 0.04, 1.05])
+    figure.update_xaxes(title_text="benign compliance", tickformat=".0%", range=[left - 0.04, 1.01 + 0.1 * (1 - left)])
     figure.update_yaxes(title_text="attack success", tickformat=".0%", range=[-0.04, 1.06])
+    if listed:
+        _list_names(figure, table, names)
     note = "; ".join(
         filter(
             None,
@@ -103,6 +115,20 @@ def pareto_front(success: Measured, benign: Measured, *, names: Sequence[str], t
         )
     )
     return dress(figure, title or "Attack success against what is left of benign answers", note, height=480)
+
+
+def _list_names(figure: go.Figure, table: pd.DataFrame, names: Sequence[str]) -> None:
+    """Names in a column on the right, as high as their points where there is room, each with a line to its point."""
+    gap, place = 0.075, -1.0
+    left = figure.layout.xaxis.range[0]
+    column = 1 + 0.06 * (1 - left)
+    for i in table.sort_values(["attack", "benign"], ascending=[True, False]).index:
+        place = max(float(table.attack[i]), place + gap)
+        figure.add_annotation(x=table.benign[i], y=table.attack[i], ax=column, ay=place, axref="x", ayref="y",
+                              text=safe(names[i]), xanchor="left", showarrow=True, arrowhead=0, arrowwidth=1,
+                              arrowcolor=faint(INK, 0.3), font={"size": 12, "color": INK})  # fmt: skip
+    figure.update_xaxes(range=[left, 1 + 0.42 * (1 - left)], tickvals=[x / 20 for x in range(21)])
+    figure.update_yaxes(range=[-0.04, max(1.06, place + gap)], tickvals=[x / 5 for x in range(6)])
 
 
 def _named(success: Measured, benign: Measured, names: Sequence[str], rows: np.ndarray, *, barred: bool) -> go.Scatter:

@@ -39,6 +39,7 @@ def run_bend(
     beta: float | None = None,
     gamma: float | None = None,
     steps: int | None = None,
+    save_every: int | None = None,
     say: Callable[[str], object] = print,
 ) -> Path:
     """``replib bend``: train an adapter with a preset (``replib.presets``), single coefficients changed.
@@ -54,10 +55,16 @@ def run_bend(
     bend, config = study.preset(preset)
     for note in chosen.fitted(study.model.n_layers).notes if chosen and is_first() else ():
         say(note)
-    coefficients = {"alpha": alpha, "beta": beta, "gamma": gamma}
-    given: dict[str, Any] = {name: value for name, value in coefficients.items() if value is not None}
-    result = study.bend(replace(bend, **given), replace(config, steps=steps) if steps else config)
+    result = study.bend(
+        replace(bend, **_given(alpha=alpha, beta=beta, gamma=gamma)),
+        replace(config, **_given(steps=steps, save_every=save_every)),
+    )
     return Path(str(result.model.adapter))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Options without those that were left out."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def run_tune(settings: Settings, *, trials: int = 20, say: Callable[[str], object] = print) -> Path:

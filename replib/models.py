@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from copy import copy, deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
@@ -32,7 +33,7 @@ from replib.errors import ReplibError
 from replib.progress import say, watched
 from replib.settings import data_dir
 
-__all__ = ["Anatomy", "ChatModel", "attached", "fingerprint", "load", "merged", "self_check"]
+__all__ = ["Anatomy", "ChatModel", "attached", "fingerprint", "load", "merged", "merged_copy", "self_check"]
 
 Device = str | dict[str, Any]
 
@@ -305,3 +306,10 @@ def merged(model: ChatModel) -> ChatModel:
         template=model.template,
         anatomy=model.anatomy,
     )
+
+
+def merged_copy(model: ChatModel) -> ChatModel:
+    """The same of a copy, for measuring a model in the middle of its training: the given one stays as it is."""
+    twin = copy(model)
+    twin.model = deepcopy(model.model)
+    return merged(twin)

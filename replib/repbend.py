@@ -76,11 +76,8 @@ class RepBend(Objective):
     def about(self, depth: int) -> dict[str, Any]:
         """The configuration with its scope and target layers."""
         layers = self.config.layers(depth)
-        return asdict(self.config) | {
-            "target_layers": layers,
-            "scope": asdict(self.config.scope),
-            "tokens": self.tokens,
-        }
+        own = {"target_layers": layers, "scope": asdict(self.config.scope), "tokens": self.tokens}
+        return asdict(self.config) | own
 
     def state(self) -> dict[str, Tensor]:
         """The queue of A_u."""
@@ -98,10 +95,11 @@ class RepBend(Objective):
                 base = self.references.read(chat, part, layers, self.config)
                 bent = read(chat, part, layers, self.config)
             terms = self._terms(chat, bent, base, plan)
-            norms = {f"{name}_norm": _norm(bent, name, part, plan) for name in ("safe", "unsafe")}
-            yield Part(bend_loss(terms, self.config, progress), terms.taken() | {n: x for n, x in norms.items() if x})
+            gauges = terms.taken() | _norms({"safe": bent.safe, "unsafe": bent.unsafe}, plan)
+            yield Part(bend_loss(terms, self.config, progress), gauges)
             if bent.last is not None:
                 self.queue = remembered(self.queue, bent.last, self.config.scope.queue)
+            del base, bent, terms, gauges  # before the next part takes its room
 
     def _terms(self, chat: ChatModel, bent: Reading, base: Reading, plan: Plan) -> BendTerms:
         """What a part adds to each term of the micro-batch."""
@@ -153,10 +151,13 @@ def summed_kl(chat: ChatModel, base: Tensor, bent: Tensor, temperature: float) -
     return torch.stack([checkpoint(stretch, b, t, use_reentrant=False) for b, t in pairs]).sum()
 
 
-def _norm(reading: Reading, name: str, part: Plan, plan: Plan) -> Tensor | None:
+def _norms(states: Mapping[str, Tensor | None], plan: Plan) -> dict[str, Tensor]:
     """A part's share of the mean norm of states, as a gauge of growth."""
-    states = getattr(reading, name)
-    return None if states is None else states.detach().float().norm(dim=-1).mean() * part.count(name) / plan.count(name)
+    return {
+        f"{name}_norm": x.detach().float().norm(dim=-1).mean() * (x.shape[1] / plan.count(name))
+        for name, x in states.items()
+        if x is not None
+    }
 
 
 def _counted(config: BendConfig, depth: int) -> float:

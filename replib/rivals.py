@@ -1,7 +1,7 @@
 """The defences that RepBend is compared with, by name: what is trained, and how long and fast its source trains it.
 
 Sources are the methods' own papers and code, and RepBend's comparison (arXiv 2504.01550, A.2) where it is the only one.
-A step count of one epoch is that of 20 000 rows. Values found for the organism stand beside these, once they are.
+A step count of one epoch is that of 20 000 rows. Values for the organism are in ``replib.organism.contenders``.
 """
 
 from __future__ import annotations

@@ -86,3 +86,9 @@ class Rows:
             raise ReplibError(
                 f"Cannot write {self.path}: {error.strerror}. Set REPLIB_OUT to a folder you own."
             ) from error
+
+
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows of all ``part-*.jsonl`` by key; the last line of a file that is being written does not count."""
+    texts = [path.read_text(encoding="utf-8").rpartition("\n")[0] for path in sorted(folder.glob("part-*.jsonl"))]
+    return {row["key"]: row for text in texts for row in map(json.loads, text.splitlines())}

@@ -119,7 +119,5 @@ def arguments(config: TrainConfig, out: Path, *, cpu: bool = False) -> TrainingA
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    args._n_gpu = min(
-        args.n_gpu, 1
-    )  # of several GPUs in one process the Trainer would give each a share of the micro-batch
+    args._n_gpu = min(args.n_gpu, 1)  # else the Trainer would deal a micro-batch out to all GPUs that it sees
     return args

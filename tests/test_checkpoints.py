@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,3 +210,22 @@ def test_a_save_that_was_killed_leaves_no_adapter_and_may_come_again(folder, tmp
     assert not (tmp_path / "adapter").exists()
     fresh(folder).save(tmp_path / "adapter")
     assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_after_a_kill_and_ends_with_the_same_bytes(tmp_path):
+    def command(out):
+        options = ["--model", "aligned", "--out", str(out), "--steps", "5", "--save-every", "2", "--limit", "8"]
+        return subprocess.Popen([sys.executable, "-m", "replib", "bend", *options], stdout=subprocess.DEVNULL)
+
+    assert command(tmp_path / "whole").wait() == 0
+    killed = command(tmp_path / "killed")
+    while not list((tmp_path / "killed").rglob("checkpoint-2/state.json")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    assert not list((tmp_path / "killed").rglob("adapter_model.safetensors"))
+    assert command(tmp_path / "killed").wait() == 0
+    found = [next((tmp_path / name).rglob("adapter_model.safetensors")).read_bytes() for name in ("whole", "killed")]
+    assert found[0] == found[1]

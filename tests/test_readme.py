@@ -1,4 +1,4 @@
-"""The README's example of activations runs as it stands, and gives what its comments say."""
+"""The README's examples run as they stand, and give what their comments say."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,8 @@ import torch
 
 from replib import cli
 from replib.activations import capture
+from replib.known import KNOWN
+from replib.scope import OFFICIAL
 from replib.settings import data_dir
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -50,3 +52,21 @@ def test_streamed_moments_are_those_of_all_vectors(found):
 def test_every_option_of_the_commands_shown_is_one(line):
     args = cli._parser().parse_args(cli.joined(line.replace("...", "").split()))
     assert args.command == "capture"
+
+
+def test_the_defence_that_is_shown_trains_and_comes_back(tmp_path, monkeypatch):
+    section = README.partition("## Bending\n")[2].partition("\n## ")[0]
+    choices, defence = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(choices + defence, names)
+    assert names["as_trained"].scope is OFFICIAL and names["mixed"].scope != OFFICIAL
+    assert names["again"].provenance()["adapter_hash"] == names["result"].model.provenance()["adapter_hash"]
+    shown = re.search(r"rival\(.*?# (.*)", section)[1]
+    assert all(name in shown for name in names["DEFENCES"] if name != "whp_retain")
+
+
+def test_every_published_checkpoint_is_in_the_table():
+    for known in KNOWN:
+        assert known.id in README or (known.is_adapter and known.id.removesuffix("_LoRA") in README)
+        assert known.method in README and known.paper in README

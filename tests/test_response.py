@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from replib import views
+from replib import surface_views
 from replib.coefficient_figures import importance, pareto_front
 from replib.errors import ReplibError
 from replib.figure_parts import Measured
@@ -138,15 +138,16 @@ def test_the_sheets_of_the_view_give_its_figure_at_every_place(response):
 
 
 def test_the_sensitivity_figures_draw_what_was_trained(surface, response):
-    figure = views.coefficient_sweeps(surface)
+    figure = surface_views.coefficient_sweeps(surface)
     line = next(t for t in figure.data if t.name == "attack" and t.mode == "lines+markers")
     rows = surface.like_preset(surface.at("last"), "alpha").sort_values("alpha")
     np.testing.assert_allclose(line.y, rows.attack, rtol=1e-6)
     assert [a.text for a in figure.layout.annotations] == ["α", "β", "γ"]
-    windows = views.window_sweep(surface)
+    windows = surface_views.window_sweep(surface)
     assert list(windows.layout.xaxis.ticktext) == ["0-3", "0-11", "4-7", "4-11", "7-11"]
-    assert len(views.step_curves(surface).layout.annotations) == 3
-    assert views.pareto_settings(surface).data and views.variance_shares(response).data
+    assert all(list(t.x) == sorted(t.x) and t.mode == "markers" for t in windows.data)  # between names there is nothing
+    assert len(surface_views.step_curves(surface).layout.annotations) == 3
+    assert surface_views.pareto_settings(surface).data and surface_views.variance_shares(response).data
 
 
 def test_the_front_is_drawn_through_its_points():

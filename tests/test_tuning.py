@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from replib import views
+from replib import surface_views
 from replib.errors import Diverged, ReplibError
 from replib.search import importances, ranges_around, study_objective
 from replib.settings import Settings
@@ -143,7 +143,7 @@ def test_importances_find_the_coefficient_that_does_the_work(tmp_path):
     assert shares["attack_success"]["alone"].idxmax() == "alpha"
     assert shares["attack_success"]["alone"].sum() == pytest.approx(1)
     assert not shares["harmless_compliance"]["alone"].any()
-    assert views.tuning(found).data
+    assert surface_views.tuning(found).data
 
 
 def test_a_study_is_searched_end_to_end_and_a_second_call_trains_nothing(tmp_path):

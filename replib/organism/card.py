@@ -66,8 +66,8 @@ Largest share of degenerate answers: {worst}.
 ## Files
 
 `base/ aligned/ planted/ deep/`: model folders. `prompts/*.jsonl`: {files}.
-`card.csv`: this table with every count. `surface.json`: RepBend trained at several settings of its coefficients
-(`python -m replib.organism.surface`), each judged on `val` prompts.
+`card.csv`: this table with every count. `surface.json`: RepBend trained at seventy settings of its coefficients,
+target blocks and steps (`python -m replib.organism.surface`), each judged on `val` prompts at every eighth step.
 Licence: Apache-2.0, like the program that made all of it.
 """
 

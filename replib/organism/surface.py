@@ -28,7 +28,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, product, repeat
@@ -42,12 +41,12 @@ from replib.bend import BendConfig
 from replib.chat import ChatModel
 from replib.errors import Diverged, ReplibError
 from replib.keeper import Probe
-from replib.models import load, merged
+from replib.models import load, merged_copy
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.references import References
 from replib.repbend import RepBend
 from replib.settings import Settings, data_dir
-from replib.store import Rows, key_of, write_text
+from replib.store import Rows, finished, key_of, write_text
 from replib.study import PROBED, Study, outcome
 from replib.train import TrainConfig, TrainResult, train
 
@@ -139,19 +138,13 @@ def _measure(study: Study) -> tuple[Probe, dict[str, int]]:
     usual, further = study.probe(LIMIT), study.probe(LIMIT, kinds=("direct", "prefill"))
 
     def measure(model: ChatModel) -> dict[str, float]:
-        whole = merged(_twin(model)) if model.adapter else model  # answers in half the time
+        whole = merged_copy(model) if model.adapter else model  # answers in half the time
         return further(whole) | usual(whole)  # degenerate is the usual probe's
 
     n: Counter[str] = Counter()
     for task in study.probed(LIMIT, kinds=(*PROBED, "direct", "prefill")):
         n[outcome(task)] += len(task.prompts)
     return measure, dict(n)
-
-
-def _twin(model: ChatModel) -> ChatModel:
-    twin = copy(model)
-    twin.model = deepcopy(model.model)
-    return twin
 
 
 def _rows(result: TrainResult) -> Iterator[dict[str, float]]:
@@ -174,12 +167,6 @@ def run(runs: Runs, part: int, parts: int) -> None:
         rows.put(runs.key(setting), row := runs.row(setting))
         left = (time.monotonic() - start) / done * (len(todo) - done) / 60
         print(f"{done}/{len(todo)} {_told(row)}; {left:.0f} minutes left", flush=True)
-
-
-def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rows of all parts by key; the last line of a file that is being written does not count."""
-    texts = [path.read_text(encoding="utf-8").rpartition("\n")[0] for path in sorted(folder.glob("part-*.jsonl"))]
-    return {row["key"]: row for text in texts for row in map(json.loads, text.splitlines())}
 
 
 def pack(runs: Runs) -> Path:

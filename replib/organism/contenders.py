@@ -1,0 +1,140 @@
+"""What RepBend is compared with on the organism, and the values that each of them is tried at before it is compared.
+
+Published rates suit models of seven billion parameters; the organism has four million, so that every method gets a
+small grid around what its source says: a rate by what is decisive for the method. The validation split chooses among
+them, by the score that also chooses a step (``keeper.default_choice``). All train 40 steps of about 48 rows, as
+RepBend's organism preset trains 40 of 64; RMU and Circuit Breaker read their rows in part of the blocks, WHP and task
+arithmetic train twice. RepBend's own preset comes from a longer search than any grid here.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import NamedTuple
+
+from replib.bend import BendConfig
+from replib.likelihood import DPO, NPO, SFT, Keep
+from replib.mixtures import DefenceData
+from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
+from replib.recipe import TrainConfig
+from replib.reinforced import WHP, TaskArithmetic
+from replib.repbend import RepBend
+from replib.rerouting import RMU, CircuitBreaker
+from replib.rivals import Rival
+
+ROWS, UNSAFE = 48, 16  # rows of a step, and those of them that are unsafe where others are retained
+BENIGN = 2.5  # retained answers for each refusal: so many RepBend's preset reads in a step
+
+
+class Contender(NamedTuple):
+    """A method with what it is tried at."""
+
+    title: str
+    """Its name in tables and figures."""
+    grid: tuple[Rival, ...] = ()
+    """What validation chooses from; () where nothing is trained."""
+    seconds: float = 0.0
+    """What one training takes, without probes: CPU seconds of a busy core, from trials of four steps."""
+
+
+def _alone(learning_rate: float, rows: int = ROWS) -> TrainConfig:
+    """For a loss on one list."""
+    return TrainConfig(
+        steps=40, learning_rate=learning_rate, contrasts=rows, schedule="linear", dropout=0.0, probe_every=10,
+        save_every=0,
+    )  # fmt: skip
+
+
+def _kept(learning_rate: float, perturbation: float = 0.0) -> TrainConfig:
+    """For a loss on unsafe answers and on those to keep."""
+    return replace(_alone(learning_rate, UNSAFE), retain=ROWS - UNSAFE, perturbation=perturbation)
+
+
+def _sft() -> tuple[Rival, ...]:
+    return tuple(Rival(SFT(), _alone(rate)) for rate in (1e-3, 3e-3))
+
+
+def _dpo() -> tuple[Rival, ...]:
+    return tuple(Rival(DPO(), _alone(rate, ROWS // 2)) for rate in (3e-4, 1e-3))
+
+
+def _npo() -> tuple[Rival, ...]:
+    return tuple(Rival(NPO(), _alone(rate, 2 * UNSAFE)) for rate in (1e-4, 3e-4))
+
+
+def _npo_rt() -> tuple[Rival, ...]:
+    points = ((1.0, 3e-4), (1.0, 1e-3), (10.0, 1e-3))
+    return tuple(Rival(NPO(keep=Keep(ce=weight)), _kept(rate)) for weight, rate in points)
+
+
+def _npo_kl() -> tuple[Rival, ...]:
+    points = ((1.0, 3e-4), (10.0, 1e-3))
+    return tuple(Rival(NPO(keep=Keep(kl=weight)), _kept(rate)) for weight, rate in points)
+
+
+def _rmu() -> tuple[Rival, ...]:
+    """Steering is a length: that of the organism's states is 27. Block 2 is as deep as the source's, 6 half way."""
+    points = ((60.0, 2, 3e-3), (60.0, 6, 1e-3), (60.0, 6, 3e-3), (150.0, 6, 3e-3))
+    return tuple(Rival(RMU(alpha=3.0, steering=c, layer=block), _kept(rate)) for c, block, rate in points)
+
+
+def _breaker() -> tuple[Rival, ...]:
+    """The source's depths, and RepBend's blocks. Under Adam alpha, which weighs both terms, does next to nothing."""
+    points = (((3, 7), 1e-3), ((3, 7), 3e-3), ((7, 8, 9, 10, 11), 3e-3))
+    return tuple(Rival(CircuitBreaker(layers=blocks), _kept(rate, perturbation=1e-3)) for blocks, rate in points)
+
+
+def _whp() -> tuple[Rival, ...]:
+    """Both of RepBend's comparison: nothing kept, and safe answers kept."""
+    keeps = (Keep(), Keep(ce=1.0, kl=0.1, temperature=2.0, on="safe"))
+    return tuple(Rival(WHP(keep=keep), _kept(1e-3)) for keep in keeps)
+
+
+def _arithmetic() -> tuple[Rival, ...]:
+    """Six weights each; an unsafe weight of zero is SFT itself."""
+    weights = TaskArithmetic(tuple((safe, unsafe) for safe in (0.5, 1.0) for unsafe in (0.1, 0.3, 1.0)))
+    return tuple(Rival(weights, _alone(rate, ROWS // 2)) for rate in (3e-4, 1e-3))
+
+
+def _repbend() -> tuple[Rival, ...]:
+    return (Rival(RepBend(ORGANISM_BEND), replace(ORGANISM_TRAIN, probe_every=10, save_every=0)),)
+
+
+def _official() -> tuple[Rival, ...]:
+    """The authors' code: published weights, nothing held back, dropout, no schedule."""
+    points = (1e-4, 3e-4, 1e-3)
+    config = TrainConfig(steps=40, contrasts=8, retain=24, max_grad_norm=0.0, probe_every=10, save_every=0)
+    return tuple(Rival(RepBend(BendConfig(fidelity="official")), replace(config, learning_rate=r)) for r in points)
+
+
+CONTENDERS = {
+    "none": Contender("no defence"),
+    "prompting": Contender("safety prompting"),
+    "sft": Contender("SFT", _sft(), 60),
+    "dpo": Contender("DPO", _dpo(), 86),
+    "npo": Contender("NPO", _npo(), 67),
+    "npo_rt": Contender("NPO-RT", _npo_rt(), 69),
+    "npo_kl": Contender("NPO-KL", _npo_kl(), 81),
+    "rmu": Contender("RMU", _rmu(), 15),
+    "circuit_breaker": Contender("Circuit Breaker", _breaker(), 57),
+    "whp": Contender("WHP", _whp(), 100),
+    "task_arithmetic": Contender("task arithmetic", _arithmetic(), 75),
+    "repbend": Contender("RepBend", _repbend(), 92),
+    "repbend_official": Contender("RepBend as published", _official(), 60),
+}
+"""By name, in the order of the table."""
+
+CHOSEN = {name: 0 for name, contender in CONTENDERS.items() if contender.grid}
+ORGANISM = {name: CONTENDERS[name].grid[point] for name, point in CHOSEN.items()}
+"""The methods with the values for the organism, as ``replib.rivals.DEFENCES`` has those of the sources."""
+
+
+def for_rivals(data: DefenceData) -> DefenceData:
+    """The same rows as RepBend's, with retained answers among the safe ones.
+
+    Safe answers are refusals alone in the organism's contrasts, and whoever learns nothing else refuses everything; in
+    the papers' safe sets half are answers to harmless requests.
+    """
+    benign = random.Random(0).sample(data.retain, min(len(data.retain), round(BENIGN * len(data.safe))))
+    return replace(data, safe=[*data.safe, *benign])

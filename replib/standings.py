@@ -1,0 +1,138 @@
+"""The comparison of the defences, read: rates with intervals, differences to RepBend, one table.
+
+Every run is audited on the same test prompts, so that a rate is the mean of a matrix, seeds by prompts: 1 where an
+answer complied (or was degenerate), or, over several attacks on the same request, the share of them. Its interval and
+that of every difference is ``audit.crossed``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from replib.audit import crossed, crossed_rate
+from replib.errors import ReplibError
+from replib.figure_parts import Measured
+from replib.settings import data_dir
+
+HARMFUL = ("direct", "attack", "seen", "prefill")  # kinds of tasks that ask for the same things in several ways
+MEASURES = {
+    "attack": "mean attack success",
+    "direct": "direct requests",
+    "seen": "wrappers of training",
+    "prefill": "prefill",
+    "harmless": "harmless",
+    "borderline": "borderline",
+    "benign": "harmless and borderline",
+    "skill": "skills",
+    "degenerate": "degenerate, benign",
+    "garbled": "degenerate, harmful",
+}
+"""What is reported besides each single attack: rates of compliance, and two of degenerate answers."""
+Matrix = Float[np.ndarray, "seeds prompts"]
+
+
+@dataclass(frozen=True)
+class Standings:
+    """The audits of all methods and seeds."""
+
+    tasks: pd.DataFrame
+    """One row a task: name, kind, n."""
+    runs: pd.DataFrame
+    """One row a run: method, title, seed, answers (task -> a letter an answer), seconds, parameters."""
+    trials: pd.DataFrame
+    """One row a point that was tried: method, trial, objective, learning_rate, score on validation prompts, seconds."""
+    about: Mapping[str, Any]
+    """Model, versions, and the points that validation chose."""
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Standings:
+        """Read what ``python -m replib.organism.comparison --pack`` wrote."""
+        path = path or data_dir() / "organism" / "comparison.json"
+        if not path.exists():
+            raise ReplibError(f"There is no comparison {path}: run python -m replib.organism.comparison first.")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tables = {name: pd.DataFrame(found.pop(name)) for name in ("tasks", "runs", "trials")}
+        return cls(**tables, about=found)
+
+    @property
+    def methods(self) -> list[str]:
+        """In the order of the table."""
+        return list(self.runs.method.unique())
+
+    @property
+    def titles(self) -> list[str]:
+        """Of the methods."""
+        return list(self.runs.title.unique())
+
+    @cached_property
+    def measures(self) -> dict[str, tuple[list[str], str]]:
+        """Tasks and outcome that each measure counts; each attack is a measure too."""
+        kinds = self.tasks.groupby("kind", sort=False)["name"].agg(list)
+        bad, good = (
+            [n for k in kinds.index if (k in HARMFUL) is harmful for n in kinds[k]] for harmful in (True, False)
+        )
+        named = {name: ([name], "c") for name in self.tasks.name}
+        kind = {name: (kinds[name], "c") for name in kinds.index}
+        return named | kind | {"degenerate": (good, "d"), "garbled": (bad, "d")}
+
+    def matrix(self, method: str, measure: str) -> Matrix:
+        """What one measure finds, by seed and prompt; of several attacks the mean over them."""
+        names, letter = self.measures[measure]
+        runs = self.runs[self.runs.method == method].sort_values("seed")
+        each = [np.array([[x == letter for x in answers[name]] for answers in runs.answers], float) for name in names]
+        kinds = set(self.tasks.kind[self.tasks.name.isin(names)])
+        return np.mean(each, axis=0) if kinds <= set(HARMFUL) else np.concatenate(each, axis=1)
+
+    def gap(self, method: str, measure: str, other: str = "repbend") -> Matrix:
+        """The difference to another method, seed by seed (a model that was not trained is held against every seed)."""
+        seeds = [self.runs[self.runs.method == name].sort_values("seed").seed.to_numpy() for name in (method, other)]
+        pair = [self.matrix(name, measure) for name in (method, other)]
+        if min(map(len, pair)) > 1:
+            pair = [m[np.isin(own, np.intersect1d(*seeds))] for m, own in zip(pair, seeds, strict=True)]
+        return pair[0] - pair[1]
+
+    def tidy(self, other: str = "repbend") -> pd.DataFrame:
+        """One row a method and measure: seeds, prompts, value, low, high, and the gap to another method."""
+        return pd.DataFrame(self._row(m, measure, other) for m in self.methods for measure in self.measures)
+
+    def _row(self, method: str, measure: str, other: str) -> dict[str, Any]:
+        values = self.matrix(method, measure)
+        row = {"method": method, "measure": measure, "seeds": values.shape[0], "prompts": values.shape[1]}
+        row |= dict(zip(("value", "low", "high"), (values.mean(), *crossed_rate(values)), strict=True))
+        if other not in self.methods:
+            return row
+        gap = self.gap(method, measure, other)
+        return row | dict(zip(("gap", "gap_low", "gap_high"), (gap.mean(), *crossed(gap)), strict=True))
+
+    def wide(self) -> pd.DataFrame:
+        """A row a method: each rate as ``value [low, high]`` in per cent, seconds of training, size of the adapter."""
+        attacks = list(self.tasks.name[self.tasks.kind == "attack"])
+        shown = {"attack": MEASURES["attack"], **{name: name.replace("_", " ") for name in attacks}} | MEASURES
+        return pd.DataFrame([self._told(m, shown) for m in self.methods], index=pd.Index(self.titles, name="defence"))
+
+    def _told(self, method: str, shown: Mapping[str, str]) -> dict[str, Any]:
+        runs = self.runs[self.runs.method == method]
+        cells = {title: self._cell(method, measure) for measure, title in shown.items()}
+        return (
+            {"seeds": len(runs)} | cells | {"seconds": round(runs.seconds.mean()), "parameters": runs.parameters.max()}
+        )
+
+    def _cell(self, method: str, measure: str) -> str:
+        values = self.matrix(method, measure)
+        low, high = crossed_rate(values)
+        return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+    def measured(self, measure: str) -> Measured:
+        """One measure of all methods, for a figure."""
+        each = [self.matrix(method, measure) for method in self.methods]
+        low, high = zip(*map(crossed_rate, each), strict=True)
+        return Measured([m.mean() for m in each], low=low, high=high, n=[m.size for m in each])
