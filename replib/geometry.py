@@ -170,9 +170,9 @@ class LayerProfile:
     """How far apart two classes are, layer by layer, with the control or null that each number needs.
 
     Columns: ``layer``; those of ``Distances``; ``spread``, mean total variance of the classes; ``bw_mean``
-    and ``bw_covariance``, debiased squared Bures-Wasserstein parts, each with the 2.5 % and 97.5 % points under
-    permuted labels less their mean (``bw_mean_low``, ``bw_mean_high``, …) and the permutation p-value
-    (``bw_mean_p``, …); ``auroc`` and ``accuracy`` (mean of the classes') of the cross-fitted probe; ``js`` of
+    and ``bw_covariance``, debiased squared Bures-Wasserstein parts, each with the 2.5 % and 97.5 % points of the plain
+    distance under permuted labels, less their mean (``bw_mean_low``, ``bw_mean_high``, …), and its permutation
+    p-value (``bw_mean_p``, …); ``auroc`` and ``accuracy`` (mean of the classes') of the cross-fitted probe; ``js`` of
     that probe in nats with bootstrap interval ``js_low``, ``js_high``; ``js_null``, 97.5 % point under permuted
     labels, and ``js_p``, the permutation p-value.
     """
