@@ -10,8 +10,8 @@ from torch import Tensor
 
 from replib.affine import Origin
 from replib.chat import ChatModel
+from replib.clouds import sample_pair
 from replib.errors import ReplibError
-from replib.transport import sample_pair
 
 PER = ("prompt", "token")
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from replib import controls
 from replib.affine import AffineEdit, Edit, SupportedEdit
+from replib.clouds import sample_pair
 from replib.errors import ReplibError
 from replib.positions import Position
-from replib.transport import GaussianMap, sample_pair
+from replib.transport import GaussianMap
 
 Source = Float[Tensor, "n d"]  # harmful
 Target = Float[Tensor, "m d"]  # harmless
@@ -48,8 +49,8 @@ class Method:
 
 # --------------------------------------------------------------------------------------------- transport
 def transported(source: Source, target: Target, **options: Any) -> AffineEdit:
-    """Gaussian optimal transport as an edit; options are those of ``GaussianMap.fit``."""
-    return AffineEdit(*GaussianMap.fit(source, target, **options).factors())
+    """Gaussian optimal transport as an edit; options are those of ``GaussianMap``."""
+    return GaussianMap(**options).fit(source, target).edit()
 
 
 def pca_ot(source: Source, target: Target, k: int) -> AffineEdit:
@@ -62,7 +63,8 @@ def full_ot(source: Source, target: Target, _k: int) -> AffineEdit:
 
     The ridge is the mean variance of the span: the source's 1e-5 is for many more samples than coordinates.
     """
-    return transported(source, target, k=None, ridge=1.0)
+    span = min(source.shape[1], len(source) + len(target) - 2)
+    return transported(source, target, k=None, ridge=source.shape[1] / span)
 
 
 # --------------------------------------------------------------------------------------------- one direction

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from replib.clouds import Cloud
 from replib.errors import ReplibError
 
 
@@ -67,6 +68,10 @@ class Moments:
         if not self.rank:
             raise ReplibError("These moments hold no covariance: make them with Moments(rank=…).")
         return self._checked(2, self._factor) / (self.n - 1) ** 0.5
+
+    def cloud(self, index: int) -> Cloud:
+        """Gaussian of one layer by index, for ``GaussianMap.fit`` and ``bures_wasserstein`` (less what is ``lost``)."""
+        return Cloud(self.mean[index], self.factor[index], self.n)
 
     @property
     def lost(self) -> Float[Tensor, " layers"]:

@@ -27,14 +27,14 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """The same for tensors, as safetensors."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> Path:
+    """The same for tensors, as safetensors; ``about`` goes into the file's header."""
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in tensors.items()}, partial)
+        save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata=about)
         os.replace(partial, path)
     except OSError as error:
         raise ReplibError(f"Cannot write {path}: {error.strerror}. Choose a folder you own.") from error

@@ -90,6 +90,16 @@ def divergence(profiles: Mapping[str, LayerProfile], **options: Any) -> go.Figur
                                title="How well one vector tells harmful from harmless", **options)  # fmt: skip
 
 
+def transport_gap(profile: LayerProfile) -> go.Figure:
+    """Debiased squared Bures-Wasserstein parts by block, per unit of within-class variance, and what chance gives."""
+    names, spread = ("mean", "covariance"), profile["spread"]
+    curves = {name: Measured(profile[f"bw_{name}"] / spread, n=sum(profile.n)) for name in names}
+    low, high = ([profile[f"bw_{name}_{side}"] / spread for name in names] for side in ("low", "high"))
+    null = Measured(np.zeros_like(spread), low=np.min(low, 0), high=np.max(high, 0))
+    return figures.layer_lines(curves, "squared distance / variance", null=null,
+                               title="What separates the two Gaussians")  # fmt: skip
+
+
 def by_block(curves: Mapping[str, Any], unit: str, title: str, *, n: int | None = None) -> go.Figure:
     """Any named quantities by block, each point of them from ``n`` prompts."""
     return figures.layer_lines({name: Measured(x, n=n) for name, x in curves.items()}, unit, title=title)

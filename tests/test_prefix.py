@@ -5,7 +5,8 @@ import tiny
 import torch
 
 from replib.activations import capture
-from replib.edits import AffineEdit, applied
+from replib.affine import AffineEdit
+from replib.edits import applied
 from replib.models import load
 from replib.prefix import Prefix
 

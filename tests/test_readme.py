@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import gaussians
 import pytest
 import tiny
 import torch
@@ -12,6 +13,7 @@ from replib.activations import capture
 from replib.known import KNOWN
 from replib.scope import OFFICIAL
 from replib.settings import data_dir
+from replib.transport import GaussianMap
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Activations\n")[2].partition("\n## ")[0]
@@ -70,3 +72,20 @@ def test_every_published_checkpoint_is_in_the_table():
     for known in KNOWN:
         assert known.id in README or (known.is_adapter and known.id.removesuffix("_LoRA") in README)
         assert known.method in README and known.paper in README
+
+
+def test_the_maps_that_are_shown_are_what_they_say(tmp_path, monkeypatch):
+    section = README.partition("## Transport\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = dict(zip(("harmful", "harmless"), gaussians.classes(n=30, m=25, d=40), strict=True))
+    exec(code, names)
+    first, whole, x = names["first"], names["whole"], names["harmful"]
+    assert first.rho_ == pytest.approx(1) and whole.basis_.shape == (40, 40)
+    assert (
+        gaussians.relative(names["streamed"].transform(x), GaussianMap().fit(x, names["harmless"]).transform(x)) < 1e-9
+    )
+    composed = whole.transform(first.inverse_transform(x))
+    assert gaussians.relative(names["both"](x.float()).double(), composed) < 1e-5
+    assert torch.equal(names["same"].transform(x), first.transform(x))
+    assert names["null"].p_value.mean < 0.05 < names["gap"].mean

@@ -6,7 +6,8 @@ import torch
 
 from replib import reader
 from replib.activations import capture, capture_pair, capture_sites
-from replib.edits import AffineEdit, applied
+from replib.affine import AffineEdit
+from replib.edits import applied
 from replib.models import load
 from replib.shared import shared_length
 from replib.sites import SITES

@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from replib.activations import capture_sites
-from replib.edits import AffineEdit, applied
+from replib.affine import AffineEdit
+from replib.edits import applied
 from replib.errors import ReplibError
 from replib.models import load
 from replib.sites import SITES, hooked

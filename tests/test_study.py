@@ -52,7 +52,12 @@ def test_every_verb_runs_on_a_foreign_model_and_real_files(foreign):
     harmful, harmless = study.pair()
     profile = layer_profile(harmful.values, harmless.values, permutations=20)
     assert profile["js"].shape == (study.model.n_layers,)
-    views.distances(profile), views.divergence({"both": profile}), views.clusters((harmful, harmless))
+    (
+        views.distances(profile),
+        views.divergence({"both": profile}),
+        views.transport_gap(profile),
+        views.clusters((harmful, harmless)),
+    )
     assert views.lens(logit_lens(study.model, study.harmful.val[0].text)).data
     assert len(views.token_table(study.model, study.harmful.val[0].text).columns) > 3
     table = study.audit(study.tasks(limit=2)[:3]).frame
