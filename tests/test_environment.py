@@ -22,7 +22,7 @@ from replib import bootstrap
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-LEFT_OUT = {"all", "eval", "data"}
+LEFT_OUT = {"all", "eval", "data", "quantized"}
 TEN = {
     "jupyterlab", "torch", "transformers", "peft", "nnsight",
     "plotly", "scikit-learn", "numpy", "scipy", "ipywidgets",
