@@ -63,7 +63,7 @@ def full_ot(source: Source, target: Target, _k: int) -> AffineEdit:
 
     The ridge is the mean variance of the span: the source's 1e-5 is for many more samples than coordinates.
     """
-    span = min(source.shape[1], len(source) + len(target) - 2)
+    span = min(source.shape[1], len(source) + len(target) - 1)
     return transported(source, target, k=None, ridge=source.shape[1] / span)
 
 

@@ -217,9 +217,9 @@ def test_map_is_monotone():
 def test_edit_is_the_map(options):
     harmful, harmless = classes()
     t = GaussianMap(**{"k": 3} | options).fit(harmful, harmless)
-    u, v, c, s = (x for _, x in sorted(vars(t.edit()).items(), key=lambda item: "uvcs".index(item[0])))
-    scaled = 0 if s is None else s * harmful
-    assert relative(harmful + harmful @ v @ u.mT + c + scaled, t.transform(harmful)) < 1e-13
+    edit = t.edit()
+    scaled = 0 if edit.s is None else edit.s * harmful
+    assert relative(harmful + harmful @ edit.v @ edit.u.mT + edit.c + scaled, t.transform(harmful)) < 1e-13
     assert relative(t.edit()(harmful.float()).double(), t.transform(harmful)) < 1e-6
 
 
