@@ -225,7 +225,8 @@ def test_the_command_goes_on_after_a_kill_and_ends_with_the_same_bytes(tmp_path)
         time.sleep(0.05)
     killed.kill()
     killed.wait()
-    assert not list((tmp_path / "killed").rglob("adapter_model.safetensors"))
+    assert not list((tmp_path / "killed").rglob("replib.json"))
     assert command(tmp_path / "killed").wait() == 0
+    assert not list((tmp_path / "killed").rglob("checkpoint-*"))
     found = [next((tmp_path / name).rglob("adapter_model.safetensors")).read_bytes() for name in ("whole", "killed")]
     assert found[0] == found[1]
