@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from replib.chat import Batch, ChatModel
-from replib.passes import passed
-from replib.repbend import LOGITS
+from replib.passes import in_stretches, passed
 
 
 def answered(chat: ChatModel, pairs: Iterable[tuple[str, str]]) -> Batch:
@@ -45,16 +43,7 @@ def token_losses(
     def stretch(s: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(chat.logits(s), t, reduction="none")
 
-    size = stretch_of(chat)
-    if len(states) <= size:
-        return stretch(states, tokens)
-    pairs = zip(states.split(size), tokens.split(size), strict=True)
-    return torch.cat([checkpoint(stretch, s, t, use_reentrant=False) for s, t in pairs])
-
-
-def stretch_of(chat: ChatModel) -> int:
-    """Tokens whose logits are made at once."""
-    return max(1, LOGITS // chat.unembed.out_features)
+    return torch.cat(in_stretches(chat, stretch, states, tokens))
 
 
 def answer_logp(chat: ChatModel, batch: Batch) -> Float[Tensor, " rows"]:

@@ -34,7 +34,6 @@ def attached_lora(
         dropout: share of the inputs of A that is zeroed in training.
         blocks: indices of the adapted blocks.
         modules: names of the adapted layers as they end, for example ``["q_proj", "v_proj"]`` or ``["mlp.c_proj"]``.
-
         name: what results are told about the adapter until it is saved.
 
     Raises:

@@ -10,10 +10,13 @@ from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from replib.chat import Batch, ChatModel
 from replib.parallel import is_split
 from replib.sites import Hook, hooked
+
+LOGITS = 1 << 24  # numbers that the logits of one stretch of tokens hold at most
 
 
 class _Enough(Exception):
@@ -52,6 +55,23 @@ def passed(
         for tap in taps:
             tap.remove()
     return final[-1]  # where sites are looked for, a prompt passes before
+
+
+def in_stretches(chat: ChatModel, compute: Callable[..., Tensor], *rows: Tensor) -> list[Tensor]:
+    """What is computed on rows whose logits are made there, a stretch of them at a time.
+
+    Where there are several stretches, each is computed anew for the gradient, so that one at a time holds its logits.
+    """
+    size = stretch_of(chat)
+    if len(rows[0]) <= size:
+        return [compute(*rows)]
+    each = zip(*(x.split(size) for x in rows), strict=True)
+    return [checkpoint(compute, *some, use_reentrant=False) for some in each]
+
+
+def stretch_of(chat: ChatModel) -> int:
+    """Tokens whose logits are made at once."""
+    return max(1, LOGITS // chat.unembed.out_features)
 
 
 @contextmanager

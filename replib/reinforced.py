@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from replib.answers import answer_states, answered, stretch_of, token_losses
+from replib.answers import answer_states, answered, token_losses
 from replib.chat import ChatModel, evaluating
 from replib.defences import generic_logits, task_arithmetic
 from replib.errors import ReplibError
@@ -28,6 +28,7 @@ from replib.mixtures import DefenceData
 from replib.models import attached
 from replib.needs import check_coefficients, check_lists
 from replib.objective import Objective, Part, reference
+from replib.passes import stretch_of
 from replib.prompts import Dialogue
 from replib.recipe import TrainConfig
 from replib.train import TrainResult

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from replib.bend import (
     BendConfig,
@@ -27,12 +26,10 @@ from replib.bend import (
 from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.objective import Lora, Objective, Part
-from replib.passes import read_once
+from replib.passes import in_stretches, read_once
 from replib.reading import Plan, Reading, read
 from replib.recipe import TrainConfig, announced, warn_of_the_start
 from replib.references import References
-
-LOGITS = 1 << 24  # numbers that the logits of one stretch of tokens hold at most; longer ones are computed in stretches
 
 
 @dataclass
@@ -144,11 +141,7 @@ def summed_kl(chat: ChatModel, base: Tensor, bent: Tensor, temperature: float) -
             given = frozen.logits(b)
         return kl_divergence(given, chat.logits(t), temperature, sequences=1)
 
-    size = max(1, LOGITS // chat.unembed.out_features)
-    if len(base) <= size:
-        return stretch(base, bent)
-    pairs = zip(base.split(size), bent.split(size), strict=True)
-    return torch.stack([checkpoint(stretch, b, t, use_reentrant=False) for b, t in pairs]).sum()
+    return torch.stack(in_stretches(chat, stretch, base, bent)).sum()
 
 
 def _norms(states: Mapping[str, Tensor | None], plan: Plan) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_bend_literal import GRADIENT, KINDS, VALUE, in_float64  # noqa: F401 - a fixture
 
-from replib import answers, repbend
+from replib import passes
 from replib.answers import answer_states, answer_tokens, answered
 from replib.chat import ChatModel
 from replib.errors import ReplibError
@@ -206,8 +206,7 @@ def test_logits_made_a_few_at_a_time_give_the_same(name, models, monkeypatch):
     chat = models("llama")
     whole = total(chat, RIVALS[name])
     labels = relabelled(chat, UNSAFE)
-    for module in (answers, repbend):
-        monkeypatch.setattr(module, "LOGITS", 3 * chat.unembed.out_features)
+    monkeypatch.setattr(passes, "LOGITS", 3 * chat.unembed.out_features)
     assert_equal(chat, total(chat, RIVALS[name]), whole)
     assert relabelled(chat, UNSAFE) == labels
 
