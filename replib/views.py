@@ -141,15 +141,6 @@ def token_table(model: ChatModel, prompt: str, last: int = 8) -> pd.DataFrame:
     return table.tail(last).T
 
 
-def setting(point: Mapping[str, Any]) -> go.Figure:
-    """One trained setting of alpha, beta and gamma: its audit, before and after."""
-    return figures.audit_dots(
-        pd.DataFrame(point["rows"]),
-        title=", ".join(f"{c} {point[c]:g}" for c in ("alpha", "beta", "gamma"))
-        + f": step {point['step']} of {point['steps']}",
-    )
-
-
 def training(result: TrainResult) -> go.Figure:
     """Terms, distances, norms and validation probe of a RepBend run, with the chosen step marked."""
     history = result.history.set_index("step")
