@@ -217,10 +217,11 @@ def build(out: Path, only: Sequence[str]) -> None:
         tune(out, name, STAGES[name])
 
 
-def tune(out: Path, name: str, stage: Stage) -> None:
-    """Train a variant on from the saved base."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
-    model = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+def tune(out: Path, name: str, stage: Stage, base: Path | None = None) -> None:
+    """Train a variant on from a saved base, by default the one beside it."""
+    base = base or out / "base"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     fit(model, tokenizer, stage, name=name)
     save(model, tokenizer, out / name)
 

@@ -1,0 +1,77 @@
+"""How many tokens deep refusal is: edits fitted at the prompt's end, at answer tokens, or at both.
+
+What fits an edit at answer token t: harmful prompts and harmless ones, each with a compliant answer that it is made
+to read, the activation of the t-th token of the answer. Both classes read answers of one kind, so that what the map
+carries over is the class and not the wording; with the model's own answers it would carry refusing words to
+complying ones, and in front of any other word it leaves the model without sense.
+
+Where it acts: at the block it was fitted at, on every answer token as it is written (``response``). An edit fitted at
+the last prompt token acts there, once, as the published audit has it. ``prompt + …`` do both; the two are fitted
+independently, on the unedited model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from replib.activations import capture
+from replib.asked import Edited
+from replib.chat import ChatModel
+from replib.errors import ReplibError
+from replib.methods import Method, SiteEdits, fit_edit
+from replib.positions import Position
+from replib.prompts import Dialogue
+
+TOKENS = (1, 2, 4, 5, 8)  # of an answer, the first is 1
+PROMPT, ON_ANSWER, SPAN = "prompt", "prompt, on the answer", "mean of the answer"
+States = Float[Tensor, "layers n d"]
+
+
+def answer_states(
+    model: ChatModel, dialogues: Sequence[Dialogue], tokens: Sequence[int] = TOKENS, **options: object
+) -> dict[str, States]:
+    """Activations at the last prompt token, at some tokens of the answers, and their mean over each answer.
+
+    Answers shorter than the last of the tokens are left out, everywhere. Options are those of ``capture``.
+
+    Raises ReplibError where fewer than two answers are long enough.
+    """
+    rows = model.tokenize([d.prompt for d in dialogues], [d.response for d in dialogues])
+    long = [d for d, row in zip(dialogues, rows, strict=True) if len(row.span("response")) >= max(tokens)]
+    if len(long) < 2:
+        raise ReplibError(
+            f"{len(long)} of {len(dialogues)} answers have {max(tokens)} tokens: ask for earlier tokens, or give "
+            "longer answers."
+        )
+    places: dict[str, Position] = {PROMPT: -1, **{named(t): t - 1 for t in tokens}, SPAN: "response"}
+    texts = {"prompts": [d.prompt for d in long], "responses": [d.response for d in long]}
+    found = capture(model, **texts, positions=list(places.values()), **options)  # type: ignore[arg-type]
+    return {name: found.values[:, :, i] for i, name in enumerate(places)}
+
+
+def named(token: int) -> str:
+    """What tables call an answer token."""
+    return f"token {token}"
+
+
+def token_edits(
+    harmful: Mapping[str, States], harmless: Mapping[str, States], method: str | Method = "pca_ot", *, k: int = 2
+) -> dict[str, list[Edited]]:
+    """Edits of one block each, block by block, for every place that fits one and every set of tokens it acts on."""
+    at = {name: _by_block(harmful[name], harmless[name], method, k) for name in harmful}
+    once = at.pop(PROMPT)
+    found: dict[str, list[Edited]] = {
+        PROMPT: [{"last_prompt": e} for e in once],
+        ON_ANSWER: [{"response": e} for e in once],
+    }
+    for name, later in at.items():
+        found[name] = [{"response": e} for e in later]
+        found[f"{PROMPT} + {name}"] = [{"last_prompt": a, "response": b} for a, b in zip(once, later, strict=True)]
+    return found
+
+
+def _by_block(x: States, y: States, method: str | Method, k: int) -> list[SiteEdits]:
+    return [fit_edit(method, a, b, i, k=k, depth=len(x)) for i, (a, b) in enumerate(zip(x, y, strict=True))]

@@ -1,0 +1,116 @@
+"""Does a defence hold when the attack is fitted on the defended model: ``python -m replib.organism.defended``.
+
+    python -m replib.organism.comparison          # trains the defences; its adapters are read
+    python -m replib.organism.defended            # about an hour of one core, goes on where it stopped
+    python -m replib.organism.defended --pack     # writes data/organism/defended.json
+
+Subjects are those of ``subjects``, questions those of ``examiner``: every subject is asked every question, one seed of
+all first. Maps of the undefended model are tried on the others too, and four variants whose refusal is planted at
+other depths are trained, to score what is said about depth; their weights stay in the folder of results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from replib.errors import ReplibError
+from replib.organism.bench import Bench
+from replib.organism.examiner import DESIGN, QUESTIONS, Case, answered
+from replib.organism.subjects import ALIGNED, BASE, REPLANTED, TRUTH, Subject, Subjects, everyone
+from replib.settings import Settings, data_dir
+from replib.store import Rows, finished, key_of, write_text
+
+TRAINING = 250  # CPU seconds of a busy core: one planted variant
+Task = tuple[Subject, str]
+
+
+def questions(subject: Subject) -> list[str]:
+    """What is asked of a subject: of a model that refuses nothing its gaps alone, of places where they are known."""
+    if subject.name == BASE:
+        return ["gaps"]
+    if subject.name in REPLANTED:
+        return ["gaps", "blocks", "places"]
+    return [name for name in QUESTIONS if name != "places" or subject.name in (ALIGNED, *TRUTH)]
+
+
+def key(subjects: Subjects, subject: Subject, question: str) -> str:
+    """What a row depends on."""
+    return key_of(question, subjects.key(subject), subjects.bench.about, DESIGN)
+
+
+def missing(subjects: Subjects) -> Iterator[Task]:
+    """What is not answered yet, of the subjects that are there."""
+    done = finished(subjects.folder)
+    for subject in filter(subjects.ready, everyone()):
+        for question in questions(subject):
+            if key(subjects, subject, question) not in done:
+                yield subject, question
+
+
+def minutes(subjects: Subjects, tasks: list[Task]) -> float:
+    """What that costs, in minutes of one busy core."""
+    untrained = {s for s, _ in tasks if s.name in REPLANTED and not subjects.weights(s).exists()}
+    return (sum(QUESTIONS[question][1] for _, question in tasks) + TRAINING * len(untrained)) / 60
+
+
+def run(subjects: Subjects) -> None:
+    """Answer what is missing; each answer is on disk before the next question is asked."""
+    rows, tasks = Rows(subjects.folder / "part-1.jsonl"), list(missing(subjects))
+    absent = [f"{s.title} {s.seed}" for s in everyone() if not subjects.ready(s)]
+    print(f"{len(tasks)} questions, about {minutes(subjects, tasks):.0f} core minutes", flush=True)
+    if absent:
+        print(f"not trained yet, run organism.comparison first: {', '.join(absent)}", flush=True)
+    undefended, case = Case(subjects.bench.study.model, subjects.bench.study), None
+    for i, (subject, question) in enumerate(tasks):
+        if case is None or subject != tasks[i - 1][0]:
+            case = Case(subjects.load(subject), subjects.bench.study, undefended)
+        row = subject._asdict() | {"question": question, "answer": answered(case, question)}
+        rows.put(key(subjects, subject, question), row)
+        left = minutes(subjects, tasks[i + 1 :])
+        print(f"{subject.title}, seed {subject.seed}, {question}: done; {left:.0f} core minutes left", flush=True)
+
+
+def pack(subjects: Subjects) -> Path:
+    """Write what is answered to ``data/organism/defended.json``, a line a subject."""
+    done, lines = finished(subjects.folder), []
+    for subject in everyone():
+        keys = {question: key(subjects, subject, question) for question in questions(subject)}
+        answers = {question: done[k]["answer"] for question, k in keys.items() if k in done}
+        if answers:
+            lines.append(_line(subject, answers))
+    if not lines:
+        raise ReplibError(f"Nothing is answered in {subjects.folder}: run python -m replib.organism.defended first.")
+    about = {"about": subjects.bench.about, "design": DESIGN, "chosen": subjects.chosen}
+    head = json.dumps(about, indent=1)[:-2]
+    path = data_dir() / "organism" / "defended.json"
+    write_text(path, f'{head},\n "subjects": [\n' + ",\n".join(lines) + "\n]}\n")
+    print(f"{len(lines)} of {len(everyone())} subjects, {path.stat().st_size / 1e3:.0f} kB: {path}")
+    return path
+
+
+def _line(subject: Subject, answers: dict[str, Any]) -> str:
+    planted = {"planted": TRUTH[subject.name]} if subject.name in TRUTH else {}
+    return json.dumps(subject._asdict() | {"title": subject.title} | planted | answers, separators=(",", ":"))
+
+
+def main() -> None:
+    """Command line: ask what is missing, or pack what is answered."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--pack", action="store_true", help="write data/organism/defended.json from what is answered")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    subjects = Subjects(Bench(Settings()))
+    if arguments.pack:
+        pack(subjects)
+    else:
+        run(subjects)
+
+
+if __name__ == "__main__":
+    main()

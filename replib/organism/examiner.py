@@ -1,0 +1,212 @@
+"""What every subject of the audit is asked: the same prompts, the same questions, the attack fitted on itself.
+
+Edits are fitted on prompts of ``fit``, blocks are chosen on ``val``, everything that is reported is asked on ``test``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from replib.activations import capture
+from replib.asked import Asked, Edited, strongest
+from replib.attribution import variants
+from replib.chat import ChatModel
+from replib.depth import TOKENS, answer_states, token_edits
+from replib.gap import PARTS, features, relative_gaps
+from replib.geometry import layer_profile
+from replib.localise import lens_profile
+from replib.methods import Method, fit_edit, pca_ot
+from replib.minimum import STRENGTHS, least_strengths
+from replib.organism.language import comply
+from replib.organism.world import select
+from replib.prompts import Dialogue, Prompt
+from replib.refusals import RefusalTokens
+from replib.study import Study
+
+FIT, MOST, PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48
+"""Prompts a class that fit an edit, at most, and that a profile is made of; prompts that choose, and that report."""
+K, PERMUTATIONS = 2, 100
+SIZES, DRAWS = (8, 16, 32, 64, 128, 256), 3
+DESIGN = {"fit": FIT, "profiled": PROFILED, "val": CHOOSING, "test": ASKED, "k": K, "permutations": PERMUTATIONS,
+          "sizes": SIZES, "draws": DRAWS, "strengths": STRENGTHS, "tokens": TOKENS}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model under examination, beside the undefended one."""
+
+    model: ChatModel
+    study: Study
+    undefended: Case | None = None
+
+    # ------------------------------------------------------------------------------------- what is asked
+    @cached_property
+    def val(self) -> Asked:
+        """Harmful prompts that choose."""
+        return Asked(self.model, self.study.harmful.val[:CHOOSING], self.study.judge)
+
+    @cached_property
+    def test(self) -> Asked:
+        """Harmful prompts that report."""
+        return Asked(self.model, self.study.harmful.test[:ASKED], self.study.judge)
+
+    # ------------------------------------------------------------------------------------- what fits the edits
+    @property
+    def fit(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Harmful and harmless prompts."""
+        return self.study.harmful.fit[:FIT], self.study.harmless.fit[:FIT]
+
+    def complying(self, label: int) -> list[Dialogue]:
+        """The prompts of one class, each with its own recipe: what both classes are made to read."""
+        answers = {x.name: comply(x) for x in select()}
+        return [Dialogue(p.text, answers[p.group]) for p in self.fit[label]]
+
+    @cached_property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Harmful and harmless fit prompts at their last token, ``[layers, n, d]`` each."""
+        return self.read(self.study.harmful.fit, MOST), self.read(self.study.harmless.fit, MOST)
+
+    def read(self, prompts: Sequence[Prompt], n: int, **options: Any) -> Tensor:
+        """Activations of the first n prompts, at their last token unless options say otherwise."""
+        return capture(self.model, [p.text for p in prompts[:n]], **options).values
+
+    def at_prompt(self, method: str | Method, block: int, rows: Sequence[Tensor] | None = None) -> Edited:
+        """An edit of the last prompt token at one block, fitted on this model."""
+        x, y = (states[block][:FIT] for states in self.states) if rows is None else rows
+        return {"last_prompt": fit_edit(method, x, y, block, k=K, depth=self.model.n_layers)}
+
+    @cached_property
+    def edits(self) -> list[Edited]:
+        """PCA-OT at each block."""
+        return [self.at_prompt("pca_ot", i) for i in range(self.model.n_layers)]
+
+    @cached_property
+    def chosen(self) -> list[str]:
+        """Outcomes on the prompts that choose, block by block."""
+        return self.val.letters(self.edits)
+
+    @property
+    def block(self) -> int:
+        """Where the attack is strongest on the prompts that choose."""
+        return strongest(self.chosen)
+
+
+# --------------------------------------------------------------------------------------------- the parts
+def gaps(case: Case) -> dict[str, Any]:
+    """Transport gaps by block, at the last prompt token and over the same opening of an answer, forced on all."""
+    classes = [x.test[:PROFILED] for x in (case.study.harmful, case.study.harmless)]
+    prompt = [case.read(x, PROFILED) for x in classes]
+    forced = [case.read(x, PROFILED, responses=[p.target for p in x], positions="response") for x in classes]
+    return {"prompt": _profile(*prompt), "answer": _profile(*forced)}
+
+
+def _profile(x: Tensor, y: Tensor) -> dict[str, Any]:
+    profile = layer_profile(x, y, permutations=PERMUTATIONS)
+    table = relative_gaps(profile)
+    parts = {part: table[table.part == part] for part in PARTS}
+    found = {part: {c: _short(own[c]) for c in ("value", "low", "high", "p")} for part, own in parts.items()}
+    return found | {"auroc": _short(profile["auroc"])}
+
+
+def blocks(case: Case) -> dict[str, Any]:
+    """Success by block of the re-fitted edit and of the undefended model's, and what is known of each block."""
+    assert case.undefended
+    freed = [{w: {p: e.bound(None) for p, e in s.items()} for w, s in edit.items()} for edit in case.undefended.edits]
+    table = relative_gaps(layer_profile(*(x[:, :FIT] for x in case.states), permutations=1))
+    known = [_features(case, i, table) for i in range(case.model.n_layers)]
+    return {
+        "block": case.block,
+        "val": [text.count("c") for text in case.chosen],
+        "plain": case.test.letters([{}])[0],
+        "refitted": case.test.letters(case.edits),
+        "transferred": case.test.letters(freed),
+        "features": {name: _short([row[name] for row in known]) for name in known[0]},
+    }
+
+
+def _features(case: Case, block: int, table: Any) -> dict[str, float]:
+    own = [float(table.value[(table.layer == block) & (table.part == part)].iloc[0]) for part in PARTS]
+    x, y = (states[block][:FIT] for states in case.states)
+    return features(x, y, own, depth=block / (case.model.n_layers - 1), k=K)._asdict()
+
+
+def strengths(case: Case) -> dict[str, Any]:
+    """The least strength that flips each prompt; null where none does."""
+    least = least_strengths(case.test, case.edits[case.block])
+    return {"least": [None if np.isinf(s) else round(float(s), 3) for s in least]}
+
+
+def samples(case: Case) -> dict[str, Any]:
+    """Success by number of fit prompts a class, each number drawn several times."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = [[torch.randperm(MOST, generator=draw)[:n] for _ in range(2)] for n in SIZES for _ in range(DRAWS)]
+    states = [x[case.block] for x in case.states]
+    edits = [
+        case.at_prompt("pca_ot", case.block, [x[rows] for x, rows in zip(states, some, strict=True)]) for some in drawn
+    ]
+    found = case.test.letters(edits)
+    return {str(n): found[i * DRAWS : (i + 1) * DRAWS] for i, n in enumerate(SIZES)}
+
+
+def shares(case: Case) -> dict[str, Any]:
+    """Success of the edit and of each of its nulls."""
+    fits = [(name, fit) for name, some in variants(pca_ot, DRAWS).items() for fit in some]
+    found = case.test.letters([case.at_prompt(Method(fit, name), case.block) for name, fit in fits])
+    names = [name for name, _ in fits]
+    return {name: [text for n, text in zip(names, found, strict=True) if n == name] for name in dict.fromkeys(names)}
+
+
+def tokens(case: Case) -> dict[str, Any]:
+    """Edits fitted at the prompt's end, at answer tokens and at both: by block on val, at the best block on test.
+
+    Every second block is tried: fourteen kinds of edits, of long answers, cost most of all.
+    """
+    tried = range(1, case.model.n_layers, 2)
+    harmful, harmless = (answer_states(case.model, case.complying(label)) for label in (0, 1))
+    edits = {name: [some[i] for i in tried] for name, some in token_edits(harmful, harmless, k=K).items()}
+    found = iter(case.val.letters([edit for some in edits.values() for edit in some]))
+    val = {name: list(islice(found, len(tried))) for name in edits}
+    best = {name: strongest(texts) for name, texts in val.items()}
+    test = dict(zip(edits, case.test.letters([edits[name][i] for name, i in best.items()]), strict=True))
+    kinds = {
+        name: {"val": [text.count("c") for text in val[name]], "block": tried[i], "test": test[name]}
+        for name, i in best.items()
+    }
+    return {"blocks": list(tried), "kinds": kinds}
+
+
+def places(case: Case) -> dict[str, Any]:
+    """What else might say where refusal is decided: one direction by block, and the logit lens."""
+    everywhere = [{"all": case.at_prompt("rfa", i)["last_prompt"]} for i in range(case.model.n_layers)]
+    shift = [case.at_prompt("actadd", i) for i in range(case.model.n_layers)]
+    harmful, harmless = ([p.text for p in prompts] for prompts in case.fit)
+    first = RefusalTokens.find(case.model, harmful, harmless)
+    lens = lens_profile(case.model, case.states[0][:, :FIT], case.states[1][:, :FIT], first)
+    return {"rfa": case.test.letters(everywhere), "actadd": case.test.letters(shift), "lens": _short(lens)}
+
+
+QUESTIONS: dict[str, tuple[Callable[[Case], dict[str, Any]], float]] = {
+    "gaps": (gaps, 4), "blocks": (blocks, 15), "strengths": (strengths, 5), "samples": (samples, 8),
+    "shares": (shares, 8), "tokens": (tokens, 35), "places": (places, 15),
+}  # fmt: skip
+"""Each with the CPU seconds of a busy core that it takes."""
+
+
+def answered(case: Case, question: str) -> dict[str, Any]:
+    """The answer to one question; a small K that misses the mean gap is part of it and no warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return QUESTIONS[question][0](case)
+
+
+def _short(values: Any) -> list[float]:
+    return [float(f"{x:.3g}") for x in np.asarray(values, float).tolist()]
