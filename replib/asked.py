@@ -75,11 +75,11 @@ def had(letters: str | Sequence[str], outcome: str = "compliance") -> Bool[np.nd
     return np.array([had(each, outcome) for each in letters])
 
 
-def strongest(letters: Sequence[str]) -> int:
+def strongest(letters: Sequence[str], *, middle: float | None = None) -> int:
     """Which of some edits, block by block, does most: complied with most, then refused least, then nearest the middle.
 
-    Where no block does anything, the middle of the depth is where arXiv 2603.04355 edits.
+    Where no block does anything, the middle of the depth is where arXiv 2603.04355 edits; another may be given.
     """
-    middle = (len(letters) - 1) / 2
+    middle = (len(letters) - 1) / 2 if middle is None else middle
     rank = [(text.count("c"), -text.count("r"), -abs(i - middle)) for i, text in enumerate(letters)]
     return max(range(len(letters)), key=rank.__getitem__)

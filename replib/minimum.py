@@ -11,32 +11,29 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from replib.asked import Asked, Edited, had
+from replib.asked import Edited
 from replib.audit import crossed_rate
 from replib.errors import ReplibError
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0)
 
 
-def scaled(edit: Edited, strength: float) -> Edited:
-    """The same edit at a strength, on each of its tokens; beyond 1 it overshoots."""
-    return {
-        where: dict(zip(edits, (e * strength for e in edits.values()), strict=True)) for where, edits in edit.items()
-    }
-
-
-def least_strengths(
-    asked: Asked, edit: Edited, strengths: Sequence[float] = STRENGTHS
-) -> Float[np.ndarray, " prompts"]:
-    """The smallest of some strengths at which each prompt is complied with; inf where it never is.
+def scaled(edit: Edited, strengths: Sequence[float] = STRENGTHS) -> list[Edited]:
+    """The same edit at each strength, on each of its tokens; beyond 1 it overshoots.
 
     Raises ReplibError unless strengths rise from zero or above.
     """
     if not strengths or strengths[0] < 0 or np.any(np.diff(strengths) <= 0):
         raise ReplibError(f"Strengths {list(strengths)} must rise, from 0 or above: give each once, upwards.")
-    complied = had(asked.letters([scaled(edit, s) for s in strengths]))
+    return [{where: {place: e * s for place, e in edits.items()} for where, edits in edit.items()} for s in strengths]
+
+
+def least_strengths(
+    complied: Bool[np.ndarray, "strengths prompts"], strengths: Sequence[float] = STRENGTHS
+) -> Float[np.ndarray, " prompts"]:
+    """The smallest strength at which each prompt was complied with; inf where it never was."""
     return np.where(complied.any(0), np.array(strengths)[complied.argmax(0)], np.inf)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from replib.activations import capture
-from replib.asked import Asked, Edited, strongest
+from replib.asked import Asked, Edited, had, strongest
 from replib.attribution import variants
 from replib.chat import ChatModel
 from replib.depth import TOKENS, answer_states, token_edits
@@ -25,7 +25,7 @@ from replib.gap import PARTS, features, relative_gaps
 from replib.geometry import layer_profile
 from replib.localise import lens_profile
 from replib.methods import Method, fit_edit, pca_ot
-from replib.minimum import STRENGTHS, least_strengths
+from replib.minimum import STRENGTHS, least_strengths, scaled
 from replib.organism.language import comply
 from replib.organism.world import select
 from replib.prompts import Dialogue, Prompt
@@ -34,10 +34,13 @@ from replib.study import Study
 
 FIT, MOST, PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48
 """Prompts a class that fit an edit, at most, and that a profile is made of; prompts that choose, and that report."""
-K, PERMUTATIONS = 2, 100
+KS, PERMUTATIONS = (2, 8), 100
 SIZES, DRAWS = (8, 16, 32, 64, 128, 256), 3
-DESIGN = {"fit": FIT, "profiled": PROFILED, "val": CHOOSING, "test": ASKED, "k": K, "permutations": PERMUTATIONS,
+DESIGN = {"fit": FIT, "profiled": PROFILED, "val": CHOOSING, "test": ASKED, "ks": KS, "permutations": PERMUTATIONS,
           "sizes": SIZES, "draws": DRAWS, "strengths": STRENGTHS, "tokens": TOKENS}  # fmt: skip
+
+
+Rows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,25 +82,36 @@ class Case:
         """Activations of the first n prompts, at their last token unless options say otherwise."""
         return capture(self.model, [p.text for p in prompts[:n]], **options).values
 
-    def at_prompt(self, method: str | Method, block: int, rows: Sequence[Tensor] | None = None) -> Edited:
+    def at_prompt(self, method: str | Method, block: int, *, k: int = KS[0], rows: Rows | None = None) -> Edited:
         """An edit of the last prompt token at one block, fitted on this model."""
-        x, y = (states[block][:FIT] for states in self.states) if rows is None else rows
-        return {"last_prompt": fit_edit(method, x, y, block, k=K, depth=self.model.n_layers)}
+        x, y = rows or (states[block][:FIT] for states in self.states)
+        return {"last_prompt": fit_edit(method, x, y, block, k=k, depth=self.model.n_layers)}
+
+    def by_block(self, method: str | Method = "pca_ot", *, k: int = KS[0]) -> list[Edited]:
+        """One at each block."""
+        return [self.at_prompt(method, i, k=k) for i in range(self.model.n_layers)]
+
+    # ------------------------------------------------------------------------------------- what is chosen
+    @cached_property
+    def tried(self) -> dict[int, list[str]]:
+        """Outcomes of PCA-OT on the prompts that choose, by K and block."""
+        return {k: self.val.letters(self.by_block(k=k)) for k in KS}
 
     @cached_property
-    def edits(self) -> list[Edited]:
-        """PCA-OT at each block."""
-        return [self.at_prompt("pca_ot", i) for i in range(self.model.n_layers)]
-
-    @cached_property
-    def chosen(self) -> list[str]:
-        """Outcomes on the prompts that choose, block by block."""
-        return self.val.letters(self.edits)
+    def k(self) -> int:
+        """Components with which the attack is strongest."""
+        best = {k: texts[strongest(texts)] for k, texts in self.tried.items()}
+        return KS[strongest(list(best.values()), middle=0)]
 
     @property
     def block(self) -> int:
-        """Where the attack is strongest on the prompts that choose."""
-        return strongest(self.chosen)
+        """Where it is strongest, with so many."""
+        return strongest(self.tried[self.k])
+
+    @cached_property
+    def edits(self) -> list[Edited]:
+        """PCA-OT at each block, with so many."""
+        return self.by_block(k=self.k)
 
 
 # --------------------------------------------------------------------------------------------- the parts
@@ -124,8 +138,9 @@ def blocks(case: Case) -> dict[str, Any]:
     table = relative_gaps(layer_profile(*(x[:, :FIT] for x in case.states), permutations=1))
     known = [_features(case, i, table) for i in range(case.model.n_layers)]
     return {
+        "k": case.k,
         "block": case.block,
-        "val": [text.count("c") for text in case.chosen],
+        "val": {str(k): [text.count("c") for text in texts] for k, texts in case.tried.items()},
         "plain": case.test.letters([{}])[0],
         "refitted": case.test.letters(case.edits),
         "transferred": case.test.letters(freed),
@@ -136,12 +151,12 @@ def blocks(case: Case) -> dict[str, Any]:
 def _features(case: Case, block: int, table: Any) -> dict[str, float]:
     own = [float(table.value[(table.layer == block) & (table.part == part)].iloc[0]) for part in PARTS]
     x, y = (states[block][:FIT] for states in case.states)
-    return features(x, y, own, depth=block / (case.model.n_layers - 1), k=K)._asdict()
+    return features(x, y, own, depth=block / (case.model.n_layers - 1), k=KS[0])._asdict()
 
 
 def strengths(case: Case) -> dict[str, Any]:
     """The least strength that flips each prompt; null where none does."""
-    least = least_strengths(case.test, case.edits[case.block])
+    least = least_strengths(had(case.test.letters(scaled(case.edits[case.block]))))
     return {"least": [None if np.isinf(s) else round(float(s), 3) for s in least]}
 
 
@@ -151,7 +166,8 @@ def samples(case: Case) -> dict[str, Any]:
     drawn = [[torch.randperm(MOST, generator=draw)[:n] for _ in range(2)] for n in SIZES for _ in range(DRAWS)]
     states = [x[case.block] for x in case.states]
     edits = [
-        case.at_prompt("pca_ot", case.block, [x[rows] for x, rows in zip(states, some, strict=True)]) for some in drawn
+        case.at_prompt("pca_ot", case.block, k=min(case.k, len(a) // 2), rows=(states[0][a], states[1][b]))
+        for a, b in drawn
     ]
     found = case.test.letters(edits)
     return {str(n): found[i * DRAWS : (i + 1) * DRAWS] for i, n in enumerate(SIZES)}
@@ -160,7 +176,7 @@ def samples(case: Case) -> dict[str, Any]:
 def shares(case: Case) -> dict[str, Any]:
     """Success of the edit and of each of its nulls."""
     fits = [(name, fit) for name, some in variants(pca_ot, DRAWS).items() for fit in some]
-    found = case.test.letters([case.at_prompt(Method(fit, name), case.block) for name, fit in fits])
+    found = case.test.letters([case.at_prompt(Method(fit, name), case.block, k=case.k) for name, fit in fits])
     names = [name for name, _ in fits]
     return {name: [text for n, text in zip(names, found, strict=True) if n == name] for name in dict.fromkeys(names)}
 
@@ -172,7 +188,7 @@ def tokens(case: Case) -> dict[str, Any]:
     """
     tried = range(1, case.model.n_layers, 2)
     harmful, harmless = (answer_states(case.model, case.complying(label)) for label in (0, 1))
-    edits = {name: [some[i] for i in tried] for name, some in token_edits(harmful, harmless, k=K).items()}
+    edits = {name: [some[i] for i in tried] for name, some in token_edits(harmful, harmless, k=case.k).items()}
     found = iter(case.val.letters([edit for some in edits.values() for edit in some]))
     val = {name: list(islice(found, len(tried))) for name in edits}
     best = {name: strongest(texts) for name, texts in val.items()}
@@ -186,12 +202,15 @@ def tokens(case: Case) -> dict[str, Any]:
 
 def places(case: Case) -> dict[str, Any]:
     """What else might say where refusal is decided: one direction by block, and the logit lens."""
-    everywhere = [{"all": case.at_prompt("rfa", i)["last_prompt"]} for i in range(case.model.n_layers)]
-    shift = [case.at_prompt("actadd", i) for i in range(case.model.n_layers)]
+    everywhere = [{"all": edit["last_prompt"]} for edit in case.by_block("rfa")]
     harmful, harmless = ([p.text for p in prompts] for prompts in case.fit)
     first = RefusalTokens.find(case.model, harmful, harmless)
     lens = lens_profile(case.model, case.states[0][:, :FIT], case.states[1][:, :FIT], first)
-    return {"rfa": case.test.letters(everywhere), "actadd": case.test.letters(shift), "lens": _short(lens)}
+    return {
+        "rfa": case.test.letters(everywhere),
+        "actadd": case.test.letters(case.by_block("actadd")),
+        "lens": _short(lens),
+    }
 
 
 QUESTIONS: dict[str, tuple[Callable[[Case], dict[str, Any]], float]] = {

@@ -21,7 +21,7 @@ from replib.settings import data_dir
 from replib.store import key_of
 
 BASE, ALIGNED, PLANTED, DEEP = SHIPPED = ("base", "aligned", "planted", "deep")
-DEFENCES = ("repbend", "repbend_official", "circuit_breaker", "rmu", "npo", "dpo", "sft")
+DEFENCES = ("repbend", "repbend_official", "circuit_breaker", "rmu", "npo", "dpo", "sft", "task_arithmetic")
 REPLANTED = {f"planted_{a}_{b}": (a, b) for a, b in ((1, 2), (3, 4), (7, 8), (9, 10))}
 TRUTH = {PLANTED: PLANTED_BLOCKS} | REPLANTED
 """Blocks that may have learned to refuse, where only some may."""
