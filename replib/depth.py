@@ -27,7 +27,7 @@ from replib.prompts import Dialogue
 
 TOKENS = (1, 2, 4, 5, 8)  # of an answer, the first is 1
 PROMPT, ON_ANSWER, SPAN = "prompt", "prompt, on the answer", "mean of the answer"
-States = Float[Tensor, "layers n d"]
+States = Float[Tensor, "layers _ d"]
 
 
 def answer_states(

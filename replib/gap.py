@@ -67,13 +67,14 @@ def features(harmful: Samples, harmless: Samples, gaps: Sequence[float], *, dept
     x, y = sample_pair(harmful, harmless)
     fitted = GaussianMap(k=k).fit(x, y)
     within = torch.cat([x - x.mean(0), y - y.mean(0)])
-    discriminant = Gate.fit(x, y, 0).w.double()
+    discriminant = Gate.fit(x, y, 0).w.double()  # (S + l I)^-1 gap, times l
+    ridge = float(within.square().sum()) / (len(within) - 2) / x.shape[1]
     identity = torch.eye(k, dtype=fitted.scale_.dtype)
     return Features(
         depth=depth,
         mean_gap=gaps[0],
         covariance_gap=gaps[1],
-        mahalanobis=float(discriminant @ (x.mean(0) - y.mean(0))),
+        mahalanobis=float(discriminant @ (x.mean(0) - y.mean(0))) / ridge,
         rho=fitted.rho_,
         rank=_effective_rank(within),
         gain=float((fitted.scale_ - identity).norm()) / k**0.5,

@@ -29,7 +29,7 @@ def spearman(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> fl
 def within_models(table: pd.DataFrame, names: Sequence[str], *, target: str, model: str) -> pd.DataFrame:
     """Spearman of each feature with the target over the blocks of each model: a row a model, a column a feature."""
     groups = table.groupby(model, sort=False)
-    return pd.DataFrame({m: {f: spearman(g[f], g[target]) for f in names} for m, g in groups}).T
+    return pd.DataFrame({m: {f: spearman(*g[[f, target]].to_numpy(float).T) for f in names} for m, g in groups}).T
 
 
 def leave_one_out(table: pd.DataFrame, names: Sequence[str], *, target: str, model: str, depth: str) -> pd.DataFrame:

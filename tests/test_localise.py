@@ -13,7 +13,7 @@ from replib.refusals import RefusalTokens, first_logits
 
 def test_the_onset_is_where_a_share_of_the_maximum_is_reached():
     curve = np.array([0.0, 0.1, 0.45, 0.6, 0.9, 0.3])
-    assert onset(curve) == 2 and onset(curve, share=1) == 4 and onset(curve, least=0.95) is None
+    assert onset(curve) == 2 and onset(curve, share=1.0) == 4 and onset(curve, least=0.95) is None
     assert onset(5 * curve) == onset(curve) and onset(np.zeros(4)) is None
 
 
