@@ -1,0 +1,205 @@
+"""The audit of defended models, read: what each question found, with n and intervals over seeds and prompts.
+
+Rates are means of a matrix, seeds by prompts; their intervals and those of differences are ``audit.crossed``'s.
+What was chosen (K, block, token) was chosen on other prompts than those that are counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from replib.asked import had
+from replib.attribution import attributed, success
+from replib.audit import crossed, crossed_rate
+from replib.depth import PROMPT
+from replib.errors import ReplibError
+from replib.figure_parts import Measured
+from replib.gap import Features
+from replib.localise import errors, onset, steepest
+from replib.minimum import holding
+from replib.predictor import leave_one_out, scores, within_models
+from replib.settings import data_dir
+
+UNDEFENDED, UNTUNED = "aligned", "base"
+BLOCKS = {"target": "success", "model": "title"}
+Matrix = np.ndarray  # [seeds, prompts], rates
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Answers of all subjects."""
+
+    subjects: Sequence[Mapping[str, Any]]
+    """One a model: name, title, seed, and an answer for every question it was asked."""
+    about: Mapping[str, Any]
+    """Model, versions, the design, and which training of each defence was audited."""
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Holds:
+        """Read what ``python -m replib.organism.defended --pack`` wrote."""
+        path = path or data_dir() / "organism" / "defended.json"
+        if not path.exists():
+            raise ReplibError(f"There is no audit {path}: run python -m replib.organism.defended first.")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(found.pop("subjects"), found)
+
+    def names(self, question: str) -> list[str]:
+        """Who was asked it, in the order of tables."""
+        return list(dict.fromkeys(s["name"] for s in self.subjects if question in s))
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """What tables and figures call each."""
+        return {s["name"]: s["title"] for s in self.subjects}
+
+    def answers(self, name: str, question: str) -> list[Any]:
+        """One a training seed.
+
+        Raises ReplibError where the subject was not asked.
+        """
+        found = [s[question] for s in self.subjects if s["name"] == name and question in s]
+        if not found:
+            raise ReplibError(
+                f"{name!r} was not asked about {question}: choose from {', '.join(self.names(question))}."
+            )
+        return found
+
+    # ------------------------------------------------------------------------------------- curves
+    def gap(self, name: str, where: str, part: str = "mean") -> Measured:
+        """Relative transport gap by block at the ``prompt``'s end or over an ``answer``; low, high: of its null."""
+        found = [answer[where][part] for answer in self.answers(name, "gaps")]
+        value, low, high = (np.mean([f[end] for f in found], axis=0) for end in ("value", "low", "high"))
+        return Measured(value, low, high, self.about["design"]["profiled"])
+
+    def by_block(self, name: str, edit: str = "refitted") -> Measured:
+        """Success by block of the edit ``refitted`` on the model, or ``transferred`` from the undefended one."""
+        found = np.array([had(answer[edit]) for answer in self.answers(name, "blocks")], float)
+        return _measured([found[:, block] for block in range(found.shape[1])])
+
+    def holding(self, name: str) -> Measured:
+        """Share of prompts that no strength up to each flips."""
+        strengths = self.about["design"]["strengths"]
+        table = holding(self.least(name), strengths)
+        return Measured(table.value, table.low, table.high, table.n, at=strengths)
+
+    def least(self, name: str) -> Matrix:
+        """The least strength that flips each prompt, by seed; inf where none does."""
+        found = [answer["least"] for answer in self.answers(name, "strengths")]
+        return np.array([[np.inf if s is None else s for s in row] for row in found])
+
+    def samples(self, name: str) -> Measured:
+        """Success by number of fit prompts a class, mean over draws."""
+        sizes, found = self.about["design"]["sizes"], self.answers(name, "samples")
+        rates = [np.array([success(answer[str(n)]) for answer in found]) for n in sizes]
+        measured = _measured(rates)
+        return Measured(measured.value, measured.low, measured.high, measured.n, at=sizes)
+
+    # ------------------------------------------------------------------------------------- tables
+    def shares(self, name: str) -> pd.DataFrame:
+        """Success of the full edit and of its nulls, see ``attribution.attributed``."""
+        found = self.answers(name, "shares")
+        return attributed({part: np.array([success(answer[part]) for answer in found]) for part in found[0]})
+
+    def tokens(self, name: str) -> pd.DataFrame:
+        """Success by where the edit is fitted, and how much more it is than the prompt's end alone gives.
+
+        Columns: kind, ``chosen`` (share of the prompts that choose), value, low, high, n, more, more_low, more_high.
+        """
+        found = [answer["kinds"] for answer in self.answers(name, "tokens")]
+        rows, once = [], _tested(found, PROMPT)
+        for kind in found[0]:
+            value = _tested(found, kind)
+            chosen = np.mean([max(answer[kind]["val"]) for answer in found]) / self.about["design"]["val"]
+            more = value - once
+            rows.append((kind, chosen, value.mean(), *crossed_rate(value), value.size, more.mean(), *crossed(more)))
+        return pd.DataFrame(
+            rows, columns=["kind", "chosen", "value", "low", "high", "n", "more", "more_low", "more_high"]
+        )
+
+    def blocks(self) -> pd.DataFrame:
+        """Every block of every model: title, seed, block, label-free features, and success of the re-fitted edit."""
+        parts = [
+            pd.DataFrame(s["blocks"]["features"]).assign(
+                title=s["title"], seed=s["seed"], block=range(len(s["blocks"]["refitted"])),
+                success=had(s["blocks"]["refitted"]).mean(1),
+            )
+            for s in self.subjects
+            if "blocks" in s
+        ]  # fmt: skip
+        return pd.concat(parts, ignore_index=True)
+
+    def predicted(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Blocks with the success that the other models foretell, and how good that is, a row a model."""
+        table = leave_one_out(self.blocks(), Features._fields, depth="block", **BLOCKS)
+        return table, scores(table, **BLOCKS)
+
+    def ranked(self) -> pd.DataFrame:
+        """Spearman of each feature with success over the blocks of each model."""
+        return within_models(self.blocks(), Features._fields, **BLOCKS)
+
+    def places(self) -> pd.DataFrame:
+        """Where each method says that refusal is decided, beside where it was planted: see ``localise.errors``."""
+        planted = {s["name"]: s["planted"] for s in self.subjects if "planted" in s and "places" in s}
+        return errors({name: self._places(name) for name in planted}, planted)
+
+    def _places(self, name: str) -> dict[str, int | None]:
+        (gaps,), (places,) = self.answers(name, "gaps"), self.answers(name, "places")
+        gap, auroc = np.array(gaps["prompt"]["mean"]["value"]), np.array(gaps["prompt"]["auroc"])
+        success = {"PCA-OT": self.by_block(name).value, "RFA": had(places["rfa"]).mean(1)}
+        success |= {"ActAdd": had(places["actadd"]).mean(1), "logit lens": np.array(places["lens"])}
+        untuned = np.array(self.gap(UNTUNED, "prompt").value)
+        return {method: onset(np.asarray(curve), least=0.5) for method, curve in success.items()} | {
+            "gap, half": onset(gap),
+            "gap, steepest": steepest(gap),
+            "gap, largest": int(gap.argmax()),
+            "gap beyond base, half": onset(gap - untuned),
+            "probe": onset(auroc - 0.5, share=0.9),
+        }
+
+    # ------------------------------------------------------------------------------------- in short
+    def summary(self) -> pd.DataFrame:
+        """A row a model, rates in per cent as ``value [low, high]``.
+
+        Columns: seeds; block(s) chosen; success without an edit, of the undefended model's map there, of the re-fitted
+        one, and of the best of all token depths; median of the least strength; share of prompts that none flips.
+        """
+        rows = {self.titles[name]: self._told(name) for name in self.names("strengths")}
+        return pd.DataFrame(rows.values(), index=pd.Index(rows, name="model"))
+
+    def _told(self, name: str) -> dict[str, Any]:
+        found, least = self.answers(name, "blocks"), self.least(name)
+        at_block = {
+            edit: np.array([had(answer[edit][answer["block"]]) for answer in found], float)
+            for edit in ("transferred", "refitted")
+        }
+        row = {"seeds": len(found), "block": ", ".join(str(b) for b in sorted({a["block"] for a in found}))}
+        row |= {"no edit": _cell(np.array([had(answer["plain"]) for answer in found], float))}
+        row |= {edit: _cell(values) for edit, values in at_block.items()}
+        if name in self.names("tokens"):
+            table = self.tokens(name)
+            best = table.loc[table.chosen.idxmax()]
+            row |= {"deeper": f"{100 * best.value:.0f} [{100 * best.low:.0f}, {100 * best.high:.0f}]", "at": best.kind}
+        return row | {"median strength": float(np.median(least)), "never": _cell(np.isinf(least).astype(float))}
+
+
+def _tested(found: Sequence[Mapping[str, Any]], kind: str) -> Matrix:
+    return np.array([had(answer[kind]["test"]) for answer in found], float)
+
+
+def _measured(matrices: Sequence[Matrix]) -> Measured:
+    """A rate a matrix, with its interval."""
+    low, high = zip(*map(crossed_rate, matrices), strict=True)
+    return Measured([m.mean() for m in matrices], low=low, high=high, n=[m.size for m in matrices])
+
+
+def _cell(values: Matrix) -> str:
+    low, high = crossed_rate(values)
+    return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]"
