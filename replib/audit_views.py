@@ -73,9 +73,9 @@ def shares(panels: Mapping[str, pd.DataFrame], *, title: str = "") -> go.Figure:
                             error_x=whiskers(measured, slice(None), GREY), text=measured.words(), showlegend=False,
                             hovertemplate="%{y}: %{text}<extra></extra>", cliponaxis=False)  # fmt: skip
         _add(figure, [points], place)
-    figure.update_xaxes(range=[-0.03, 1.03], tickvals=[0, 0.5, 1], tickformat=".0%")
+    figure.update_xaxes(range=[-0.03, 1.03], tickvals=[0, 0.5, 1], ticktext=["0", "50", "100"])
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    note = f"red: the edit; blue: its parts; grey: chance; bars: 95 % intervals; {cases(map(_of, panels.values()))}"
+    note = f"per cent; red: the edit, blue: its parts, grey: chance; 95 % intervals; {cases(map(_of, panels.values()))}"
     return _dressed(figure, panels, title or "What of the edit does it: mean, covariance, subspace, classes", note)
 
 
@@ -146,8 +146,8 @@ def _grid(panels: Mapping[str, object], figure: str) -> go.Figure:
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     names = [safe(name) for name in panels]
-    return make_subplots(rows, columns, shared_yaxes=True, shared_xaxes=True, subplot_titles=names,
-                         horizontal_spacing=0.03, vertical_spacing=0.24 / (rows + 1))  # fmt: skip
+    return make_subplots(rows, columns, shared_yaxes="all", subplot_titles=names, horizontal_spacing=0.03,
+                         vertical_spacing=0.3 / (rows + 1))  # fmt: skip
 
 
 def _add(figure: go.Figure, traces: Sequence[go.Scatter], place: int) -> None:
@@ -157,7 +157,7 @@ def _add(figure: go.Figure, traces: Sequence[go.Scatter], place: int) -> None:
 
 
 def _dressed(figure: go.Figure, panels: Mapping[str, object], title: str, note: str) -> go.Figure:
-    return dress(figure, title, note, height=150 + 170 * -(-len(panels) // COLUMNS))
+    return dress(figure, title, note, height=150 + 185 * -(-len(panels) // COLUMNS))
 
 
 def _coloured(curves: Mapping[str, Measured]) -> list[tuple[str, Measured, str, str]]:

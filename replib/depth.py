@@ -67,10 +67,9 @@ def token_edits(
         PROMPT: [{"last_prompt": e} for e in once],
         ON_ANSWER: [{"response": e} for e in once],
     }
-    for name, later in at.items():
-        found[name] = [{"response": e} for e in later]
-        found[f"{PROMPT} + {name}"] = [{"last_prompt": a, "response": b} for a, b in zip(once, later, strict=True)]
-    return found
+    alone = {name: [{"response": e} for e in later] for name, later in at.items()}
+    both = {f"{PROMPT} + {name}": [a | b for a, b in zip(found[PROMPT], alone[name], strict=True)] for name in at}
+    return found | alone | both
 
 
 def _by_block(x: States, y: States, method: str | Method, k: int) -> list[SiteEdits]:

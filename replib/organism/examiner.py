@@ -35,7 +35,7 @@ from replib.study import Study
 FIT, MOST, PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48
 """Prompts a class that fit an edit, at most, and that a profile is made of; prompts that choose, and that report."""
 KS, PERMUTATIONS = (2, 8), 100
-SIZES, DRAWS = (8, 16, 32, 64, 128, 256), 3
+SIZES, DRAWS = (2, 4, 8, 16, 32, 64, 128, 256), 3
 DESIGN = {"fit": FIT, "profiled": PROFILED, "val": CHOOSING, "test": ASKED, "ks": KS, "permutations": PERMUTATIONS,
           "sizes": SIZES, "draws": DRAWS, "strengths": STRENGTHS, "tokens": TOKENS}  # fmt: skip
 
@@ -101,7 +101,7 @@ class Case:
     def k(self) -> int:
         """Components with which the attack is strongest."""
         best = {k: texts[strongest(texts)] for k, texts in self.tried.items()}
-        return KS[strongest(list(best.values()), middle=0)]
+        return KS[strongest(list(best.values()), middle=0.0)]
 
     @property
     def block(self) -> int:
@@ -155,9 +155,11 @@ def _features(case: Case, block: int, table: Any) -> dict[str, float]:
 
 
 def strengths(case: Case) -> dict[str, Any]:
-    """The least strength that flips each prompt; null where none does."""
-    least = least_strengths(had(case.test.letters(scaled(case.edits[case.block]))))
-    return {"least": [None if np.isinf(s) else round(float(s), 3) for s in least]}
+    """The least strength that flips each prompt, where half of an edit does most; null where no strength does."""
+    halves = [scaled(edit, (0.5,))[0] for edit in case.edits]
+    block = strongest(case.val.letters(halves))
+    least = least_strengths(had(case.test.letters(scaled(case.edits[block]))))
+    return {"block": block, "least": [None if np.isinf(s) else round(float(s), 3) for s in least]}
 
 
 def samples(case: Case) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def places(case: Case) -> dict[str, Any]:
 
 
 QUESTIONS: dict[str, tuple[Callable[[Case], dict[str, Any]], float]] = {
-    "gaps": (gaps, 4), "blocks": (blocks, 15), "strengths": (strengths, 5), "samples": (samples, 8),
+    "gaps": (gaps, 4), "blocks": (blocks, 15), "strengths": (strengths, 8), "samples": (samples, 8),
     "shares": (shares, 8), "tokens": (tokens, 35), "places": (places, 15),
 }  # fmt: skip
 """Each with the CPU seconds of a busy core that it takes."""

@@ -1,0 +1,99 @@
+"""The audit of defended models: who is asked what, what is asked again, and what is packed."""
+
+import json
+from copy import copy
+
+import pytest
+
+from replib.errors import ReplibError
+from replib.holds import Holds
+from replib.organism import defended, examiner
+from replib.organism.bench import Bench
+from replib.organism.comparison import SEEDS
+from replib.organism.defended import key, minutes, missing, pack, questions, run
+from replib.organism.subjects import DEFENCES, REPLANTED, SHIPPED, TRUTH, Subject, Subjects, everyone
+from replib.organism.train import PLANTED_BLOCKS
+from replib.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    return Bench(Settings(out=tmp_path_factory.mktemp("opened")))
+
+
+@pytest.fixture
+def subjects(opened, tmp_path):
+    """Subjects of which none is asked yet, and no defence is trained."""
+    bench = copy(opened)
+    bench.folder = tmp_path / "comparison"
+    found = Subjects(bench)
+    found.folder = tmp_path / "defended"
+    return found
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Answers at no cost, and a list of what was asked."""
+    asked = []
+    monkeypatch.setattr(defended, "answered", lambda case, question: asked.append(question) or {"said": question})
+    monkeypatch.setattr(Subjects, "load", lambda self, subject: subject.name)
+    monkeypatch.setattr(defended, "Case", lambda model, study, undefended=None: model)
+    return asked
+
+
+def test_one_seed_of_all_comes_before_the_other_seeds():
+    all_of_them = everyone()
+    assert len(set(all_of_them)) == len(all_of_them) == len(SHIPPED) + len(REPLANTED) + len(SEEDS) * len(DEFENCES)
+    seeds = [subject.seed for subject in all_of_them]
+    assert seeds == sorted(seeds) and {s.name for s in all_of_them if s.seed} == set(DEFENCES)
+
+
+def test_what_is_planted_elsewhere_does_not_overlap():
+    blocks = [block for pair in TRUTH.values() for block in pair]
+    assert len(set(blocks)) == len(blocks) and TRUTH["planted"] == PLANTED_BLOCKS
+    assert set(questions(Subject("planted"))) == set(examiner.QUESTIONS) and questions(Subject("base")) == ["gaps"]
+    assert "places" not in questions(Subject("rmu"))
+
+
+def test_subjects_and_questions_have_keys_of_their_own(subjects):
+    keys = [key(subjects, subject, question) for subject in everyone() for question in questions(subject)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_defences_that_are_not_trained_yet_are_left_out(subjects):
+    names = {subject.name for subject, _ in missing(subjects)}
+    assert names == {*SHIPPED, *REPLANTED}
+    adapter = subjects.weights(Subject("sft", 3))
+    adapter.mkdir(parents=True)
+    assert {s for s, _ in missing(subjects)} - {Subject(name) for name in names} == {Subject("sft", 3)}
+
+
+def test_the_audit_goes_on_where_it_stopped(subjects, told, monkeypatch, capsys):
+    whole = list(missing(subjects))
+    assert minutes(subjects, whole) > 4 * defended.TRAINING / 60
+
+    def interrupted(case, question):
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        return told.append(question) or {"said": question}
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(defended, "answered", interrupted)
+        run(subjects)
+    assert len(told) == 3 and list(missing(subjects)) == whole[3:]
+    run(subjects)
+    assert told == [question for _, question in whole] and not list(missing(subjects))
+    assert "not trained yet" in capsys.readouterr().out
+
+
+def test_what_is_packed_is_what_was_answered(subjects, told, monkeypatch, tmp_path):
+    with pytest.raises(ReplibError, match="Nothing is answered"):
+        pack(subjects)
+    run(subjects)
+    data = tmp_path / "data"
+    (data / "organism").mkdir(parents=True)
+    monkeypatch.setattr(defended, "data_dir", lambda: data)
+    found = Holds.load(pack(subjects))
+    assert found.names("gaps") == [*SHIPPED, *REPLANTED] and found.answers("deep", "tokens") == [{"said": "tokens"}]
+    assert json.loads(json.dumps(found.about["design"])) == json.loads(json.dumps(examiner.DESIGN))
+    assert found.subjects[2]["planted"] == list(PLANTED_BLOCKS)

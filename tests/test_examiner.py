@@ -1,0 +1,58 @@
+"""What a subject of the audit is asked, on a model whose place of refusal is known: answers agree with each other."""
+
+import numpy as np
+import pytest
+
+from replib.models import load
+from replib.organism import examiner
+from replib.organism.examiner import Case, answered
+from replib.organism.train import PLANTED_BLOCKS
+from replib.settings import Settings
+from replib.study import Study
+
+
+@pytest.fixture(scope="module")
+def case():
+    with pytest.MonkeyPatch.context() as patched:
+        for name, few in {"FIT": 32, "MOST": 32, "CHOOSING": 8, "ASKED": 8, "SIZES": (8, 32)}.items():
+            patched.setattr(examiner, name, few)
+        study = Study.open(Settings(model="planted"))
+        found = Case(study.model, study, Case(load("planted"), study))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def blocks(case):
+    return answered(case, "blocks")
+
+
+def test_the_edit_succeeds_from_the_planted_blocks_on(blocks):
+    rates = [text.count("c") / len(text) for text in blocks["refitted"]]
+    assert max(rates[: PLANTED_BLOCKS[0]]) < 0.4 and min(rates[PLANTED_BLOCKS[-1] :]) > 0.9
+    assert blocks["block"] >= PLANTED_BLOCKS[0] and blocks["plain"].count("c") <= 1
+
+
+def test_maps_of_the_same_model_do_the_same_when_they_are_transferred(blocks):
+    assert blocks["transferred"] == blocks["refitted"]
+
+
+def test_every_question_finds_the_same_edit_at_the_chosen_block(case, blocks):
+    chosen = blocks["refitted"][blocks["block"]]
+    assert answered(case, "shares")["full"] == [chosen]
+    least = answered(case, "strengths")["least"]
+    flipped = [s is not None and s <= 1 for s in least]
+    assert all(f for f, letter in zip(flipped, chosen, strict=True) if letter == "c")
+    assert np.mean(flipped) > 0.9 and all(s == 0 for s, x in zip(least, blocks["plain"], strict=True) if x == "c")
+
+
+def test_more_prompts_are_drawn_and_every_draw_is_asked(case):
+    found = answered(case, "samples")
+    assert list(found) == ["8", "32"] and all(len(texts) == examiner.DRAWS for texts in found.values())
+    assert all(len(text) == 8 for texts in found.values() for text in texts)
+
+
+def test_an_edit_of_the_prompts_end_is_the_one_token_audit(case, blocks):
+    found = answered(case, "tokens")
+    once = found["kinds"]["prompt"]
+    assert found["blocks"] == [*range(1, 12, 2)] and once["test"] == blocks["refitted"][once["block"]]
+    assert once["val"] == [blocks["val"][str(blocks["k"])][i] for i in found["blocks"]]
