@@ -63,13 +63,11 @@ def token_edits(
     """Edits of one block each, block by block, for every place that fits one and every set of tokens it acts on."""
     at = {name: _by_block(harmful[name], harmless[name], method, k) for name in harmful}
     once = at.pop(PROMPT)
-    found: dict[str, list[Edited]] = {
-        PROMPT: [{"last_prompt": e} for e in once],
-        ON_ANSWER: [{"response": e} for e in once],
-    }
-    alone = {name: [{"response": e} for e in later] for name, later in at.items()}
-    both = {f"{PROMPT} + {name}": [a | b for a, b in zip(found[PROMPT], alone[name], strict=True)] for name in at}
-    return found | alone | both
+    found: dict[str, list[Edited]] = {PROMPT: [{"last_prompt": e} for e in once]}
+    found |= {name: [{"response": e} for e in later] for name, later in ({ON_ANSWER: once} | at).items()}
+    for name, later in at.items():
+        found[f"{PROMPT} + {name}"] = [{"last_prompt": a, "response": b} for a, b in zip(once, later, strict=True)]
+    return found
 
 
 def _by_block(x: States, y: States, method: str | Method, k: int) -> list[SiteEdits]:
