@@ -36,13 +36,14 @@ def test_maps_of_the_same_model_do_the_same_when_they_are_transferred(blocks):
     assert blocks["transferred"] == blocks["refitted"]
 
 
-def test_every_question_finds_the_same_edit_at_the_chosen_block(case, blocks):
+def test_every_question_finds_the_same_edits(case, blocks):
     chosen = blocks["refitted"][blocks["block"]]
     assert answered(case, "shares")["full"] == [chosen]
-    least = answered(case, "strengths")["least"]
-    flipped = [s is not None and s <= 1 for s in least]
-    assert all(f for f, letter in zip(flipped, chosen, strict=True) if letter == "c")
-    assert np.mean(flipped) > 0.9 and all(s == 0 for s, x in zip(least, blocks["plain"], strict=True) if x == "c")
+    found = answered(case, "strengths")
+    flipped = np.array([s is not None and s <= 1 for s in found["least"]])
+    whole = np.array([letter == "c" for letter in blocks["refitted"][found["block"]]])
+    assert (flipped >= whole).all() and flipped.mean() > 0.9 and found["block"] >= PLANTED_BLOCKS[0]
+    assert all(s == 0 for s, letter in zip(found["least"], blocks["plain"], strict=True) if letter == "c")
 
 
 def test_more_prompts_are_drawn_and_every_draw_is_asked(case):
@@ -51,6 +52,7 @@ def test_more_prompts_are_drawn_and_every_draw_is_asked(case):
     assert all(len(text) == 8 for texts in found.values() for text in texts)
 
 
+@pytest.mark.slow
 def test_an_edit_of_the_prompts_end_is_the_one_token_audit(case, blocks):
     found = answered(case, "tokens")
     once = found["kinds"]["prompt"]
