@@ -102,11 +102,10 @@ class Adversary:
 
     def fit(self, chat: ChatModel) -> None:
         """Read both classes under the model as it is."""
-        harmful, harmless = (self.sample(rows, self.arsenal.prompts) for rows in (self.harmful, self.harmless))
-        self.fitted = (
-            self._read(chat, [(c.prompt, c.unsafe_response) for c in harmful]),
-            self._read(chat, [(d.prompt, d.response) for d in harmless]),
-        )
+        n = self.arsenal.prompts
+        harmful, harmless = self.sample(self.harmful, n), self.sample(self.harmless, n)
+        answered = [(c.prompt, c.unsafe_response) for c in harmful], [(d.prompt, d.response) for d in harmless]
+        self.fitted = self._read(chat, answered[0]), self._read(chat, answered[1])
 
     def _read(self, chat: ChatModel, rows: Sequence[tuple[str, str]]) -> Float[Tensor, "layers prompts reads dim"]:
         prompts, answers = zip(*rows, strict=True)

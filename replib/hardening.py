@@ -10,7 +10,6 @@ answers. What the inner objective reads is not edited.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,10 +20,9 @@ from replib.adversary import Adversary, Arsenal, Drawn, met
 from replib.answers import token_losses
 from replib.chat import Batch, ChatModel
 from replib.errors import ReplibError
-from replib.likelihood import Keep
-from replib.needs import check_coefficients, check_lists
+from replib.needs import check_coefficients
 from replib.objective import Lora, Objective, Part
-from replib.passes import passed
+from replib.passes import passed, recomputing_nothing
 from replib.prompts import Contrast, Dialogue, content_hash
 from replib.recipe import TrainConfig
 from replib.tokens import fitted
@@ -174,40 +172,3 @@ def refusals(chat: ChatModel, rows: Sequence[Contrast], heads: Sequence[int]) ->
     column = torch.arange(batch.input_ids.shape[1], device=chat.device)
     lengths = torch.tensor([[len(tail)] for tail in safe], device=chat.device)
     return batch, column >= len(column) - lengths
-
-
-@contextmanager
-def recomputing_nothing(chat: ChatModel) -> Iterator[None]:
-    """Inside, blocks keep what the gradient needs: computed anew, they would not meet the edits that are gone by then."""
-    modules = [m for m in chat.model.modules() if getattr(m, "gradient_checkpointing", False)]
-    try:
-        for module in modules:
-            module.gradient_checkpointing = False
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True
-
-
-@dataclass(frozen=True)
-class Retention(Objective):
-    """Nothing but what holds a model in place: the inner objective of hardening alone."""
-
-    name = "retention"
-    keep: Keep = Keep(kl=1.0)
-
-    def check(self, chat: ChatModel, data: Any) -> None:
-        """There must be answers to keep, and a weight on them."""
-        del chat
-        if not self.keep.lists:
-            raise ReplibError("Retention with both weights 0 keeps nothing: give Keep(kl=1).")
-        check_lists(self.name, data, *self.keep.lists)
-
-    def draws(self, config: TrainConfig) -> dict[str, int]:
-        """Answers to keep."""
-        return self.keep.draws(config)
-
-    def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """One part."""
-        del progress
-        yield from self.keep.parts(chat, items)
