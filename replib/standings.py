@@ -23,7 +23,7 @@ from replib.errors import ReplibError
 from replib.figure_parts import Measured
 from replib.settings import data_dir
 
-HARMFUL = ("direct", "attack", "seen", "prefill")  # kinds of tasks that ask for the same things in several ways
+HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways
 MEASURES = {
     "attack": "mean attack success",
     "direct": "direct requests",
