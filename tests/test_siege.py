@@ -11,7 +11,10 @@ from replib.judges import Outcome
 from replib.methods import fit_edit
 from replib.models import load
 from replib.prompts import Prompt
+from replib.settings import Settings
 from replib.siege import ASSAULTS, Cell, Siege, success
+from replib.splits import Splits
+from replib.study import Study
 
 HARMFUL = [Prompt(f"w{i} w{i + 5}", "harmful", target=f"w{i} w33") for i in range(20)]
 HARMLESS = [Prompt(f"w{i} w9 w3", "harmless", target=f"w{i} w8") for i in range(20)]
@@ -54,9 +57,7 @@ def test_many_edits_in_a_pass_are_each_by_itself(model, siege, name):
     texts, begun = ([p.text for p in SCORED], [p.target if assault.prefilled else "" for p in SCORED])
     for cell in cells:
         x, y = (
-            capture(model, [p.text for p in rows], responses=[p.target for p in rows], positions=assault.read)[
-                cell.layer
-            ]
+            capture(model, [p.text for p in rows], responses=[p.target for p in rows], positions=assault.read)
             for rows in (HARMFUL, HARMLESS)
         )
         edit = fit_edit(assault.method, x[cell.layer], y[cell.layer], cell.layer, k=max(cell.k, 1), depth=3)
@@ -78,9 +79,7 @@ def test_success_is_the_share_that_complied():
 
 
 def test_prompts_that_fit_are_not_scored(model):
-    class Opened:
-        harmful = type("S", (), {"fit": HARMFUL})
-        harmless = type("S", (), {"fit": HARMLESS})
-
+    study = Study(Settings(), model, Splits(HARMFUL, [], []), Splits(HARMLESS, [], []), Noting())
     with pytest.raises(ReplibError, match="1 scored prompts fit the edits"):
-        Siege.of(Opened(), [HARMFUL[3], SCORED[0]])
+        Siege.of(study, [HARMFUL[3], SCORED[0]])
+    assert Siege.of(study, SCORED).opening(HARMFUL[1]) == "w1 w33"

@@ -61,7 +61,7 @@ ARMS = {
     "both": Arm("RepBend + hardening", RepBend(ORGANISM_BEND), HARDENING, TRAIN, 300),
 }
 """By name, in the order of tables."""
-AUDIT = 120  # CPU seconds of one
+AUDIT = 150  # CPU seconds of one
 
 
 class Run(NamedTuple):
