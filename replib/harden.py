@@ -19,10 +19,17 @@ from replib.study import Study
 from replib.train import BendData, train
 
 # Found on the validation split of the aligned organism.
-HARDENING = Hardening(rows=5, forced=0.6, arsenal=Arsenal(reads=("last_prompt", "response")))
-RETENTION = Retention(Keep(kl=100.0))
+HARDENING = Hardening(
+    edits=6,
+    rows=4,
+    forced=0.6,
+    arsenal=Arsenal(
+        reads=("last_prompt", "response"), positions=("last_prompt", "response", "all"), strength=(0.7, 1.0)
+    ),
+)
+RETENTION = Retention(Keep(kl=200.0))
 TRAIN = TrainConfig(
-    steps=80, retain=32, contrasts=8, dropout=0.0, learning_rate=3e-3, schedule="linear", probe_every=20, save_every=20
+    steps=80, retain=40, contrasts=8, dropout=0.0, learning_rate=3e-3, schedule="linear", probe_every=20, save_every=20
 )
 
 

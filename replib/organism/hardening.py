@@ -56,9 +56,9 @@ class Arm(NamedTuple):
 ARMS = {
     "none": Arm("aligned"),
     "repbend": Arm("RepBend", RepBend(ORGANISM_BEND), None, replace(ORGANISM_TRAIN, probe_every=10), 120),
-    "forced": Arm("forced beginnings alone", RETENTION, replace(HARDENING, edits=0, plain=5), TRAIN, 220),
-    "hardening": Arm("hardening", RETENTION, HARDENING, TRAIN, 240),
-    "both": Arm("RepBend + hardening", RepBend(ORGANISM_BEND), HARDENING, TRAIN, 300),
+    "forced": Arm("forced beginnings alone", RETENTION, replace(HARDENING, edits=0, plain=7), TRAIN, 250),
+    "hardening": Arm("hardening", RETENTION, HARDENING, TRAIN, 270),
+    "both": Arm("RepBend + hardening", RepBend(ORGANISM_BEND), HARDENING, TRAIN, 330),
 }
 """By name, in the order of tables."""
 AUDIT = 150  # CPU seconds of one
