@@ -17,7 +17,7 @@ from replib.organism import bench as benches
 from replib.organism import comparison, contenders
 from replib.organism.bench import Bench, Run
 from replib.organism.comparison import SEEDS, choice, cost, finals, missing, pack, trials
-from replib.organism.contenders import CHOSEN, CONTENDERS, ORGANISM, for_rivals
+from replib.organism.contenders import CHOSEN, CONTENDERS, ORGANISM
 from replib.repbend import RepBend
 from replib.rivals import DEFENCES
 from replib.settings import Settings, data_dir
@@ -97,7 +97,7 @@ def test_what_a_rival_learns_holds_answers_to_harmless_requests(bench):
     refusals = [d for d in data.safe if d.label == "harmful"]
     assert len(data.safe) - len(refusals) == round(contenders.BENIGN * len(refusals))
     assert set(data.safe) - set(refusals) <= set(data.retain)
-    assert for_rivals(data).retain is data.retain
+    assert data.retain is bench.study.bend_data.retain
 
 
 def test_the_cost_is_said_before_it_is_paid_and_falls_with_what_is_done(bench):

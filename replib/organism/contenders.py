@@ -9,13 +9,11 @@ arithmetic train twice. RepBend's own preset comes from a longer search than any
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from typing import NamedTuple
 
 from replib.bend import BendConfig
 from replib.likelihood import DPO, NPO, SFT, Keep
-from replib.mixtures import DefenceData
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.recipe import TrainConfig
 from replib.reinforced import WHP, TaskArithmetic
@@ -24,7 +22,7 @@ from replib.rerouting import RMU, CircuitBreaker
 from replib.rivals import Rival
 
 ROWS, UNSAFE = 48, 16  # rows of a step, and those of them that are unsafe where others are retained
-BENIGN = 2.5  # retained answers for each refusal: so many RepBend's preset reads in a step
+BENIGN = 2.5  # retained answers among the safe ones, for each refusal: so many RepBend's preset reads in a step
 
 
 class Contender(NamedTuple):
@@ -128,13 +126,3 @@ CONTENDERS = {
 CHOSEN = {name: 0 for name, contender in CONTENDERS.items() if contender.grid}
 ORGANISM = {name: CONTENDERS[name].grid[point] for name, point in CHOSEN.items()}
 """The methods with the values for the organism, as ``replib.rivals.DEFENCES`` has those of the sources."""
-
-
-def for_rivals(data: DefenceData) -> DefenceData:
-    """The same rows as RepBend's, with retained answers among the safe ones.
-
-    Safe answers are refusals alone in the organism's contrasts, and whoever learns nothing else refuses everything; in
-    the papers' safe sets half are answers to harmless requests.
-    """
-    benign = random.Random(0).sample(data.retain, min(len(data.retain), round(BENIGN * len(data.safe))))
-    return replace(data, safe=[*data.safe, *benign])
