@@ -44,7 +44,12 @@ def test_values_are_the_organisms_or_those_of_the_source(study):
 
 
 @pytest.mark.parametrize(
-    ("objective", "trainings"), [(NPO(), 1), (WHP(), 2), (TaskArithmetic(((1.0, 0.0), (1.0, 0.3))), 2)]
+    ("objective", "trainings"),
+    [
+        pytest.param(NPO(), 1, marks=pytest.mark.slow),
+        pytest.param(WHP(), 2, marks=pytest.mark.slow),
+        (TaskArithmetic(((1.0, 0.0), (1.0, 0.3))), 2),
+    ],
 )
 def test_a_defence_is_kept_with_a_card_and_read_again(objective, trainings, study, monkeypatch):
     made, train = [], module.train
@@ -65,6 +70,7 @@ def test_a_defence_is_kept_with_a_card_and_read_again(objective, trainings, stud
         torch.testing.assert_close(again.model.forward(batch), first.model.forward(batch))
 
 
+@pytest.mark.slow
 def test_what_only_leads_to_a_defence_is_not_trained_twice(study, monkeypatch):
     train = module.train
 
