@@ -50,7 +50,7 @@ def _kept(learning_rate: float, perturbation: float = 0.0) -> TrainConfig:
 
 
 def _sft() -> tuple[Rival, ...]:
-    return tuple(Rival(SFT(), _alone(rate)) for rate in (1e-3, 3e-3))
+    return tuple(Rival(SFT(), _alone(rate)) for rate in (1e-3, 3e-3, 2e-3))
 
 
 def _dpo() -> tuple[Rival, ...]:
@@ -86,13 +86,14 @@ def _breaker() -> tuple[Rival, ...]:
 def _whp() -> tuple[Rival, ...]:
     """Both of RepBend's comparison: nothing kept, and safe answers kept."""
     keeps = (Keep(), Keep(ce=1.0, kl=0.1, temperature=2.0, on="safe"))
-    return tuple(Rival(WHP(keep=keep), _kept(1e-3)) for keep in keeps)
+    points = ((keeps[0], 1e-3), (keeps[1], 1e-3), (keeps[1], 2e-3))
+    return tuple(Rival(WHP(keep=keep), _kept(rate)) for keep, rate in points)
 
 
 def _arithmetic() -> tuple[Rival, ...]:
     """Six weights each; an unsafe weight of zero is SFT itself."""
     weights = TaskArithmetic(tuple((safe, unsafe) for safe in (0.5, 1.0) for unsafe in (0.1, 0.3, 1.0)))
-    return tuple(Rival(weights, _alone(rate, ROWS // 2)) for rate in (3e-4, 1e-3))
+    return tuple(Rival(weights, _alone(rate, ROWS // 2)) for rate in (3e-4, 1e-3, 2e-3))
 
 
 def _repbend() -> tuple[Rival, ...]:
