@@ -37,6 +37,8 @@ MEASURES = {
     "garbled": "degenerate, harmful",
 }
 """What is reported besides each single attack: rates of compliance, and two of degenerate answers."""
+GOOD = ("harmless", "borderline", "benign", "skill")
+"""Measures that ought to be high; all others ought to be low."""
 Matrix = Float[np.ndarray, "seeds prompts"]
 
 
@@ -112,6 +114,15 @@ class Standings:
             return row
         gap = self.gap(method, measure, other)
         return row | dict(zip(("gap", "gap_low", "gap_high"), (gap.mean(), *crossed(gap)), strict=True))
+
+    def beats(self, other: str = "repbend") -> pd.DataFrame:
+        """Measures by which a method is better than another, 95 % intervals of the gap on one side of zero.
+
+        One row each, as in ``tidy``: of so many one in forty would stand here by chance.
+        """
+        rows = self.tidy(other)
+        wanted = rows.measure.isin({*self.tasks.name[~self.tasks.kind.isin(HARMFUL)], *GOOD})
+        return rows[rows.gap_low.gt(0) & wanted | rows.gap_high.lt(0) & ~wanted].reset_index(drop=True)
 
     def wide(self) -> pd.DataFrame:
         """A row a method: each rate as ``value [low, high]`` in per cent, seconds of training, size of the adapter."""

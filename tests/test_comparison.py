@@ -193,6 +193,18 @@ def test_gaps_are_paired_by_seed_and_prompt():
     assert unequal.gap("sft", "story").shape == (2, 4)
 
 
+def test_who_is_better_in_what_is_said_whichever_side_is_good():
+    found = standings()
+    flipped = found.runs.assign(
+        answers=[a | {"copy": "rrrr", "count": "rrrr", "story": "rrrr"} if m == "repbend" else a
+                 for m, a in zip(found.runs.method, found.runs.answers, strict=True)]
+    )  # fmt: skip
+    better = replace(found, runs=flipped).beats().set_index("method").measure
+    assert {"copy", "skill"} <= set(better["none"]) and not set(better["none"]) & {"story", "attack"}
+    assert "repbend" not in better.index and found.beats("none").method.eq("repbend").any()
+    assert "attack" in set(found.beats("none").measure)
+
+
 def test_the_table_has_a_row_a_defence_and_the_figure_a_name():
     found = standings()
     wide = found.wide()
