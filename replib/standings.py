@@ -75,6 +75,11 @@ class Standings:
         """Of the methods."""
         return list(self.runs.title.unique())
 
+    @property
+    def attacks(self) -> list[str]:
+        """Held-out attacks, as the table calls them."""
+        return [name.replace("_", " ") for name in self.tasks.name[self.tasks.kind == "attack"]]
+
     @cached_property
     def measures(self) -> dict[str, tuple[list[str], str]]:
         """Tasks and outcome that each measure counts; each attack is a measure too."""
@@ -126,8 +131,8 @@ class Standings:
 
     def wide(self) -> pd.DataFrame:
         """A row a method: each rate as ``value [low, high]`` in per cent, seconds of training, size of the adapter."""
-        attacks = list(self.tasks.name[self.tasks.kind == "attack"])
-        shown = {"attack": MEASURES["attack"], **{name: name.replace("_", " ") for name in attacks}} | MEASURES
+        names = self.tasks.name[self.tasks.kind == "attack"]
+        shown = {"attack": MEASURES["attack"], **dict(zip(names, self.attacks, strict=True))} | MEASURES
         return pd.DataFrame([self._told(m, shown) for m in self.methods], index=pd.Index(self.titles, name="defence"))
 
     def _told(self, method: str, shown: Mapping[str, str]) -> dict[str, Any]:

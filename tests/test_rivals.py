@@ -113,9 +113,9 @@ def statement(chat, objective, items=ITEMS, progress=0.4, **lengths):
             return loss + literal.keep(chat, *kept, **lengths) if keep.lists else loss
         case RMU(alpha=alpha, steering=steering, layer=layer, seed=seed):
             return literal.rmu(chat, unsafe, retain, layer, alpha, steering, seed, **lengths)
-        case CircuitBreaker(alpha=alpha, layers=layers):
+        case CircuitBreaker(alpha=alpha, layers=layers, relative=relative):
             hidden, kept = [i + 1 for i in layers], min(max(layers) + 2, chat.n_layers)
-            return literal.circuit_breaker(chat, unsafe, retain, hidden, kept, alpha, progress, **lengths)
+            return literal.circuit_breaker(chat, unsafe, retain, hidden, kept, alpha, progress, relative, **lengths)
 
 
 RIVALS = {
@@ -131,6 +131,7 @@ RIVALS = {
     "rmu_last": RMU(alpha=3.0, layer=2),
     "circuit_breaker": CircuitBreaker(layers=(0, 1)),
     "circuit_breaker_cut": CircuitBreaker(alpha=5.0, layers=(0,)),
+    "circuit_breaker_relative": CircuitBreaker(layers=(0, 1), relative=True),
 }
 
 

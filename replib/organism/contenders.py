@@ -78,9 +78,16 @@ def _rmu() -> tuple[Rival, ...]:
 
 
 def _breaker() -> tuple[Rival, ...]:
-    """The source's depths, and RepBend's blocks. Under Adam alpha, which weighs both terms, does next to nothing."""
-    points = (((3, 7), 1e-3), ((3, 7), 3e-3), ((7, 8, 9, 10, 11), 3e-3))
-    return tuple(Rival(CircuitBreaker(layers=blocks), _kept(rate, perturbation=1e-3)) for blocks, rate in points)
+    """The source's depths, and RepBend's blocks; its retain term, which here outweighs the rerouting, and relative.
+
+    Under Adam alpha, which weighs both terms, does next to nothing.
+    """
+    late = (7, 8, 9, 10, 11)
+    points = (((3, 7), 1e-3, False), (late, 3e-3, False), ((3, 7), 1e-3, True), (late, 1e-3, True), (late, 3e-3, True))
+    return tuple(
+        Rival(CircuitBreaker(layers=blocks, relative=relative), _kept(rate, perturbation=1e-3))
+        for blocks, rate, relative in points
+    )
 
 
 def _whp() -> tuple[Rival, ...]:
