@@ -131,6 +131,19 @@ CONTENDERS = {
 }
 """By name, in the order of the table."""
 
-CHOSEN = {name: 0 for name, contender in CONTENDERS.items() if contender.grid}
+CHOSEN = {
+    "sft": 2,
+    "dpo": 0,
+    "npo": 1,
+    "npo_rt": 0,
+    "npo_kl": 0,
+    "rmu": 1,
+    "circuit_breaker": 1,
+    "whp": 1,
+    "task_arithmetic": 1,
+    "repbend": 0,
+    "repbend_official": 1,
+}
+"""The point of each grid that validation chose; what ``--pack`` of the comparison prints."""
 ORGANISM = {name: CONTENDERS[name].grid[point] for name, point in CHOSEN.items()}
 """The methods with the values for the organism, as ``replib.rivals.DEFENCES`` has those of the sources."""
