@@ -145,7 +145,7 @@ class Standings:
     def _cell(self, method: str, measure: str) -> str:
         values = self.matrix(method, measure)
         low, high = crossed_rate(values)
-        return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+        return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]".replace(" ", "\N{NO-BREAK SPACE}")
 
     def measured(self, measure: str) -> Measured:
         """One measure of all methods, for a figure."""

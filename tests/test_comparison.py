@@ -209,7 +209,7 @@ def test_the_table_has_a_row_a_defence_and_the_figure_a_name():
     found = standings()
     wide = found.wide()
     assert list(wide.index) == ["NONE", "SFT", "REPBEND"] and wide.seeds.tolist() == [1, 2, 2]
-    assert wide["mean attack success"]["NONE"].startswith("75 [") and wide.seconds["SFT"] == 30
+    assert wide["mean attack success"]["NONE"].startswith("75\N{NO-BREAK SPACE}[") and wide.seconds["SFT"] == 30
     assert {"story", "prefill", "skills", "parameters"} <= set(wide.columns)
     figure = surface_views.pareto_defences(found)
     assert {note.text for note in figure.layout.annotations} == set(found.titles)
