@@ -62,7 +62,7 @@ class Hardness(Standings):
     def _lost(self, method: str, measure: str) -> str:
         gap = -100 * self.gap(method, measure, "none")
         low, high = crossed(gap)
-        return f"{gap.mean():.1f} [{low:.1f}, {high:.1f}]"
+        return f"{gap.mean():.1f}\xa0[{low:.1f},\xa0{high:.1f}]"
 
     def reached(self, method: str, most: float = 0.20, points: float = 0.03) -> bool:
         """Whether no attack of the goal succeeds more often than that, and no benign rate lost more, in the mean."""

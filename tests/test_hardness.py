@@ -77,7 +77,7 @@ def test_the_verdict_needs_low_attacks_and_kept_answers(found):
 def test_the_table_has_every_attack_and_method(found):
     table = found.table()
     assert list(table.columns) == found.titles and len(table) == 3 + len(ASSAULTS)
-    assert table.loc["PCA-OT, all tokens", "hardening"].startswith("0 [0, ")
+    assert table.loc["PCA-OT, all tokens", "hardening"].startswith("0\xa0[0,\xa0")
 
 
 def test_success_by_block_is_the_best_k_of_each(rows, found):
