@@ -126,7 +126,8 @@ def _check_both(model: ChatModel, harmful: tuple[int, int], harmless: tuple[int,
 @torch.no_grad()
 def first_logits(model: ChatModel, prompts: Sequence[str], *, batch_size: int = 64) -> Float[Tensor, "prompts vocab"]:
     """Logits of the first answer token, under the edits now in place; on the CPU."""
-    parts = [model.forward(model.encode(chunk))[:, -1].float().cpu() for chunk in _chunks(prompts, batch_size)]
+    batches = map(model.encode, _chunks(prompts, batch_size))
+    parts = [model.forward(x, x.inputs() | {"logits_to_keep": 1})[:, -1].float().cpu() for x in batches]
     return torch.cat(parts)
 
 

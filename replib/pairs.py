@@ -1,0 +1,86 @@
+"""Edits of two blocks: a greedy search, every pair, and whether the first finds the optimum of the second.
+
+Blocks are fitted in the order of depth, the upper one with the lower one active, whichever was found first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from replib.ablation import Cell, Sweeper
+from replib.audit import crossed
+from replib.methods import method_of
+from replib.paired import contrast, letters
+from replib.ranking import ordered
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search is made over, and what it calls best."""
+
+    sweeper: Sweeper
+    method: str = "pca_ot"
+    k: int = 2
+    positions: str | None = None
+    by: str = "log_odds"
+    """The cheap score, of which the search generates no answer, or ``compliance``."""
+
+    def greedy(self) -> pd.DataFrame:
+        """Every block alone, then the best one with every other: the rows that were scored, the best pair first.
+
+        ``len(layers)`` tells the two steps apart.
+        """
+        depth = self.sweeper.model.n_layers
+        alone = self._scored([(i,) for i in range(depth)])
+        first = int(alone.layer.iloc[0])
+        pairs = self._scored([tuple(sorted((first, i))) for i in range(depth) if i != first])
+        return pd.concat([pairs, alone], ignore_index=True)
+
+    def exhaustive(self) -> pd.DataFrame:
+        """Every pair of blocks, the best first."""
+        return self._scored([*combinations(range(self.sweeper.model.n_layers), 2)])
+
+    def _scored(self, layers: list[tuple[int, ...]]) -> pd.DataFrame:
+        """Rows of these edits, the best first; neighbours that share a lower block share its activations."""
+        positions = self.positions or method_of(self.method).positions
+        k = self.k if method_of(self.method).ranked else 0
+        cells = [Cell(self.method, x, k, positions) for x in layers]
+        return ordered(self.sweeper.table(cells, best=0 if self.by == "log_odds" else None), self.by)
+
+
+def shortfall(found: pd.Series, best: pd.Series, by: str = "log_odds") -> dict[str, Any]:
+    """How much better the optimum is than what a search found, on the same prompts, with its 95 % interval."""
+    if by == "log_odds":
+        gap = np.array([found["each"]]) - np.array([best["each"]])
+        low, high = crossed(gap)
+        return {"shortfall": float(gap.mean()), "low": low, "high": high}
+    gap = contrast(letters([best["outcomes"]]), letters([found["outcomes"]]))
+    return {"shortfall": gap["difference"], "low": gap["low"], "high": gap["high"]}
+
+
+def greedy_against_all(search: Search) -> pd.Series:
+    """Both searches in one line: the pairs, their scores, the greedy one's place among all, edits scored by each."""
+    greedy, every = search.greedy(), search.exhaustive()
+    found, best = greedy.iloc[0], every.iloc[0]
+    places = every["layers"].map(tuple).tolist()
+    ahead = every[search.by] < found[search.by] if search.by == "log_odds" else every[search.by] > found[search.by]
+    return pd.Series(
+        {
+            "model": found["model"],
+            "by": search.by,
+            "greedy": tuple(found["layers"]),
+            "greedy score": found[search.by],
+            "best": tuple(best["layers"]),
+            "best score": best[search.by],
+            "better pairs": int(ahead.sum()),
+            "pairs": len(places),
+            "scored by greedy": len(greedy),
+            "n": found["n"],
+        }
+        | shortfall(found, best, search.by)
+    )
