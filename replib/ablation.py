@@ -22,6 +22,8 @@ from replib.activations import versions
 from replib.audit import rates
 from replib.cells import Cell, checked, grid, possible_ks
 from replib.chat import ChatModel
+from replib.damage import Gauge
+from replib.edits import bound
 from replib.fitting import AblationData, Fitter, fit_edits
 from replib.forced import token_kl
 from replib.judges import Judge
@@ -150,6 +152,16 @@ class Sweeper:
         if best is not None:
             self._fill(self._shortlist(cells, best), (ANSWERS,))
         return self._known(cells)
+
+    def damage(self, cells: Sequence[Cell], gauge: Gauge) -> pd.DataFrame:
+        """What ``gauge`` measures of each cell, a row a metric; kept in the store as ``table`` is."""
+        cells = checked(cells, self.model, self.data, extrapolate=True)
+        for cell in progress([c for c in cells if self._key(c, gauge.key) not in self.rows], "damage"):
+            found = gauge(bound(self.model, self.fitted(cell)), positions=cell.positions)
+            self.rows.put(self._key(cell, gauge.key), {"damage": found.to_dict("records")})
+        facts = [{"model": self.about["model"], "layer": cell.layers[0]} | cell._asdict() for cell in cells]
+        found = [self._row(cell, gauge.key)["damage"] for cell in cells]
+        return pd.DataFrame([fact | row for fact, rows in zip(facts, found, strict=True) for row in rows])
 
     # ------------------------------------------------------------------------------------- what is done
     def missing(self, cells: Sequence[Cell], stages: Stages) -> list[tuple[Stages, list[Cell]]]:

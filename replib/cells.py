@@ -8,6 +8,8 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
+import pandas as pd
+
 from replib.chat import ChatModel
 from replib.edits import POSITIONS
 from replib.errors import ReplibError
@@ -44,6 +46,12 @@ class Cell(NamedTuple):
         return Recipe(self.how, self.layers, max(self.k, 1), self.positions, self.strength)
 
 
+def cells_of(table: pd.DataFrame) -> list[Cell]:
+    """The cells of a table's rows."""
+    columns = [table[name] for name in Cell._fields]
+    return [Cell(m, tuple(map(int, ls)), int(k), p, float(s), r) for m, ls, k, p, s, r in zip(*columns, strict=True)]
+
+
 def grid(
     methods: str | Sequence[str],
     layers: Sequence[int],
@@ -78,11 +86,22 @@ def checked(cells: Sequence[Cell], model: ChatModel, data: AblationData, *, extr
     return [cell._replace(layers=tuple(sorted(set(check_layers(model, cell.layers))))) for cell in cells]
 
 
+def check_names(
+    methods: Sequence[str], positions: Sequence[str | None] = (), reads: Sequence[Position | None] = ()
+) -> None:
+    """Raise ReplibError for an unknown method, edited position or fit position; None is a method's own choice."""
+    for method in methods:
+        method_of(method)
+    for place in positions:
+        if place is not None and place not in POSITIONS:
+            raise ReplibError(f"Unknown edit positions {place!r}: use one of {', '.join(POSITIONS)}.")
+    if given := [read for read in reads if read is not None]:
+        check_positions(given)
+
+
 def _check_method(cell: Cell, most: int) -> None:
     method = cell.how
-    check_positions([method.read])
-    if cell.positions not in POSITIONS:
-        raise ReplibError(f"Unknown edit positions {cell.positions!r}: use one of {', '.join(POSITIONS)}.")
+    check_names([cell.method], [cell.positions], [cell.read])
     if method.everywhere and len(cell.layers) > 1:
         raise ReplibError(f"{cell.method} acts at every block, wherever it was fitted: give it one block, not several.")
     if not method.ranked and cell.k:

@@ -17,6 +17,7 @@ from replib.forced import Forced, Mean, Tokens, mean_over, perplexity
 from replib.judges import Judge, Outcome
 from replib.paired import contrast, letters
 from replib.prompts import Prompt, content_hash
+from replib.store import key_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Gauge:
             read = {name: part.read() for name, part in forced.items()}
         rows = [row for name in after for row in _rates(name, before[name], after[name])]
         return pd.DataFrame([*rows, *_divergences(read["own answers"]), *_perplexities(read)])
+
+    @property
+    def key(self) -> str:
+        """What identifies its measures of an edit in a store."""
+        return key_of(self.aside.hashes(), self.judge.name, self.length)
 
     @cached_property
     def before(self) -> dict[str, str]:

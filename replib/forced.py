@@ -142,5 +142,6 @@ def mean_over(values: Float[Tensor, " tokens"], row: Int[Tensor, " tokens"], *, 
 
 def perplexity(nats: Float[Tensor, " tokens"], row: Int[Tensor, " tokens"], *, seed: int = 0) -> Mean:
     """The exponential of ``mean_over`` of −log p; of differences of −log p, the factor between two perplexities."""
-    value, low, high, tokens, rows = mean_over(nats, row, seed=seed)
-    return Mean(*(float(np.exp(x)) for x in (value, low, high)), tokens, rows)
+    mean = mean_over(nats, row, seed=seed)
+    value, low, high = np.exp([mean.value, mean.low, mean.high]).tolist()
+    return Mean(value, low, high, mean.tokens, mean.rows)

@@ -79,7 +79,7 @@ def compare(table: pd.DataFrame, *by: str) -> pd.DataFrame:
     """
     if table["scored"].nunique() > 1:
         raise ReplibError("These edits were scored on different prompts: pair edits of one sweep.")
-    groups = {name: letters(list(rows.outcomes)) for name, rows in table.groupby(list(by), sort=False)}
+    groups = {name: letters(list(rows.outcomes)) for name, rows in table.groupby(list(by), sort=False, dropna=False)}
     if len({len(x) for x in groups.values()}) > 1:
         raise ReplibError(f"{', '.join(by)} tell edits apart that were fitted another number of times: add columns.")
     return pd.DataFrame(
@@ -91,7 +91,7 @@ def over_fits(table: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Attack success of each edit over its fits: mean, and ``audit.crossed_rate``'s interval over fits and prompts."""
     return pd.DataFrame(
         dict(zip(by, name, strict=True)) | _rate(letters(list(rows.outcomes)).astype(float))
-        for name, rows in table.groupby(list(by), sort=False)
+        for name, rows in table.groupby(list(by), sort=False, dropna=False)
     )
 
 

@@ -22,7 +22,7 @@ def ordered(table: pd.DataFrame, by: str = "compliance") -> pd.DataFrame:
 
 def best_of(table: pd.DataFrame, *groups: str, by: str = "compliance") -> pd.DataFrame:
     """The row of each group with the highest attack success, of equals the one with the least KL; see ``ordered``."""
-    return ordered(table, by).groupby(list(groups), sort=False).head(1)
+    return ordered(table, by).groupby(list(groups), sort=False, dropna=False).head(1)
 
 
 def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:

@@ -21,6 +21,7 @@ from replib.judges import is_degenerate, is_refusal
 from replib.progress import progress
 
 log = logging.getLogger(__name__)
+ANSWER = 24  # tokens of an answer that show whether it refuses
 TINY = 1e-8  # keeps the odds finite, as in the source
 
 
@@ -36,7 +37,7 @@ class Answers:
         return Counter(token for token, no in zip(self.first, self.refused, strict=True) if no == refused)
 
 
-def answers(model: ChatModel, prompts: Sequence[str], *, max_new_tokens: int = 24, batch_size: int = 64) -> Answers:
+def answers(model: ChatModel, prompts: Sequence[str], *, max_new_tokens: int = ANSWER, batch_size: int = 64) -> Answers:
     """What a model answers greedily, judged by phrases; an answer that is degenerate does not refuse."""
     first: list[int] = []
     refused: list[bool] = []

@@ -78,8 +78,9 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"Spearman {self.rho:.2f} [{self.low:.2f}, {self.high:.2f}] between cheap score and attack success over "
-            f"{self.cells} edits, n = {self.prompts} prompts; the best {self.best} by cheap score miss {self.missed:.0%}"
+            f"Spearman {self.rho:.2f} [{self.low:.2f}, {self.high:.2f}] between cheap score and attack success "
+            f"({self.cells} edits, n = {self.prompts} prompts); "
+            f"attack success that the {self.best} first by cheap score miss: {self.missed:.0%}"
         )
 
 
@@ -93,17 +94,15 @@ def agreement(table: pd.DataFrame, best: int = 8, *, draws: int = 200, seed: int
     """
     known = table[table.log_odds.notna() & table.compliance.notna()]
     if len(known) < 3:
-        raise ReplibError(
-            f"{len(known)} edits have both a cheap score and answers: generate answers for three or more."
-        )
+        raise ReplibError(f"{len(known)} edits have both a cheap score and answers, three are needed: generate more.")
     odds = np.array([*known.each])
     complied = np.array([[x == "c" for x in text] for text in known.outcomes], float)
-    rng = np.random.default_rng(seed)
-    drawn = [rng.integers(odds.shape[1], size=odds.shape[1]) for _ in range(draws)]
-    low, high = np.nanquantile([_spearman(odds[:, i], complied[:, i]) for i in drawn], [0.025, 0.975])
-    success = complied.mean(1)
-    missed = success.max() - success[odds.mean(1).argsort(kind="stable")[:best]].max()
-    return Agreement(_spearman(odds, complied), float(low), float(high), *odds.shape, float(missed), best)
+    n, rng = odds.shape[1], np.random.default_rng(seed)
+    drawn = [_spearman(odds[:, i], complied[:, i]) for i in rng.integers(n, size=(draws, n))]
+    low, high = np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan, np.nan)
+    success, first = complied.mean(1), odds.mean(1).argsort(kind="stable")[:best]
+    missed = float(success.max() - success[first].max())
+    return Agreement(_spearman(odds, complied), float(low), float(high), len(odds), n, missed, best)
 
 
 def _spearman(odds: Float[np.ndarray, "cells prompts"], complied: Float[np.ndarray, "cells prompts"]) -> float:

@@ -70,7 +70,7 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     Sweeper(model, DATA, PhraseJudge(), store=store).layers(ks=(1,), layers=[0, 1])
     again = Sweeper(model, DATA, PhraseJudge(), store=store)
     scored, score = [], again.score
-    monkeypatch.setattr(again, "score", lambda cells: scored.extend(cells) or score(cells))
+    monkeypatch.setattr(again, "score", lambda cells, stages: scored.extend(cells) or score(cells, stages))
     assert len(again.layers(ks=(1,))) == 3 and [cell.layers for cell in scored] == [(2,)]
 
 
