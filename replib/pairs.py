@@ -5,6 +5,7 @@ Blocks are fitted in the order of depth, the upper one with the lower one active
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -17,6 +18,7 @@ from replib.audit import crossed
 from replib.methods import method_of
 from replib.paired import contrast, letters
 from replib.ranking import ordered
+from replib.reader import check_layers
 
 
 @dataclass(frozen=True)
@@ -29,21 +31,28 @@ class Search:
     positions: str | None = None
     by: str = "log_odds"
     """The cheap score, of which the search generates no answer, or ``compliance``."""
+    layers: Sequence[int] | None = None
+    """Blocks to search among, default all."""
 
     def greedy(self) -> pd.DataFrame:
         """Every block alone, then the best one with every other: the rows that were scored, the best pair first.
 
         ``len(layers)`` tells the two steps apart.
         """
-        depth = self.sweeper.model.n_layers
-        alone = self._scored([(i,) for i in range(depth)])
+        alone = self._scored([(i,) for i in self.blocks])
         first = int(alone.layer.iloc[0])
-        pairs = self._scored([tuple(sorted((first, i))) for i in range(depth) if i != first])
+        pairs = self._scored([tuple(sorted((first, i))) for i in self.blocks if i != first])
         return pd.concat([pairs, alone], ignore_index=True)
 
     def exhaustive(self) -> pd.DataFrame:
         """Every pair of blocks, the best first."""
-        return self._scored([*combinations(range(self.sweeper.model.n_layers), 2)])
+        return self._scored([*combinations(self.blocks, 2)])
+
+    @property
+    def blocks(self) -> list[int]:
+        """Those that are searched, ascending."""
+        model = self.sweeper.model
+        return sorted(check_layers(model, range(model.n_layers) if self.layers is None else self.layers))
 
     def _scored(self, layers: list[tuple[int, ...]]) -> pd.DataFrame:
         """Rows of these edits, the best first; neighbours that share a lower block share its activations."""

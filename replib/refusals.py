@@ -97,6 +97,11 @@ class RefusalTokens:
         p = logits.double().softmax(-1)[:, list(self.ids)].sum(-1)
         return (p + TINY).log() - (1 - p + TINY).log()
 
+    def log_odds(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+        """The same without ``e``, which cuts all scores off at ±18.4: what ranks strong edits. Float64."""
+        x, ids = logits.double(), torch.tensor(self.ids, device=logits.device)
+        return x[:, ids].logsumexp(-1) - x.index_fill(-1, ids, -torch.inf).logsumexp(-1)
+
 
 def _covering(no: Counter[int], yes: Counter[int], wanted: float) -> list[int]:
     """Tokens commoner among refusals than among answers, the commonest first, until the wanted share is covered."""

@@ -54,7 +54,7 @@ class Screen:
         """Mean log-odds of refusal with its 95 % interval over prompts, each prompt's, and what the tokens cover."""
         if self.tokens is None or positions in LATER:
             return dict.fromkeys(("log_odds", "log_odds_low", "log_odds_high", "each", "coverage", "overlap"))
-        each = self.tokens.scores(logits).numpy()
+        each = self.tokens.log_odds(logits).numpy()
         low, high = crossed(each[None])
         mean = {"log_odds": float(each.mean()), "log_odds_low": low, "log_odds_high": high, "each": each.tolist()}
         return mean | {"coverage": self.tokens.coverage, "overlap": self.tokens.overlap}
