@@ -150,7 +150,7 @@ class Sweeper:
         cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
         self._fill(cells, (FIRST, ANSWERS) if best is None else (FIRST,))
         if best is not None:
-            self._fill(self._shortlist(cells, best), (ANSWERS,))
+            self._fill(self.shortlist(cells, best), (ANSWERS,))
         return self._known(cells)
 
     def damage(self, cells: Sequence[Cell], gauge: Gauge) -> pd.DataFrame:
@@ -203,14 +203,16 @@ class Sweeper:
                 for stage, row in rows.items():
                     self.rows.put(self._key(cell, stage), row)
 
-    def _shortlist(self, cells: Sequence[Cell], best: int) -> list[Cell]:
+    def shortlist(self, cells: Sequence[Cell], best: int) -> list[Cell]:
+        """The best of each method and edited position by cheap score, and all that have none; their score is known."""
         table = self._known(cells).assign(place=range(len(cells)))
         first = ordered(table, "log_odds").groupby(["method", "positions"], sort=False).head(best)
         return [cells[i] for i in sorted([*first.place, *table.place[table.log_odds.isna()]])]
 
     def _known(self, cells: Sequence[Cell]) -> pd.DataFrame:
         rows = [self._facts(c) | UNKNOWN | self._row(c, FIRST) | self._row(c, ANSWERS) for c in cells]
-        return pd.DataFrame(rows).drop(columns="key").astype(dict.fromkeys(NUMBERS, float))
+        read = pd.Series([c.read for c in cells], dtype=object)  # neither NaN for None nor floats beside it
+        return pd.DataFrame(rows).drop(columns="key").astype(dict.fromkeys(NUMBERS, float)).assign(read=read)
 
     def _row(self, cell: Cell, stage: str) -> dict[str, Any]:
         return self.rows.rows.get(self._key(cell, stage), {})

@@ -61,13 +61,14 @@ def grid(
     strengths: Sequence[float] = (1.0,),
     reads: Sequence[Position | None] = (None,),
 ) -> list[Cell]:
-    """Every combination, an edit of one block each; K where a method has one, None the choice of its source."""
+    """Every combination once, an edit of one block each; K where a method has one, None the choice of its source."""
     names = [methods] if isinstance(methods, str) else methods
-    return [
+    cells = [
         Cell(name, (layer,), k, where or how.positions, strength, read)
         for name, how in zip(names, map(method_of, names), strict=True)
         for where, read, strength, layer, k in product(positions, reads, strengths, layers, ks if how.ranked else [0])
     ]
+    return list(dict.fromkeys(cells))
 
 
 def checked(cells: Sequence[Cell], model: ChatModel, data: AblationData, *, extrapolate: bool = False) -> list[Cell]:

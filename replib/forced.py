@@ -68,8 +68,8 @@ class Forced:
 
     model: ChatModel
     batches: tuple[Batch, ...]
-    states: tuple[Float[Tensor, "tokens dim"], ...]
-    """What left the final norm where each counted token is predicted, unedited."""
+    states: tuple[Tensor, ...]
+    """What left the final norm where each counted token is predicted, unedited; ``[tokens, dim]`` a batch."""
 
     @classmethod
     @torch.no_grad()

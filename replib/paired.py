@@ -79,7 +79,10 @@ def compare(table: pd.DataFrame, *by: str) -> pd.DataFrame:
     """
     if table["scored"].nunique() > 1:
         raise ReplibError("These edits were scored on different prompts: pair edits of one sweep.")
-    groups = {name: letters(list(rows.outcomes)) for name, rows in table.groupby(list(by), sort=False, dropna=False)}
+    groups = {
+        ", ".join(map(str, name)): letters(list(rows.outcomes))
+        for name, rows in table.groupby(list(by), sort=False, dropna=False)
+    }
     if len({len(x) for x in groups.values()}) > 1:
         raise ReplibError(f"{', '.join(by)} tell edits apart that were fitted another number of times: add columns.")
     return pd.DataFrame(

@@ -61,7 +61,9 @@ def sweep_price(sweeper: Sweeper, cells: Sequence[Cell], *, best: int | None = N
 
 
 def _longest(sweeper: Sweeper, cells: Sequence[Cell], best: int) -> list[Cell]:
-    """As many cells as will be generated at most, whichever these are."""
+    """The cells that will be generated; where cheap scores are missing, as many as that can be, whichever these are."""
+    if not sweeper.missing(cells, (FIRST,)):
+        return sweeper.shortlist(cells, best)
     chosen: list[Cell] = []
     taken: Counter[tuple[str, str]] = Counter()
     for cell in sorted(cells, key=lambda cell: not sweeper.missing([cell], (ANSWERS,))):  # unknown ones first

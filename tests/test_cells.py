@@ -3,9 +3,11 @@
 import pytest
 import tiny
 
+from replib.ablation import Sweeper
 from replib.cells import Cell, cells_of, checked, grid, possible_ks, window
 from replib.errors import ReplibError
 from replib.fitting import AblationData
+from replib.judges import PhraseJudge
 from replib.methods import METHODS
 from replib.models import load
 from replib.prompts import Prompt
@@ -21,7 +23,7 @@ def model(tmp_path_factory):
 
 def test_a_grid_is_every_combination_with_k_where_there_is_one():
     cells = grid(["pca_ot", "rfa"], [0, 2], ks=(1, 4), strengths=(0.5, 1.0), positions=("all", None), reads=(None, 0))
-    assert len(cells) == len(set(cells)) == 2 * 2 * 2 * (2 * 2 + 2 * 1)
+    assert len(cells) == len(set(cells)) == 2 * 2 * (2 * 2 * 2 + 2)  # the source of rfa edits all as well
     assert {cell.k for cell in cells if cell.method == "rfa"} == {0}
     assert {cell.positions for cell in cells if cell.method == "pca_ot"} == {"all", "last_prompt"}
     assert grid("rfa", [1]) == [Cell("rfa", (1,), 0, METHODS["rfa"].positions)]
@@ -67,11 +69,9 @@ def test_layers_count_from_below_and_k_from_the_prompts(model):
     assert ks == [1, 2, 4] and checked(grid("pca_ot", [0], ks=ks), model, DATA)
 
 
-def test_cells_come_back_from_a_table():
-    import pandas as pd
-
-    cells = [Cell("rfa", (1,), 0, "all", 0.5, -2), Cell("pca_ot", (0, 2), 4, "last_prompt")]
-    assert cells_of(pd.DataFrame([cell._asdict() for cell in cells])) == cells
+def test_cells_come_back_from_a_table(model):
+    cells = [Cell("rfa", (1,), 0, "all", 0.5, -2), Cell("pca_ot", (0,), 4, "last_prompt")]
+    assert cells_of(Sweeper(model, DATA, PhraseJudge()).table(cells)) == cells
 
 
 @pytest.mark.parametrize("depth", range(1, 100))
