@@ -84,6 +84,22 @@ def test_bend_passes_only_the_coefficients_that_were_given(verb):
     assert verb.calls[0][1] == {"preset": "llama3-8b", "alpha": 0.2, "steps": 7}
 
 
+def test_sweep_reads_methods_ranks_strengths_and_positions(verb):
+    lists = "--methods pca_ot,rfa --layers -1,5 --ks 1,2 --edit-at last_prompt,all --fit-at -2,response".split()
+    assert cli.main(["sweep", *lists, *"--strengths 0.5,1 --best 3 --fits 0 --texts t.txt".split()]) == 0
+    assert verb.calls[0][1] == {
+        "methods": ["pca_ot", "rfa"],
+        "layers": [-1, 5],
+        "ks": [1, 2],
+        "edit_at": ["last_prompt", "all"],
+        "fit_at": [-2, "response"],
+        "strengths": [0.5, 1.0],
+        "best": 3,
+        "fits": 0,
+        "texts": "t.txt",
+    }
+
+
 def test_capture_reads_lists_and_integers_a_minus_first_too(verb):
     lists = "--site resid_mid,mlp_out --layers -1,5 --positions -2".split()
     rest = "--max-new-tokens 3 --shard 7 --pool none --overflow truncate --stored-dtype bfloat16".split()
