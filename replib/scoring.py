@@ -15,16 +15,14 @@ from replib.methods import SiteEdits
 from replib.prefix import Prefix
 from replib.refusals import first_logits
 
-Logits = Float[Tensor, "edits prompts vocab"]
-
 
 @dataclass(frozen=True)
 class Found:
     """What a model does under each of several edits; None where that was not asked for."""
 
-    scored: Logits | None
+    scored: Float[Tensor, "edits scored vocab"] | None
     """First-token logits of the scored prompts, on the CPU."""
-    neutral: Logits | None
+    neutral: Float[Tensor, "edits neutral vocab"] | None
     """The same of the neutral prompts."""
     answers: list[list[str]] | None
     """To the scored prompts, edit by edit."""
@@ -78,7 +76,7 @@ class Scorer:
         found = Prefix.read(self.model, self.scored), Prefix.read(self.model, self.neutral)
         return found if all(prefix.whole for prefix in found) else None
 
-    def _first(self, texts: list[str], groups: int, prefix: Prefix | None) -> Logits:
+    def _first(self, texts: list[str], groups: int, prefix: Prefix | None) -> Float[Tensor, "edits prompts vocab"]:
         if prefix:
             logits = prefix.first_logits(groups).float().cpu()
         else:  # several edits fit one batch, or a single one takes several
