@@ -38,7 +38,18 @@ from replib.store import Rows, key_of
 log = logging.getLogger(__name__)
 __all__ = ["AblationData", "Cell", "Sweeper", "best_of", "fit_edit", "fit_edits", "onset", "sweep_layers"]
 FIRST, ANSWERS = "first token", "answers"  # what is known of a cell, each a row of the store
-NUMBERS = ("log_odds", "log_odds_low", "log_odds_high", "kl", "refusal", "compliance", "degenerate", "low", "high")
+NUMBERS = (
+    "log_odds",
+    "log_odds_low",
+    "log_odds_high",
+    "turned",
+    "kl",
+    "refusal",
+    "compliance",
+    "degenerate",
+    "low",
+    "high",
+)
 UNKNOWN: dict[str, Any] = dict.fromkeys(NUMBERS) | {"outcomes": ""}
 Stages = tuple[str, ...]
 
@@ -206,7 +217,7 @@ class Sweeper:
     def shortlist(self, cells: Sequence[Cell], best: int) -> list[Cell]:
         """The best of each method and edited position by cheap score, and all that have none; their score is known."""
         table = self._known(cells).assign(place=range(len(cells)))
-        first = ordered(table, "log_odds").groupby(["method", "positions"], sort=False).head(best)
+        first = ordered(table, "cheap").groupby(["method", "positions"], sort=False).head(best)
         return [cells[i] for i in sorted([*first.place, *table.place[table.log_odds.isna()]])]
 
     def _known(self, cells: Sequence[Cell]) -> pd.DataFrame:
@@ -234,9 +245,9 @@ def sweep_layers(
 
     Returns:
         One row a cell: model, method, layers, k, positions, strength, read, depth of the model, prompts a class that
-        fitted it; the cheap score ``log_odds`` with its interval, each prompt's, and the share of refusals that its
-        tokens cover; ``kl`` (nats, first answer token, harmless prompts); n, attack success (``compliance``) with its
-        Wilson 95 % interval, refusal and degenerate shares, and a letter an answer (``outcomes``). What was not
-        generated, or does not exist, is NaN.
+        fitted it; the cheap score: ``log_odds`` with its interval, each prompt's, the share of prompts ``turned``
+        (below 0), and the share of refusals that its tokens cover; ``kl`` (nats, first answer token, harmless prompts);
+        n, attack success (``compliance``) with its Wilson 95 % interval, refusal and degenerate shares, and a letter
+        an answer (``outcomes``). What was not generated, or does not exist, is NaN.
     """
     return Sweeper(model, data, judge).layers(method, **options)

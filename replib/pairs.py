@@ -29,8 +29,8 @@ class Search:
     method: str = "pca_ot"
     k: int = 2
     positions: str | None = None
-    by: str = "log_odds"
-    """The cheap score, of which the search generates no answer, or ``compliance``."""
+    by: str = "cheap"
+    """As for ``ranking.ordered``; only for ``compliance`` are answers generated."""
     layers: Sequence[int] | None = None
     """Blocks to search among, default all."""
 
@@ -59,16 +59,16 @@ class Search:
         positions = self.positions or method_of(self.method).positions
         k = self.k if method_of(self.method).ranked else 0
         cells = [Cell(self.method, x, k, positions) for x in layers]
-        return ordered(self.sweeper.table(cells, best=0 if self.by == "log_odds" else None), self.by)
+        return ordered(self.sweeper.table(cells, best=None if self.by == "compliance" else 0), self.by)
 
 
-def shortfall(found: pd.Series, best: pd.Series, by: str = "log_odds") -> dict[str, Any]:
+def shortfall(found: pd.Series, best: pd.Series, by: str = "cheap") -> dict[str, Any]:
     """How much better the optimum is than what a search found, on the same prompts, with its 95 % interval."""
     if by == "log_odds":
         gap = np.array([found["each"]]) - np.array([best["each"]])
-        low, high = crossed(gap)
-        return {"shortfall": float(gap.mean()), "low": low, "high": high}
-    gap = contrast(letters([best["outcomes"]]), letters([found["outcomes"]]))
+        return dict(zip(("shortfall", "low", "high"), (float(gap.mean()), *crossed(gap)), strict=True))
+    turned = [letters([x["outcomes"]]) if by == "compliance" else np.array([x["each"]]) < 0 for x in (best, found)]
+    gap = contrast(*turned)
     return {"shortfall": gap["difference"], "low": gap["low"], "high": gap["high"]}
 
 
@@ -76,17 +76,18 @@ def greedy_against_all(search: Search) -> pd.Series:
     """Both searches in one line: the pairs, their scores, the greedy one's place among all, edits scored by each."""
     greedy, every = search.greedy(), search.exhaustive()
     found, best = greedy.iloc[0], every.iloc[0]
-    places = every["layers"].map(tuple).tolist()
-    ahead = every[search.by] < found[search.by] if search.by == "log_odds" else every[search.by] > found[search.by]
+    places, score = [tuple(x) for x in every["layers"]], "turned" if search.by == "cheap" else search.by
     return pd.Series(
         {
             "model": found["model"],
             "by": search.by,
             "greedy": tuple(found["layers"]),
-            "greedy score": found[search.by],
+            "greedy score": found[score],
+            "greedy kl": found["kl"],
             "best": tuple(best["layers"]),
-            "best score": best[search.by],
-            "better pairs": int(ahead.sum()),
+            "best score": best[score],
+            "best kl": best["kl"],
+            "better pairs": places.index(tuple(found["layers"])),
             "pairs": len(places),
             "scored by greedy": len(greedy),
             "n": found["n"],

@@ -6,18 +6,29 @@ import pandas as pd
 
 from replib.errors import ReplibError
 
-ORDERS = {"compliance": ("compliance", "kl"), "log_odds": ("log_odds", "kl")}
+ORDERS = ("compliance", "cheap", "log_odds")
 
 
 def ordered(table: pd.DataFrame, by: str = "compliance") -> pd.DataFrame:
-    """Rows from the best to the worst for the attacker; of equals the one with least KL first.
+    """Rows from the best to the worst for the attacker; those of which it is not known are left out.
 
-    ``by``: attack success (``compliance``), or the cheap score (``log_odds`` of refusal, the less the better).
+    Args:
+        table: rows of a sweep.
+        by: ``compliance``, attack success. ``cheap``, the share of prompts whose first token is likelier not to refuse;
+            to push that further is no more success, and collapses other tokens. That order is ours. ``log_odds``, the
+            mean of all log-odds, as arXiv 2406.11717 ranks directions. Of equals, the one with the least KL is better;
+            where no prompt is turned, the one with the lower log-odds.
+
+    Raises ReplibError for another order.
     """
     if by not in ORDERS:
         raise ReplibError(f"Edits are not ordered by {by!r}: use one of {', '.join(ORDERS)}.")
-    known = table[table[by].notna()]
-    return known.sort_values([*ORDERS[by]], ascending=[by == "log_odds", True], kind="stable")
+    known = table[table["turned" if by == "cheap" else by].notna()]
+    if by == "cheap":
+        keys = {"first": -known.turned, "then": known.kl.where(known.turned > 0, known.log_odds)}
+    else:
+        keys = {"first": known.log_odds if by == "log_odds" else -known.compliance, "then": known.kl}
+    return known.loc[pd.DataFrame(keys).sort_values(["first", "then"], kind="stable").index]
 
 
 def best_of(table: pd.DataFrame, *groups: str, by: str = "compliance") -> pd.DataFrame:

@@ -42,6 +42,7 @@ def test_the_score_is_exact_where_the_sources_is_cut_off():
 def test_a_row_has_the_mean_its_interval_and_every_prompt():
     row = Screen(TOKENS).row(logits(9, 46), "all")
     assert row["log_odds"] == pytest.approx(np.mean(row["each"])) and len(row["each"]) == 9
+    assert row["turned"] == np.mean([x < 0 for x in row["each"]])
     assert row["log_odds_low"] < row["log_odds"] < row["log_odds_high"] and row["coverage"] == 1.0
 
 
@@ -76,11 +77,8 @@ def test_where_the_first_token_says_too_little_there_is_none_and_why_is_said(
 def table(odds, outcomes):
     """Rows of a sweep: each prompt's log-odds, and a letter an answer or none."""
     rate = lambda text: text.count("c") / len(text) if text else math.nan  # noqa: E731
-    rows = [
-        {"each": x, "log_odds": np.mean(x), "outcomes": o, "compliance": rate(o)}
-        for x, o in zip(odds, outcomes, strict=True)
-    ]
-    return pd.DataFrame(rows)
+    found = pd.DataFrame({"each": odds, "outcomes": outcomes, "kl": 0.1})
+    return found.assign(log_odds=found.each.map(np.mean), compliance=found.outcomes.map(rate))
 
 
 ODDS = [[5.0, 6, 7, 8], [1, 2, 3, 4], [-3, -2, -1, 0], [-9, -8, -7, -6]]
@@ -88,11 +86,11 @@ RISING = ["rrrr", "crrr", "ccrr", "cccc"]
 
 
 def test_agreement_is_spearmans_over_edits():
-    found = agreement(table(ODDS, RISING), best=2)
+    found = agreement(table(ODDS, RISING), best=2, draws=20)
     assert found.rho == pytest.approx(1) and (found.cells, found.prompts, found.missed) == (4, 4, 0)
-    against = agreement(table(ODDS, RISING[::-1]), best=2)
+    against = agreement(table(ODDS, RISING[::-1]), best=2, draws=20)
     assert against.rho == pytest.approx(-1) and against.missed == pytest.approx(0.75)
-    assert agreement(table(ODDS, RISING[::-1]), best=4).missed == 0
+    assert agreement(table(ODDS, RISING[::-1]), best=4, draws=20).missed == 0
     assert -1 <= against.low <= against.high <= 1 and "Spearman -1.00" in str(against)
 
 
