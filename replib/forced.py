@@ -88,10 +88,10 @@ class Forced:
 
         Raises ReplibError where no text is longer than the context.
         """
-        ids = [ids[:length] for ids in model.tokenizer(list(texts))["input_ids"] if len(ids) > context]
-        if not ids:
+        read = model.tokenizer(list(texts), truncation=True, max_length=min(length, model.context))["input_ids"]
+        rows = [Row(ids, (0, context), context) for ids in read if len(ids) > context]
+        if not rows:
             raise ReplibError(f"No text is longer than {context} tokens: join lines, or give longer texts.")
-        rows = [Row(row, (0, context), context) for row in ids]
         return cls._of(model, (model.pad(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)))
 
     @classmethod
