@@ -10,7 +10,7 @@ from typing import Any
 
 from replib import __version__
 from replib.errors import ReplibError
-from replib.options import assignment, at_least, joined, listed, one_of, positions
+from replib.options import assignment, at_least, joined, listed, one_of, positions, several_positions
 from replib.processes import is_first
 from replib.settings import ROOT, Settings
 
@@ -47,7 +47,24 @@ CAPTURE: Kinds = {
     "stored-dtype": one_of("float32", "bfloat16"),
 }
 SCHEDULE: Kinds = {"steps": int, "learning-rate": float, "save-every": at_least(0)}
-OPTIONS = {"bend": COEFFICIENTS, "defend": SCHEDULE, "capture": CAPTURE, "tune": {"trials": at_least(1)}}
+SWEEP: Kinds = {
+    "methods": listed("methods", "pca_ot,rfa"),
+    "layers": CAPTURE["layers"],
+    "ks": listed("whole numbers", "1,2,8", at_least(1)),
+    "edit-at": listed("edited positions", "last_prompt,all"),
+    "fit-at": several_positions,
+    "strengths": listed("numbers", "0.25,0.5,1", float),
+    "best": at_least(1),
+    "fits": at_least(0),
+    "texts": str,
+}
+OPTIONS = {
+    "bend": COEFFICIENTS,
+    "defend": SCHEDULE,
+    "capture": CAPTURE,
+    "sweep": SWEEP,
+    "tune": {"trials": at_least(1)},
+}
 HELP = {
     "model": "model folder, Hugging Face id, or organism variant (base, aligned, planted, deep)",
     "adapter": "LoRA folder trained on that model",
@@ -78,6 +95,14 @@ HELP = {
     "overflow": "a prompt longer than the context: refuse (the default) or truncate",
     "shard": "prompts a file, default 1024",
     "stored-dtype": "of the values on disk: float32 (the default) or bfloat16, half the size",
+    "methods": "edits to fit, as pca_ot,rfa,ace; default PCA-OT and the baselines",
+    "ks": "numbers of principal components, default those of 1,2,4,8,16 that the prompts can fit",
+    "edit-at": "edited tokens: last_prompt, all_prompt, response, decode, all; default as in each method's source",
+    "fit-at": "positions whose activations fit the edits, as last_prompt,0; default as in each method's source",
+    "strengths": "shares of each edit, from 0 to 1, default 1",
+    "best": "edits of each method and edited position whose answers are written, best by cheap score; default 8",
+    "fits": "fits of each method's best edit on resampled prompts, default 3",
+    "texts": "set or file of neutral text for perplexity",
     "set": "any setting, as REPLIB_NAME=VALUE would give it",
 }
 

@@ -22,6 +22,7 @@ from replib.attacks import prefill, wrappers
 from replib.audit import AuditTable, Task, audit, rates
 from replib.bend import BendConfig
 from replib.chat import ChatModel
+from replib.damage import Aside, Gauge
 from replib.errors import ReplibError
 from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import load, merged
@@ -316,6 +317,18 @@ class Study:
             max_new_tokens=18,
             batch_size=self.settings.batch,
         )
+
+    def gauge(self, *, texts: Sequence[str] = (), borderline: Sequence[Prompt] = (), limit: int | None = None) -> Gauge:
+        """What measures the damage of edits: on harmless ``test`` prompts, borderline ones, and neutral texts.
+
+        ``borderline``: prompts that sound harmful and are not; by default the organism's own, where it is the model.
+        """
+        if not borderline and self.organism:
+            borderline = load_prompts("organism/borderline", split="test")
+        lists = {"harmless": self.harmless.test} | ({"borderline": borderline} if borderline else {})
+        limit = limit or self.settings.limit or PER_CELL
+        asked = {name: Task(name, "benign", x).sample(limit, self.settings.seed).prompts for name, x in lists.items()}
+        return Gauge(self.model, Aside(asked, texts), self.judge, max_new_tokens=24, batch_size=self.settings.batch)
 
 
 def outcome(task: Task) -> str:

@@ -89,6 +89,22 @@ def test_defend_is_told_which_defence_and_what_was_changed(verb):
     assert verb.calls[0][1] == {"defence": "npo_kl", "steps": 7, "learning_rate": 1e-4}
 
 
+def test_sweep_reads_methods_ranks_strengths_and_positions(verb):
+    lists = "--methods pca_ot,rfa --layers -1,5 --ks 1,2 --edit-at last_prompt,all --fit-at -2,response".split()
+    assert cli.main(["sweep", *lists, *"--strengths 0.5,1 --best 3 --fits 0 --texts t.txt".split()]) == 0
+    assert verb.calls[0][1] == {
+        "methods": ["pca_ot", "rfa"],
+        "layers": [-1, 5],
+        "ks": [1, 2],
+        "edit_at": ["last_prompt", "all"],
+        "fit_at": [-2, "response"],
+        "strengths": [0.5, 1.0],
+        "best": 3,
+        "fits": 0,
+        "texts": "t.txt",
+    }
+
+
 def test_capture_reads_lists_and_integers_a_minus_first_too(verb):
     lists = "--site resid_mid,mlp_out --layers -1,5 --positions -2".split()
     rest = "--max-new-tokens 3 --shard 7 --pool none --overflow truncate --stored-dtype bfloat16".split()
