@@ -1,50 +1,57 @@
-"""Sweeps of edits over layers: Gaussian transport beside the one-direction baselines, each scored the same way.
+"""Sweeps of edits: a cheap score of every cell first, whole answers of the best, each cell scored the same way.
 
 The methods themselves are in ``methods``, what is asked of a direction before it is trusted in ``directions``.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import Activations, capture, versions
+from replib.activations import versions
 from replib.audit import rates
-from replib.bend import kl_divergence
+from replib.cells import Cell, checked, grid, possible_ks
 from replib.chat import ChatModel
-from replib.edits import applied
-from replib.fitting import AblationData, fit_edits
+from replib.damage import Gauge
+from replib.edits import bound
+from replib.fitting import AblationData, Fitter, fit_edits
+from replib.forced import token_kl
 from replib.judges import Judge
-from replib.methods import SiteEdits, fit_edit, method_of
+from replib.methods import SiteEdits, fit_edit
 from replib.positions import Position
-from replib.prefix import Prefix
 from replib.progress import progress
-from replib.reader import check_layers
+from replib.ranking import best_of, onset, ordered
+from replib.scoring import Scorer
+from replib.screen import LATER, Screen
 from replib.store import Rows, key_of
 
 log = logging.getLogger(__name__)
 __all__ = ["AblationData", "Cell", "Sweeper", "best_of", "fit_edit", "fit_edits", "onset", "sweep_layers"]
-KS = (1, 2, 4, 8, 16)
-
-
-class Cell(NamedTuple):
-    """One edit of a sweep: how it is fitted and where it acts."""
-
-    method: str
-    layers: tuple[int, ...]
-    k: int
-    """Principal components; 0 where the method has none."""
-    positions: str
+FIRST, ANSWERS = "first token", "answers"  # what is known of a cell, each a row of the store
+NUMBERS = (
+    "log_odds",
+    "log_odds_low",
+    "log_odds_high",
+    "turned",
+    "kl",
+    "refusal",
+    "compliance",
+    "degenerate",
+    "low",
+    "high",
+)
+UNKNOWN: dict[str, Any] = dict.fromkeys(NUMBERS) | {"outcomes": ""}
+Stages = tuple[str, ...]
 
 
 class Sweeper:
@@ -65,27 +72,26 @@ class Sweeper:
         batch_size: int = 128,
     ):
         self.model, self.data, self.judge = model, data, judge
-        self.length, self.batch_size = max_new_tokens, batch_size
         self.rows = Rows(store)
-        self._fitted: dict[tuple[Position, str], tuple[Activations, Activations]] = {}
-        self.about = {"model": name or model.name, "judge": judge.name} | data.hashes()
+        texts = [p.text for p in data.scored], data.neutral
+        self.scorer = Scorer(model, *texts, length=max_new_tokens, batch_size=batch_size)
+        self.fitter = Fitter(model, data, range(model.n_layers), batch_size=batch_size, answer=max_new_tokens)
+        self.about: dict[str, Any] = {"model": name or model.name, "judge": judge.name} | data.hashes()
         self.identity = model.provenance() | versions() | {"max_new_tokens": max_new_tokens}
-
-    def fitted(self, read: Position = "last_prompt", site: str = "resid_post") -> tuple[Activations, Activations]:
-        """Harmful and harmless activations at every block, read once a position and site."""
-        if (read, site) not in self._fitted:
-            harmful, harmless = (
-                capture(self.model, x, site=site, positions=read, batch_size=self.batch_size)
-                for x in (self.data.harmful, self.data.harmless)
-            )
-            self._fitted[read, site] = harmful, harmless
-        return self._fitted[read, site]
 
     @cached_property
     def reference(self) -> Float[Tensor, "prompts vocab"]:
         """First-token logits of the unedited model on the neutral prompts."""
-        return self._first_logits(1)[0]
+        neutral = self.scorer.run([{}], "last_prompt", answers=False).neutral
+        assert neutral is not None
+        return neutral[0]
 
+    @cached_property
+    def screen(self) -> Screen:
+        """The cheap score of this model, found once from its own answers."""
+        return Screen.find(self.model, self.data)
+
+    # ------------------------------------------------------------------------------------- what is asked
     def layers(
         self,
         method: str = "pca_ot",
@@ -93,19 +99,24 @@ class Sweeper:
         ks: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
         positions: str | None = None,
+        strengths: Sequence[float] = (1.0,),
+        read: Position | None = None,
+        best: int | None = None,
     ) -> pd.DataFrame:
-        """One edit at one block at a time, for every block and every K; see ``sweep_layers``.
+        """One edit at one block at a time, for every block, K and strength; see ``sweep_layers``.
 
-        Without ``ks``, those of 1, 2, 4, 8 and 16 that the fit prompts are enough for; without ``positions``, the
-        choice of the method's source.
+        Without ``ks``, those of 1, 2, 4, 8 and 16 that the fit prompts are enough for; without ``positions`` and
+        ``read``, the choice of the method's source.
         """
-        positions = positions or method_of(method).positions
-        if not method_of(method).ranked:
-            ks = [0]
-        elif ks is None:
-            ks = self._possible()
-        chosen = check_layers(self.model, range(self.model.n_layers) if layers is None else layers)
-        return self.table([Cell(method, (layer,), k, positions) for layer in chosen for k in ks])
+        blocks = range(self.model.n_layers) if layers is None else layers
+        ks = self.ks if ks is None else ks
+        cells = grid(method, blocks, ks=ks, positions=[positions], strengths=strengths, reads=[read])
+        return self.table(cells, best=best)
+
+    @cached_property
+    def ks(self) -> list[int]:
+        """Numbers of principal components that a sweep tries by default."""
+        return possible_ks(self.model, self.data)
 
     def depths(
         self, best: int, *, others: Sequence[int] | None = None, k: int = 2, positions: str = "last_prompt"
@@ -119,100 +130,110 @@ class Sweeper:
         sets = [(best,), *(tuple(sorted((best, i))) for i in others), tuple(range(self.model.n_layers))]
         return self.table([Cell("pca_ot", layers, k, positions) for layers in sets])
 
-    def table(self, cells: Sequence[Cell]) -> pd.DataFrame:
-        """One row a cell; those that the store holds are not scored again."""
-        missing = [cell for cell in cells if self._key(cell) not in self.rows]
-        for some in progress(self._passes(missing), self.about["model"]):
-            for cell, row in zip(some, self.score(some), strict=True):
-                self.rows.put(self._key(cell), row)
-        return pd.DataFrame([self.rows[self._key(cell)] for cell in cells])
+    def refitted(self, seed: int) -> Sweeper:
+        """The same sweep with edits fitted on prompts drawn anew (``AblationData.resampled``), kept in the same store.
 
-    def score(self, cells: Sequence[Cell]) -> list[dict]:
-        """Outcomes on the scored prompts and KL on the neutral ones under each edit, in as few passes as fit."""
-        edits, n, positions = [self._fit(cell) for cell in cells], len(self.data.scored), cells[0].positions
-        prefixes = self._prefixes if positions == "last_prompt" else None  # read before anything is edited
-        with applied(self.model, edits, positions=positions):
-            answers = self._answers(len(cells), prefixes and prefixes[0])
-            logits = self._first_logits(len(cells), prefixes and prefixes[1])
-        counts = [rates(self.judge(self.data.scored, answers[i * n : (i + 1) * n])) for i in range(len(cells))]
-        kls = [kl_divergence(self.reference, edited, 1.0).item() for edited in logits]
-        return [
-            self._facts(cell) | count | {"kl": kl, "n_kl": len(self.data.neutral)} | self.data.counts()
-            for cell, count, kl in zip(cells, counts, kls, strict=True)
-        ]
+        Prompts, judge and cheap score are the same.
+        """
+        other = copy.copy(self)
+        other.data, other.screen = self.data.resampled(seed), self.screen
+        other.fitter = Fitter(
+            self.model, other.data, self.fitter.layers, batch_size=self.fitter.batch_size, answer=self.fitter.answer
+        )
+        other.about = self.about | other.data.hashes() | {"fit_seed": seed}
+        return other
 
-    def _passes(self, cells: Sequence[Cell]) -> list[Sequence[Cell]]:
-        """Cells that share a pass: neighbours with the same positions, as many as the batch has room for."""
-        room = max(1, self.batch_size // max(len(self.data.scored), len(self.data.neutral)))
-        alike = [list(group) for _, group in groupby(cells, key=lambda cell: cell.positions)]
-        return [group[i : i + room] for group in alike for i in range(0, len(group), room)]
+    def over_fits(self, cells: Sequence[Cell], seeds: Sequence[int] = (0, 1, 2), **options: Any) -> pd.DataFrame:
+        """The table of these cells once a seed, with its column ``fit_seed``; see ``paired.over_fits``."""
+        return pd.concat([self.refitted(seed).table(cells, **options) for seed in seeds], ignore_index=True)
 
-    def _answers(self, groups: int, prefix: Prefix | None = None) -> list[str]:
-        """Answers to the scored prompts, group after group."""
-        texts = [p.text for p in self.data.scored]
-        if prefix:
-            return prefix.answers(groups, max_new_tokens=self.length)
-        if groups == 1:
-            return self.model.generate(texts, max_new_tokens=self.length, batch_size=self.batch_size)
-        return self.model.complete(self.model.encode(texts * groups), self.length)
+    def table(self, cells: Sequence[Cell], *, best: int | None = None, extrapolate: bool = False) -> pd.DataFrame:
+        """One row a cell; what the store holds is not computed again.
 
-    @torch.no_grad()
-    def _first_logits(self, groups: int, prefix: Prefix | None = None) -> Float[Tensor, "groups prompts vocab"]:
-        if prefix:
-            logits = prefix.first_logits(groups)
-        else:
-            logits = self.model.forward(self.model.encode([*self.data.neutral] * groups))[:, -1]
-        return logits.unflatten(0, (groups, -1))
+        Args:
+            cells: edits, in any order.
+            best: answers are generated only for that many cells of each method and edited position, those that the
+                cheap score puts first; None generates for all. Where a cell has no cheap score it is generated too.
+            extrapolate: allow strengths outside [0, 1].
 
-    @cached_property
-    def _prefixes(self) -> tuple[Prefix, Prefix] | None:
-        """Scored and neutral prompts, read once; None where they do not fit a batch or cannot be read in parts."""
-        scored, neutral = [p.text for p in self.data.scored], [*self.data.neutral]
-        if max(len(scored), len(neutral)) > self.batch_size:
-            return None
-        found = Prefix.read(self.model, scored), Prefix.read(self.model, neutral)
-        return found if all(prefix.whole for prefix in found) else None
+        Raises ReplibError as ``cells.checked``, before anything is computed.
+        """
+        cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
+        self._fill(cells, (FIRST, ANSWERS) if best is None else (FIRST,))
+        if best is not None:
+            self._fill(self.shortlist(cells, best), (ANSWERS,))
+        return self._known(cells)
 
-    def _fit(self, cell: Cell) -> SiteEdits:
-        k, layer = max(cell.k, 1), cell.layers[0]
+    def damage(self, cells: Sequence[Cell], gauge: Gauge) -> pd.DataFrame:
+        """What ``gauge`` measures of each cell, a row a metric; kept in the store as ``table`` is."""
+        cells = checked(cells, self.model, self.data, extrapolate=True)
+        for cell in progress([c for c in cells if self._key(c, gauge.key) not in self.rows], "damage"):
+            found = gauge(bound(self.model, self.fitted(cell)), positions=cell.positions)
+            self.rows.put(self._key(cell, gauge.key), {"damage": found.to_dict("records")})
+        facts = [{"model": self.about["model"], "layer": cell.layers[0]} | cell._asdict() for cell in cells]
+        found = [self._row(cell, gauge.key)["damage"] for cell in cells]
+        return pd.DataFrame([fact | row for fact, rows in zip(facts, found, strict=True) for row in rows])
+
+    # ------------------------------------------------------------------------------------- what is done
+    def missing(self, cells: Sequence[Cell], stages: Stages) -> list[tuple[Stages, list[Cell]]]:
+        """Cells by pass, and what each pass still has to find: neighbours edited at the same tokens share one."""
+        lacking = [(cell, tuple(s for s in stages if self._key(cell, s) not in self.rows)) for cell in cells]
+        found = []
+        for (_, stage), group in groupby((x for x in lacking if x[1]), key=lambda x: (x[0].positions, x[1])):
+            alike = list(dict.fromkeys(cell for cell, _ in group))
+            found += [(stage, alike[i : i + self.scorer.room]) for i in range(0, len(alike), self.scorer.room)]
+        return found
+
+    def score(self, cells: Sequence[Cell], stages: Stages = (FIRST, ANSWERS)) -> list[dict[str, dict]]:
+        """What each edit does, by stage, from one pass: cells of the same edited tokens."""
+        positions = cells[0].positions
+        edits = [self.fitted(cell) for cell in cells]
+        found = self.scorer.run(edits, positions, first=FIRST in stages, answers=ANSWERS in stages)
+        rows: list[dict[str, dict]] = [{} for _ in cells]
+        for i, row in enumerate(rows):
+            if found.scored is not None and found.neutral is not None:
+                row[FIRST] = self.screen.row(found.scored[i], positions) | self._moved(found.neutral[i], positions)
+            if found.answers is not None:
+                outcomes = self.judge(self.data.scored, found.answers[i])
+                row[ANSWERS] = rates(outcomes) | {"outcomes": "".join(o.value[0] for o in outcomes)}
+        return rows
+
+    def fitted(self, cell: Cell) -> SiteEdits:
+        """The edit of a cell; a small K that misses the mean gap is a row of the sweep, and not warned of."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a small K that misses the mean gap is a row of the sweep
-            if len(cell.layers) > 1:
-                return fit_edits(self.model, cell.method, self.data, cell.layers, k=k, positions=cell.positions)
-            method = method_of(cell.method)
-            harmful, harmless = (x[layer] for x in self.fitted(method.read, method.site))
-            return fit_edit(method, harmful, harmless, layer, k=k, depth=self.model.n_layers)
+            warnings.simplefilter("ignore", UserWarning)
+            return self.fitter.edits(cell.recipe)
 
-    def _facts(self, cell: Cell) -> dict:
-        return self.about | cell._asdict() | {"layers": list(cell.layers), "layer": cell.layers[0]}
+    def _moved(self, logits: Float[Tensor, "prompts vocab"], positions: str) -> dict[str, float | int | None]:
+        kl = None if positions in LATER else token_kl(self.reference, logits).mean().item()
+        return {"kl": kl, "n_kl": len(self.data.neutral)}
 
-    def _key(self, cell: Cell) -> str:
-        return key_of(self._facts(cell) | self.identity)
+    def _fill(self, cells: Sequence[Cell], stages: Stages) -> None:
+        for lacking, some in progress(self.missing(cells, stages), f"{self.about['model']}, {stages[-1]}"):
+            for cell, rows in zip(some, self.score(some, lacking), strict=True):
+                for stage, row in rows.items():
+                    self.rows.put(self._key(cell, stage), row)
 
-    def _possible(self) -> list[int]:
-        least = min(len(self.data.harmful), len(self.data.harmless), self.model.d_model)
-        if left_out := [k for k in KS if k >= least]:
-            log.warning("%s: K of %s left out, as there are only %d prompts a class or coordinates to fit them.",
-                        self.about["model"], ", ".join(map(str, left_out)), least)  # fmt: skip
-        return [k for k in KS if k < least]
+    def shortlist(self, cells: Sequence[Cell], best: int) -> list[Cell]:
+        """The best of each method and edited position by cheap score, and all that have none; their score is known."""
+        table = self._known(cells).assign(place=range(len(cells)))
+        first = ordered(table, "cheap").groupby(["method", "positions"], sort=False).head(best)
+        return [cells[i] for i in sorted([*first.place, *table.place[table.log_odds.isna()]])]
 
+    def _known(self, cells: Sequence[Cell]) -> pd.DataFrame:
+        rows = [self._facts(c) | UNKNOWN | self._row(c, FIRST) | self._row(c, ANSWERS) for c in cells]
+        read = pd.Series([c.read for c in cells], dtype=object)  # neither NaN for None nor floats beside it
+        return pd.DataFrame(rows).drop(columns="key").astype(dict.fromkeys(NUMBERS, float)).assign(read=read)
 
-def best_of(table: pd.DataFrame, *by: str) -> pd.DataFrame:
-    """The row of each group with the highest attack success, of equals the one with the least KL."""
-    ranked = table.sort_values(["compliance", "kl"], ascending=[False, True], kind="stable")
-    return ranked.groupby(list(by), sort=False).head(1)
+    def _row(self, cell: Cell, stage: str) -> dict[str, Any]:
+        return self.rows.rows.get(self._key(cell, stage), {})
 
+    def _facts(self, cell: Cell) -> dict[str, Any]:
+        place = {"layers": list(cell.layers), "layer": cell.layers[0], "depth": self.model.n_layers}
+        return self.about | cell._asdict() | place | self.data.counts() | {"n": len(self.data.scored)}
 
-def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:
-    """The first block at which attack success reaches ``share`` of its maximum over blocks: where refusal is decided.
-
-    An edit of the last prompt token before the blocks that decide is overruled by them; after them it is final. None
-    if no block succeeds more often than not.
-    """
-    by_layer = table.groupby("layer")["compliance"].max()
-    if by_layer.max() < 0.5:
-        return None
-    return int(by_layer.index[(by_layer >= share * by_layer.max()).to_numpy().argmax()])
+    def _key(self, cell: Cell, stage: str) -> str:
+        return key_of(self._facts(cell) | self.identity | {"stage": stage})
 
 
 def sweep_layers(
@@ -220,11 +241,13 @@ def sweep_layers(
 ) -> pd.DataFrame:
     """One edit at one block at a time, re-fitted on this very model, for every block and every K.
 
-    Options are those of ``Sweeper.layers``: ``ks``, ``layers``, ``positions``.
+    Options are those of ``Sweeper.layers``: ``ks``, ``layers``, ``positions``, ``strengths``, ``read``, ``best``.
 
     Returns:
-        One row a cell: model, method, layers, k, positions, prompts a class that fitted it, n, attack success
-        (``compliance``) with its Wilson 95 % interval, refusal and degenerate shares, and ``kl`` (nats, first answer
-        token, harmless prompts).
+        One row a cell: model, method, layers, k, positions, strength, read, depth of the model, prompts a class that
+        fitted it; the cheap score: ``log_odds`` with its interval, each prompt's, the share of prompts ``turned``
+        (below 0), and the share of refusals that its tokens cover; ``kl`` (nats, first answer token, harmless prompts);
+        n, attack success (``compliance``) with its Wilson 95 % interval, refusal and degenerate shares, and a letter
+        an answer (``outcomes``). What was not generated, or does not exist, is NaN.
     """
     return Sweeper(model, data, judge).layers(method, **options)

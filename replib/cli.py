@@ -10,7 +10,7 @@ from typing import Any
 
 from replib import __version__
 from replib.errors import ReplibError
-from replib.options import assignment, at_least, joined, listed, one_of, positions
+from replib.options import assignment, at_least, joined, listed, one_of, positions, several_positions
 from replib.processes import is_first
 from replib.settings import ROOT, Settings
 
@@ -46,7 +46,25 @@ CAPTURE: Kinds = {
     "shard": at_least(1),
     "stored-dtype": one_of("float32", "bfloat16"),
 }
-OPTIONS = {"bend": COEFFICIENTS, "capture": CAPTURE, "tune": {"trials": at_least(1)}}
+SCHEDULE: Kinds = {"steps": int, "learning-rate": float, "save-every": at_least(0)}
+SWEEP: Kinds = {
+    "methods": listed("methods", "pca_ot,rfa"),
+    "layers": CAPTURE["layers"],
+    "ks": listed("whole numbers", "1,2,8", at_least(1)),
+    "edit-at": listed("edited positions", "last_prompt,all"),
+    "fit-at": several_positions,
+    "strengths": listed("numbers", "0.25,0.5,1", float),
+    "best": at_least(1),
+    "fits": at_least(0),
+    "texts": str,
+}
+OPTIONS = {
+    "bend": COEFFICIENTS,
+    "defend": SCHEDULE,
+    "capture": CAPTURE,
+    "sweep": SWEEP,
+    "tune": {"trials": at_least(1)},
+}
 HELP = {
     "model": "model folder, Hugging Face id, or organism variant (base, aligned, planted, deep)",
     "adapter": "LoRA folder trained on that model",
@@ -60,6 +78,9 @@ HELP = {
     "beta": "weight of aligning unsafe representations with each other",
     "gamma": "weight of staying close on benign text (KL)",
     "steps": "training steps",
+    "learning-rate": "of the first step or the warm-up's end",
+    "defence": "sft, dpo, npo, npo_rt, npo_kl, rmu, circuit_breaker, whp or task_arithmetic; on other models than the "
+    "organism whp_retain too",
     "save-every": "steps between checkpoints, from which the same command goes on; default 25, 0 for none",
     "trials": "trainings that the search holds in the end, default 20; those that are there are kept",
     "prompts": "a set or a file instead of the harmful and the harmless set; its own labels are kept",
@@ -74,6 +95,14 @@ HELP = {
     "overflow": "a prompt longer than the context: refuse (the default) or truncate",
     "shard": "prompts a file, default 1024",
     "stored-dtype": "of the values on disk: float32 (the default) or bfloat16, half the size",
+    "methods": "edits to fit, as pca_ot,rfa,ace; default PCA-OT and the baselines",
+    "ks": "numbers of principal components, default those of 1,2,4,8,16 that the prompts can fit",
+    "edit-at": "edited tokens: last_prompt, all_prompt, response, decode, all; default as in each method's source",
+    "fit-at": "positions whose activations fit the edits, as last_prompt,0; default as in each method's source",
+    "strengths": "shares of each edit, from 0 to 1, default 1",
+    "best": "edits of each method and edited position whose answers are written, best by cheap score; default 8",
+    "fits": "fits of each method's best edit on resampled prompts, default 3",
+    "texts": "set or file of neutral text for perplexity",
     "set": "any setting, as REPLIB_NAME=VALUE would give it",
 }
 
@@ -135,7 +164,7 @@ def _export(executed: list[Path], settings: Settings) -> None:
 
 
 def _verb(args: Namespace, settings: Settings) -> None:
-    given = {name.replace("-", "_") for name in OPTIONS.get(args.command, {})}
+    given = {name.replace("-", "_") for name in (*OPTIONS.get(args.command, {}), "defence")}
     extra = {name: value for name, value in vars(args).items() if name in given and value is not None}
     path = getattr(import_module("replib.commands"), f"run_{args.command}")(settings, **extra)
     if is_first():
@@ -152,6 +181,7 @@ def _parser() -> ArgumentParser:
         ("capture", _verb, "write activations of prompts to a folder; under torchrun several processes share the work"),
         ("audit", _verb, "attack a model and judge what it answers, as one table"),
         ("bend", _verb, "train a RepBend adapter"),
+        ("defend", _verb, "train a defence that RepBend is compared with"),
         ("tune", _verb, "search alpha, beta and gamma: a training a trial, resumable"),
         ("sweep", _verb, "ablate refusal layer by layer, against the baselines"),
         ("report", _report, "write the HTML report of notebooks already run"),
@@ -160,6 +190,8 @@ def _parser() -> ArgumentParser:
         command.set_defaults(verb=verb, set=[])
         for option, kind in (COMMON | OPTIONS.get(name, {})).items():
             command.add_argument(f"--{option}", type=kind, help=HELP[option])
+        if name == "defend":
+            command.add_argument("defence", help=HELP["defence"])
         if name == "run":
             command.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
             command.add_argument("--set", action="append", type=assignment, metavar="NAME=VALUE", help=HELP["set"])

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from replib.activations import capture_to, finish_capture
+from replib.cells import check_names, grid
+from replib.defend import defend, suited
 from replib.models import load
-from replib.positions import check_positions
+from replib.positions import Position, check_positions
 from replib.presets import named
 from replib.price import price
 from replib.processes import is_first, own_device, together
 from replib.prompts import Prompt, load_prompts
+from replib.rivals import Rival
 from replib.search import ranges_around, study_objective
 from replib.settings import Settings
 from replib.sites import check_site
 from replib.store import write_text
 from replib.study import BASELINES, Study, check_world
+from replib.sweep_price import sweep_price
+from replib.sweep_report import SweepReport
 from replib.tuning import tune
+
+SWEPT = (("pca_ot", "last_prompt"), ("pca_ot", "all"), *BASELINES)
 
 
 def run_audit(settings: Settings) -> Path:
@@ -62,6 +68,28 @@ def run_bend(
     return Path(str(result.model.adapter))
 
 
+def run_defend(
+    settings: Settings,
+    *,
+    defence: str,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    save_every: int | None = None,
+) -> Path:
+    """``replib defend``: train one of the defences that RepBend is compared with, on the same rows.
+
+    Values are those of the comparison for the organism, else those that the method's source reports, single ones
+    changed. Stopped or killed, the same command goes on.
+
+    Raises:
+        ReplibError: no defence has that name.
+    """
+    study = Study.open(replace(settings, device=own_device(settings.device)))
+    objective, config = suited(study, defence)
+    config = replace(config, **_given(steps=steps, learning_rate=learning_rate, save_every=save_every))
+    return Path(str(defend(study, defence, Rival(objective, config)).model.adapter))
+
+
 def _given(**options: Any) -> dict[str, Any]:
     """Options without those that were left out."""
     return {name: value for name, value in options.items() if value is not None}
@@ -82,14 +110,56 @@ def run_tune(settings: Settings, *, trials: int = 20, say: Callable[[str], objec
     return write_text(storage.with_suffix(".csv"), table.to_csv(index=False))
 
 
-def run_sweep(settings: Settings) -> Path:
-    """``replib sweep``: every method at every block, at the last prompt token and at all positions, as CSV."""
+def run_sweep(  # noqa: PLR0913
+    settings: Settings,
+    *,
+    methods: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    ks: Sequence[int] | None = None,
+    edit_at: Sequence[str | None] = (),
+    fit_at: Sequence[Position | None] = (None,),
+    strengths: Sequence[float] = (1.0,),
+    best: int = 8,
+    fits: int = 3,
+    texts: str | None = None,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """``replib sweep``: edits at every block by their cheap score, answers of the best, and what these do besides.
+
+    Four files: ``sweep-MODEL.csv`` has a row an edit; of the best edit of each method and edited position,
+    ``fits-MODEL.csv`` has its success over fits on resampled prompts, ``pairs-MODEL.csv`` every two of them on the
+    same prompts, and ``damage-MODEL.csv`` the metrics beside it. The best are chosen on the prompts that score them,
+    which flatters the attacker.
+
+    Args:
+        settings: model, adapter, prompts by class, and where it all goes.
+        methods: default PCA-OT at the last prompt token and at all positions, and the baselines.
+        layers: blocks, default all.
+        ks: numbers of principal components, default those of 1, 2, 4, 8, 16 that the prompts can fit.
+        edit_at: edited positions, default those of each method's source.
+        fit_at: positions whose activations fit the edits; None is the choice of each method's source.
+        strengths: in [0, 1].
+        best: edits of each method and edited position of which answers are generated.
+        fits: on resampled prompts, 0 for none.
+        texts: set or file of neutral text for perplexity.
+        say: told the price before the work begins, and at the end what the cheap score is worth.
+    """
+    check_names(methods, edit_at, fit_at)  # before a large model is loaded
     study = Study.open(settings)
     sweeper = study.sweeper()
-    pca_ot = [("pca_ot", "last_prompt"), ("pca_ot", "all")]
-    tables = [sweeper.layers(method, positions=positions) for method, positions in (*pca_ot, *BASELINES)]
-    name = f"sweep-{Path(settings.model).name}.csv"
-    return write_text(settings.out / name, pd.concat(tables).to_csv(index=False))
+    asked = [(name, place) for name in methods or ["pca_ot"] for place in edit_at or [None]]
+    more: dict[str, Any] = {"ks": ks or sweeper.ks, "strengths": strengths, "reads": fit_at}
+    blocks = layers or range(study.model.n_layers)
+    pairs = asked if methods or edit_at else SWEPT
+    cells = [cell for name, place in pairs for cell in grid(name, blocks, positions=[place], **more)]
+    say(f"{study.name}: {sweep_price(sweeper, cells, best=best)}")
+    report = SweepReport(sweeper, sweeper.table(cells, best=best))
+    neutral = [p.text for p in load_prompts(texts)] if texts else []
+    for name, table in report.tables(study.gauge(texts=neutral), fits).items():
+        path = settings.out / f"{name}-{Path(settings.model).name}.csv"
+        write_text(path, table.to_csv(index=False))
+    say(report.worth())
+    return settings.out / f"sweep-{Path(settings.model).name}.csv"
 
 
 def run_capture(

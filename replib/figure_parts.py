@@ -177,8 +177,8 @@ def lens_cells(entropy: Values, tokens: Sequence[Sequence[str]], *, inputs: Sequ
     )
 
 
-def rate_cells(panel: Measured, ks: Sequence[int]) -> go.Heatmap:
-    """Draw one table of rates [layers, ranks], ranks upwards."""
+def rate_cells(panel: Measured, ks: Sequence[int], *, written: bool = True) -> go.Heatmap:
+    """Draw one table of rates [layers, ranks], ranks upwards, their numbers ``written`` into the cells or not."""
     rates = numbers(panel.value)
     if rates.ndim != 2 or rates.shape[1] != len(ks):
         raise ReplibError(f"sweep_heatmap got rates {rates.shape} for {len(ks)} ranks. Pass [layers, {len(ks)}].")
@@ -186,7 +186,7 @@ def rate_cells(panel: Measured, ks: Sequence[int]) -> go.Heatmap:
         z=rates.T,
         y=[str(k) for k in ks],
         text=[[f"{100 * rate:.0f}" if np.isfinite(rate) else "" for rate in row] for row in rates.T],
-        texttemplate="%{text}",
+        texttemplate="%{text}" if written else None,
         textfont={"size": 10},
         customdata=panel.words().T.tolist(),
         hovertemplate="block %{x}, K = %{y}<br>%{customdata}<extra></extra>",

@@ -36,6 +36,7 @@ Place = int | float
 # Light throughout, so that dark writing can be read in every cell; a sure block is saturated.
 CONFIDENCE = ("#41B6C4", "#7FCDBB", "#C7E9B4", "#EDF8B1", "#FFFFE5")
 MOST_BANDS = 3  # more bands on each other are mud
+NARROW = 16  # blocks whose rates can be read in half of the width
 MARKS = ("#EBD9A8", "#CFE3F5", "#E3D5EC")
 
 
@@ -183,26 +184,44 @@ def lens_pair(
 
 
 def sweep_heatmap(
-    panels: Mapping[str, Measured | Numbers], ks: Sequence[int], *, title: str, unit: str = "attack success"
+    panels: Mapping[str, Measured | Numbers],
+    ks: Sequence[int],
+    *,
+    title: str,
+    unit: str = "attack success",
+    windows: Mapping[str, tuple[int, int]] | None = None,
 ) -> go.Figure:
     """Draw rates over blocks and ranks K, a panel a model or method, on a colour scale fixed from 0 to 1.
 
-    panels: name -> [layers, len(ks)]; cells that were not measured (NaN) stay blank.
+    Args:
+        panels: name -> [layers, len(ks)]; cells that were not measured (NaN) stay blank.
+        ks: the ranks.
+        title: what the figure shows.
+        unit: what the rates are.
+        windows: name of a panel -> first and last block between 40 and 60 % of the depth, which are framed.
     """
     need(panels, "sweep_heatmap", "panels")
-    columns = min(2, len(panels))
+    depth = max(np.shape(as_measured(panel).value)[0] for panel in panels.values())
+    columns, written = 1 if depth > NARROW else min(2, len(panels)), depth <= 2 * NARROW
     rows = -(-len(panels) // columns)
     names = [safe(name) for name in panels]
     figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=0.5 / (rows + 1))
-    for place, panel in enumerate(panels.values()):
-        figure.add_trace(rate_cells(as_measured(panel), ks), row=place // columns + 1, col=place % columns + 1)
-    figure.update_xaxes(title_text="block", title_standoff=4, dtick=1, tickangle=0, tickfont_size=11, ticks="")
+    for place, (name, panel) in enumerate(panels.items()):
+        at = {"row": place // columns + 1, "col": place % columns + 1}
+        figure.add_trace(rate_cells(as_measured(panel), ks, written=written), **at)
+        if windows and name in windows:
+            first, last = windows[name]
+            frame = {"line": {"color": INK, "width": 1.5, "dash": "dot"}, "layer": "above"}
+            figure.add_shape(type="rect", x0=first - 0.5, x1=last + 0.5, y0=-0.5, y1=len(ks) - 0.5, **frame, **at)
+    dtick = -(-depth // (16 if columns > 1 else 32))
+    figure.update_xaxes(title_text="block", title_standoff=4, dtick=dtick, tickangle=0, tickfont_size=11, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="").update_yaxes(title_text="rank K", col=1)
     bar = colour_bar(safe(unit), tickformat=".0%")
     figure.update_layout(
         coloraxis={"cmin": 0, "cmax": 1, "colorscale": "Oranges", "colorbar": bar}, plot_bgcolor="#E4E7EA"
     )
-    note = "; ".join(["numbers in per cent", *filter(None, [cases(map(as_measured, panels.values()))])])
+    writing, frames = "numbers in per cent" if written else "", "framed: 40–60 % of the depth" if windows else ""
+    note = "; ".join(filter(None, [writing, cases(map(as_measured, panels.values())), frames]))
     return dress(figure, title, note, height=110 + rows * (80 + 27 * len(ks)))
 
 

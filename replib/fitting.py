@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
-from replib.activations import capture
+from replib.activations import Activations, capture
 from replib.chat import ChatModel
 from replib.edits import applied, bound
 from replib.errors import ReplibError
 from replib.methods import Method, SiteEdits, fit_edit, method_of
+from replib.positions import Position
 from replib.prompts import Prompt, content_hash
 from replib.reader import check_layers
 from replib.refusals import RefusalTokens, survivors
+
+Pair = tuple[Activations, Activations]  # harmful, harmless
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class AblationData:
         left = survivors(model, self.harmful, self.harmless, tokens)
         return replace(self, harmful=left.harmful, harmless=left.harmless)
 
+    def resampled(self, seed: int) -> AblationData:
+        """The same, fitted on as many prompts of each class drawn with replacement: what other prompts would give."""
+        draw = random.Random(seed)
+        harmful, harmless = (draw.choices(x, k=len(x)) for x in (self.harmful, self.harmless))
+        return replace(self, harmful=harmful, harmless=harmless)
+
     def counts(self) -> dict[str, int]:
         """How many prompts a class fit the edit: fewer than were given, where some were filtered."""
         return {"n_harmful": len(self.harmful), "n_harmless": len(self.harmless)}
@@ -56,6 +66,78 @@ class AblationData:
         return {"fit": fit, "scored": content_hash([*self.scored]), "neutral": content_hash([*self.neutral])}
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """An edit of one or several blocks, still to be fitted."""
+
+    method: Method
+    layers: tuple[int, ...]
+    """Ascending."""
+    k: int
+    positions: str
+    """Where it will act: later blocks are fitted with it acting there."""
+    strength: float = 1.0
+
+
+class Fitter:
+    """Fits edits of one model; activations are read once for all blocks that may be asked for.
+
+    Args:
+        model: the model to edit.
+        data: prompts of both classes.
+        layers: blocks that may be asked for.
+        batch_size: prompts in one forward pass at most.
+        answer: tokens of the model's own answer, under the edits already in place, over which ``response`` is a mean.
+            An integer position from 0 on is read of such answers too.
+    """
+
+    def __init__(
+        self, model: ChatModel, data: AblationData, layers: Sequence[int], *, batch_size: int = 64, answer: int = 24
+    ):
+        self.model, self.data, self.layers = model, data, check_layers(model, layers)
+        self.batch_size, self.answer = batch_size, answer
+        self._read: dict[tuple[Position, str], Pair] = {}
+        self._under: tuple[Recipe | None, Pair | None] = (None, None)  # of edited models only the latest
+
+    def edits(self, recipe: Recipe) -> SiteEdits:
+        """The edits at strength, each block's fitted with the earlier ones active; not bound to the model.
+
+        A method that is not ``sequential`` is fitted at all blocks on the unedited model.
+
+        Raises ReplibError as ``fit_edit`` and ``capture``.
+        """
+        *before, layer = recipe.layers
+        earlier = replace(recipe, layers=tuple(before))
+        edits = self.edits(earlier) if before else {}
+        active = edits and recipe.method.sequential
+        pair = self._edited(earlier, edits) if active else self.activations(recipe.method)
+        source, target = (x[layer] for x in pair)
+        found = fit_edit(recipe.method, source, target, layer, k=recipe.k, depth=self.model.n_layers)
+        return edits | {key: edit * recipe.strength for key, edit in found.items()}
+
+    def activations(self, method: Method) -> Pair:
+        """Harmful and harmless activations of the unedited model, where a method reads."""
+        if (method.read, method.site) not in self._read:
+            self._read[method.read, method.site] = self._captured(method, self.layers)
+        return self._read[method.read, method.site]
+
+    def _edited(self, active: Recipe, edits: SiteEdits) -> Pair:
+        known, pair = self._under
+        if pair is None or known != active:
+            with applied(self.model, edits, positions=active.positions):
+                pair = self._captured(active.method, [i for i in self.layers if i > active.layers[-1]])
+            self._under = active, pair
+        return pair
+
+    def _captured(self, method: Method, layers: Sequence[int]) -> Pair:
+        span = method.read == "response"
+        written = self.answer if span else max(0, method.read + 1) if isinstance(method.read, int) else 0
+        options: dict[str, Any] = {"site": method.site, "layers": layers, "positions": method.read}
+        options |= {"max_new_tokens": written, "batch_size": self.batch_size}
+        harmful, harmless = (capture(self.model, x, **options) for x in (self.data.harmful, self.data.harmless))
+        return harmful, harmless
+
+
 def fit_edits(
     model: ChatModel,
     method: str | Method,
@@ -64,20 +146,14 @@ def fit_edits(
     *,
     k: int = 2,
     positions: str | None = None,
+    strength: float = 1.0,
 ) -> SiteEdits:
     """Edits at several blocks, each fitted with the earlier ones active: it meets what it will be applied to.
 
     ``positions``: where they will act, by default as in the method's source. A method that is not ``sequential`` is
-    fitted at all blocks at once, on the unedited model.
+    fitted at all blocks at once, on the unedited model. ``strength`` scales each, also while later ones are fitted.
     """
     method = method_of(method)
-    edits: SiteEdits = {}
-    for layer in sorted(check_layers(model, layers)):
-        active = edits if method.sequential else {}
-        with applied(model, active, positions=positions or method.positions) if active else nullcontext():
-            harmful, harmless = (
-                capture(model, x, site=method.site, layers=[layer], positions=method.read)[layer]
-                for x in (data.harmful, data.harmless)
-            )
-        edits |= fit_edit(method, harmful, harmless, layer, k=k, depth=model.n_layers)
-    return bound(model, edits)
+    blocks = sorted(set(check_layers(model, layers)))
+    recipe = Recipe(method, tuple(blocks), k, positions or method.positions, strength)
+    return bound(model, Fitter(model, data, blocks).edits(recipe))

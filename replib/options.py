@@ -29,6 +29,12 @@ def positions(text: str) -> str | int | list[str | int]:
     return found[0] if len(found) == 1 else found
 
 
+def several_positions(text: str) -> list[str | int]:
+    """The same, always a list."""
+    found = positions(text)
+    return found if isinstance(found, list) else [found]
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """One of a few words."""
 
@@ -63,7 +69,7 @@ def joined(arguments: Sequence[str]) -> list[str]:
     """``--layers -1,5`` as ``--layers=-1,5``: argparse takes what begins with a minus for an option."""
     result: list[str] = []
     for text in arguments:
-        if result and result[-1] in ("--layers", "--positions") and re.match(r"-\d", text):
+        if result and result[-1] in ("--layers", "--positions", "--fit-at") and re.match(r"-\d", text):
             result[-1] += "=" + text
         else:
             result.append(text)

@@ -21,6 +21,7 @@ from replib.judges import is_degenerate, is_refusal
 from replib.progress import progress
 
 log = logging.getLogger(__name__)
+ANSWER = 24  # tokens of an answer that show whether it refuses
 TINY = 1e-8  # keeps the odds finite, as in the source
 
 
@@ -36,7 +37,7 @@ class Answers:
         return Counter(token for token, no in zip(self.first, self.refused, strict=True) if no == refused)
 
 
-def answers(model: ChatModel, prompts: Sequence[str], *, max_new_tokens: int = 24, batch_size: int = 64) -> Answers:
+def answers(model: ChatModel, prompts: Sequence[str], *, max_new_tokens: int = ANSWER, batch_size: int = 64) -> Answers:
     """What a model answers greedily, judged by phrases; an answer that is degenerate does not refuse."""
     first: list[int] = []
     refused: list[bool] = []
@@ -96,6 +97,11 @@ class RefusalTokens:
         p = logits.double().softmax(-1)[:, list(self.ids)].sum(-1)
         return (p + TINY).log() - (1 - p + TINY).log()
 
+    def log_odds(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+        """The same without ``e``, which cuts all scores off at ±18.4: what ranks strong edits. Float64."""
+        x, ids = logits.double(), torch.tensor(self.ids, device=logits.device)
+        return x[:, ids].logsumexp(-1) - x.index_fill(-1, ids, -torch.inf).logsumexp(-1)
+
 
 def _covering(no: Counter[int], yes: Counter[int], wanted: float) -> list[int]:
     """Tokens commoner among refusals than among answers, the commonest first, until the wanted share is covered."""
@@ -126,7 +132,8 @@ def _check_both(model: ChatModel, harmful: tuple[int, int], harmless: tuple[int,
 @torch.no_grad()
 def first_logits(model: ChatModel, prompts: Sequence[str], *, batch_size: int = 64) -> Float[Tensor, "prompts vocab"]:
     """Logits of the first answer token, under the edits now in place; on the CPU."""
-    parts = [model.forward(model.encode(chunk))[:, -1].float().cpu() for chunk in _chunks(prompts, batch_size)]
+    batches = map(model.encode, _chunks(prompts, batch_size))
+    parts = [model.forward(x, x.inputs() | {"logits_to_keep": 1})[:, -1].float().cpu() for x in batches]
     return torch.cat(parts)
 
 

@@ -22,6 +22,7 @@ from replib.attacks import prefill, wrappers
 from replib.audit import AuditTable, Task, audit, rates
 from replib.bend import BendConfig
 from replib.chat import ChatModel
+from replib.damage import Aside, Gauge
 from replib.errors import ReplibError
 from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import load, merged
@@ -42,6 +43,7 @@ from replib.repbend import RepBend
 from replib.response import Surface
 from replib.settings import Settings, data_dir
 from replib.splits import Splits, split_by
+from replib.standings import Standings
 from replib.store import key_of
 from replib.train import BendData, TrainConfig, TrainResult, train
 
@@ -283,6 +285,12 @@ class Study:
         shipped = self.organism and self.name == "aligned" and file.exists()
         return Surface.load(file) if shipped else None
 
+    def standings(self) -> Standings | None:
+        """All defences, five seeds each, trained and audited beforehand; None if none are shipped for this model."""
+        file = data_dir() / "organism" / "comparison.json"
+        shipped = self.organism and self.name == "aligned" and file.exists()
+        return Standings.load(file) if shipped else None
+
     # ------------------------------------------------------------------------------------- ablation
     def sweeper(self, *, limit: int | None = None, filtered: bool = False) -> Sweeper:
         """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``.
@@ -309,6 +317,18 @@ class Study:
             max_new_tokens=18,
             batch_size=self.settings.batch,
         )
+
+    def gauge(self, *, texts: Sequence[str] = (), borderline: Sequence[Prompt] = (), limit: int | None = None) -> Gauge:
+        """What measures the damage of edits: on harmless ``test`` prompts, borderline ones, and neutral texts.
+
+        ``borderline``: prompts that sound harmful and are not; by default the organism's own, where it is the model.
+        """
+        if not borderline and self.organism:
+            borderline = load_prompts("organism/borderline", split="test")
+        lists = {"harmless": self.harmless.test} | ({"borderline": borderline} if borderline else {})
+        limit = limit or self.settings.limit or PER_CELL
+        asked = {name: Task(name, "benign", x).sample(limit, self.settings.seed).prompts for name, x in lists.items()}
+        return Gauge(self.model, Aside(asked, texts), self.judge, max_new_tokens=24, batch_size=self.settings.batch)
 
 
 def outcome(task: Task) -> str:

@@ -13,6 +13,7 @@ import torch
 from replib import figures
 from replib.ablation import best_of
 from replib.activations import Activations
+from replib.cells import window
 from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.figure_parts import Measured
@@ -158,33 +159,66 @@ def training(result: TrainResult) -> go.Figure:
 
 
 def sweep(tables: pd.DataFrame, positions: str, *, by: str = "model") -> go.Figure:
-    """Attack success by block and K, a panel a model, each edit re-fitted on that model."""
+    """Attack success by block and K, a panel a model, each edit re-fitted on that model.
+
+    A panel more for each further strength and fit position; blank where no answers were generated.
+    """
     table = tables[(tables.method == "pca_ot") & (tables.positions == positions)]
     ks = sorted(table.k.unique().tolist())
-    panels = {name: _grid(rows, ks) for name, rows in table.groupby(by, sort=False)}
+    groups = {
+        ", ".join(filter(None, (name, *_changed(strength, read)))): rows
+        for (name, strength, read), rows in table.groupby([by, "strength", "read"], sort=False, dropna=False)
+    }
+    windows = {name: found for name, rows in groups.items() if (found := window(rows.depth.iloc[0]))}
+    title = f"Attack success of PCA-OT at one block, edited positions: {positions}"
     return figures.sweep_heatmap(
-        panels, ks, title=f"Attack success of PCA-OT at one block, edited positions: {positions}"
+        {name: _grid(rows, ks) for name, rows in groups.items()}, ks, title=title, windows=windows
     )
 
 
 def _grid(rows: pd.DataFrame, ks: Sequence[int]) -> Measured:
+    every = range(rows.depth.iloc[0])
     wide = {
-        c: rows.pivot(index="layer", columns="k", values=c)[list(ks)].to_numpy()
+        c: rows.pivot(index="layer", columns="k", values=c).reindex(every, columns=ks).to_numpy()
         for c in ("compliance", "low", "high", "n")
     }
     return Measured(wide["compliance"], low=wide["low"], high=wide["high"], n=wide["n"])
 
 
 def methods(tables: pd.DataFrame, model: str, marks: Mapping[str, Any] | None = None) -> go.Figure:
-    """Attack success by block on one model, a curve a method and edited position; PCA-OT at each block's best K."""
-    rows = tables[tables.model == model]
-    best = best_of(rows, "method", "positions", "layer").sort_values("layer")
-    curves = {}
-    for (method, positions), curve in best.groupby(["method", "positions"]):
-        columns = {name: curve[name].to_numpy() for name in ("low", "high", "n")}
-        curves[edit_name(method, positions)] = Measured(curve.compliance.to_numpy(), **columns)
+    """Attack success by block on one model, a curve a method and edited position; PCA-OT at each block's best K.
+
+    ``marks``: as for ``figures.layer_lines``, beside the window of 40 to 60 % of the depth.
+    """
     title = f"Attack success on {model}, by the block that the edit is fitted on"
-    return figures.layer_lines(curves, "attack success", title=title, marks=marks)
+    return _profile(tables, model, ("compliance", "low", "high"), "attack success", title, marks)
+
+
+def cheap(tables: pd.DataFrame, model: str, marks: Mapping[str, Any] | None = None) -> go.Figure:
+    """The cheap score by block, as ``methods`` shows attack success: below 0, refusal is the less likely beginning."""
+    title = f"Cheap score on {model}, by the block that the edit is fitted on"
+    columns = ("log_odds", "log_odds_low", "log_odds_high")
+    return _profile(tables, model, columns, "log-odds of refusal, first token", title, marks)
+
+
+def _profile(
+    tables: pd.DataFrame,
+    model: str,
+    columns: tuple[str, str, str],
+    unit: str,
+    title: str,
+    marks: Mapping[str, Any] | None,
+) -> go.Figure:
+    """Value, low and high by block, a curve an edit, each block at its best K."""
+    rows, edit = tables[tables.model == model], ["method", "positions", "strength", "read"]
+    best = best_of(rows, *edit, "layer", by=columns[0]).sort_values("layer")
+    curves = {}
+    for name, curve in best.groupby(edit, dropna=False):
+        value, low, high, n, at = (curve[column].to_numpy() for column in (*columns, "n", "layer"))
+        curves[edit_name(*name)] = Measured(value, low=low, high=high, n=n, at=at)
+    inside = window(rows.depth.iloc[0]) if len(rows) else None
+    middle = {"40–60 % of the depth": (inside[0] - 0.5, inside[1] + 0.5)} if inside else {}
+    return figures.layer_lines(curves, unit, title=title, marks=middle | dict(marks or {}))
 
 
 def audit(table: pd.DataFrame) -> go.Figure:
@@ -192,9 +226,14 @@ def audit(table: pd.DataFrame) -> go.Figure:
     return figures.audit_dots(table)
 
 
-def edit_name(method: str, positions: str) -> str:
-    """How a method and its edited positions are called in figures."""
-    return f"{METHODS[method].title}, {positions.replace('_', ' ')}"
+def edit_name(method: str, positions: str, strength: float = 1.0, read: Any = None) -> str:
+    """How an edit is called in figures: its method, the edited positions, and what differs from the method's source."""
+    return ", ".join((METHODS[method].title, positions.replace("_", " "), *_changed(strength, read)))
+
+
+def _changed(strength: float, read: Any) -> list[str]:
+    where = [] if pd.isna(read) else [f"fitted at {read}".replace("_", " ")]
+    return [*([] if strength == 1 else [f"strength {strength:g}"]), *where]
 
 
 def tradeoff(best: pd.DataFrame, title: str) -> go.Figure:

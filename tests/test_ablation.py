@@ -7,14 +7,21 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation import AblationData, Sweeper, best_of, fit_edits, sweep_layers
+from replib.ablation import ANSWERS, FIRST, AblationData, Cell, Sweeper, fit_edits, sweep_layers
 from replib.activations import capture
+from replib.cells import grid
+from replib.damage import Aside, Gauge
 from replib.edits import applied
 from replib.errors import ReplibError
+from replib.forced import token_kl
 from replib.judges import PhraseJudge
 from replib.methods import METHODS
 from replib.models import load
 from replib.prompts import Prompt
+from replib.ranking import ordered
+from replib.refusals import RefusalTokens, first_logits
+from replib.screen import Screen
+from replib.sweep_price import sweep_price
 
 HARMFUL = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 20)]
 HARMLESS = [f"w{i} w{(2 * i) % 40}" for i in range(20, 38)]
@@ -70,7 +77,7 @@ def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     Sweeper(model, DATA, PhraseJudge(), store=store).layers(ks=(1,), layers=[0, 1])
     again = Sweeper(model, DATA, PhraseJudge(), store=store)
     scored, score = [], again.score
-    monkeypatch.setattr(again, "score", lambda cells: scored.extend(cells) or score(cells))
+    monkeypatch.setattr(again, "score", lambda cells, stages: scored.extend(cells) or score(cells, stages))
     assert len(again.layers(ks=(1,))) == 3 and [cell.layers for cell in scored] == [(2,)]
 
 
@@ -86,9 +93,116 @@ def test_edits_that_share_a_pass_score_as_each_does_alone(model, method, positio
     pd.testing.assert_frame_equal(few, many, rtol=1e-4)
 
 
-def test_the_best_of_equals_is_the_gentlest():
-    table = pd.DataFrame({"model": ["a", "a", "a", "b"], "compliance": [0.9, 1, 1, 0], "kl": [0, 3, 2, 1]})
-    assert best_of(table, "model").kl.tolist() == [2, 1]
+def screened(model, data=DATA, **options):
+    """A sweeper with a cheap score: three tokens play the part of refusals."""
+    found = Sweeper(model, data, PhraseJudge(), max_new_tokens=6, **options)
+    found.screen = Screen(RefusalTokens((7, 9, 11), ("w1", "w3", "w5"), 1.0, 0.0, 10, 10))
+    return found
+
+
+def test_answers_are_generated_for_the_best_by_cheap_score_alone(model):
+    sweeper = screened(model)
+    table = sweeper.layers(ks=(1, 2), best=2)
+    known = table[table.compliance.notna()]
+    assert len(table) == 6 and table.log_odds.notna().all()
+    assert set(known.index) == set(ordered(table, "cheap").index[:2]) and known.outcomes.str.len().eq(2).all()
+    whole = sweeper.layers(ks=(1, 2))
+    pd.testing.assert_frame_equal(whole.loc[known.index], known, rtol=1e-4)
+    pd.testing.assert_frame_equal(whole, screened(model).layers(ks=(1, 2)), rtol=1e-4)
+
+
+def test_where_there_is_no_cheap_score_all_answers_are_generated(model):
+    later = screened(model).layers("actadd", positions="response", best=1)
+    assert later.log_odds.isna().all() and later.kl.isna().all() and later.compliance.notna().all()
+    plain = Sweeper(model, DATA, PhraseJudge(), max_new_tokens=6)  # refuses nothing
+    assert plain.layers(ks=(1,), best=1).compliance.notna().all()
+
+
+def test_a_share_of_an_edit_is_that_share_and_none_of_it_is_the_model(model):
+    table = screened(model).layers(ks=(1,), layers=[1], strengths=(0.0, 0.5, 1.0))
+    assert table.kl[0] == pytest.approx(0, abs=1e-9) and 0 < table.kl[1] < table.kl[2]
+    half = {key: e * 0.5 for key, e in fit_edits(model, "pca_ot", DATA, [1], k=1).items()}
+    with torch.no_grad(), applied(model, half):
+        edited = first_logits(model, DATA.neutral)
+    assert table.kl[1] == pytest.approx(token_kl(first_logits(model, DATA.neutral), edited).mean().item(), rel=1e-3)
+
+
+def test_a_later_edit_meets_the_earlier_one_at_its_strength(model):
+    half = fit_edits(model, "actadd", DATA, [0, 2], strength=0.5)
+    with applied(model, {0: half["resid_post", 0]}, positions="all"):
+        moved = [capture(model, x, layers=[2])[2].mean(0) for x in (HARMLESS, HARMFUL)]
+    torch.testing.assert_close(half["resid_post", 2].c, 0.5 * (moved[0] - moved[1]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("read", "written"), [("response", 6), (0, 1), (2, 3), (-2, 0)])
+def test_an_edit_can_be_fitted_elsewhere_than_it_acts(model, read, written, monkeypatch):
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", None)  # no answer ends early
+    sweeper = screened(model)
+    (edit,) = sweeper.fitted(Cell("actadd", (1,), 0, "all", read=read)).values()
+    means = [
+        capture(model, x, layers=[1], positions=read, max_new_tokens=written)[1].mean(0) for x in (HARMLESS, HARMFUL)
+    ]
+    torch.testing.assert_close(edit.c, means[0] - means[1], atol=1e-5, rtol=1e-4)
+    elsewhere = sweeper.layers("actadd", layers=[1], read=read)
+    assert elsewhere.kl[0] != sweeper.layers("actadd", layers=[1]).kl[0]
+
+
+def test_the_store_tells_strengths_positions_and_stages_apart(model, tmp_path):
+    cells = grid("pca_ot", [0, 1], ks=(1,), positions=("all", None), strengths=(0.5, 1.0), reads=(None, -2))
+    first = screened(model, store=tmp_path / "s.jsonl")
+    table = first.table(cells, best=1)
+    assert len(table) == 16 and table.kl.nunique() == 16
+    again = screened(model, store=tmp_path / "s.jsonl")
+    assert not again.missing(cells, (FIRST,)) and len(again.missing(cells, (FIRST, ANSWERS))) > 0
+    again.score = None  # nothing is left to do
+    pd.testing.assert_frame_equal(again.table(cells, best=1), table)
+
+
+def test_fits_on_prompts_drawn_anew_differ_and_come_back_by_their_seed(model):
+    cells = grid("pca_ot", [1], ks=(1,))
+    table = screened(model).over_fits(cells, (0, 1, 0))
+    assert table.fit_seed.tolist() == [0, 1, 0] and (table.n_harmful == 20).all() and table.scored.nunique() == 1
+    assert table.kl[0] == table.kl[2] != table.kl[1] and table.fit.nunique() == 2
+    drawn = DATA.resampled(0)
+    assert set(drawn.harmful) < set(HARMFUL) and len(drawn.harmful) == len(HARMFUL) and drawn.scored == DATA.scored
+
+
+def test_damage_stands_beside_each_edit_and_is_kept(model, tmp_path):
+    sweeper = screened(model, store=tmp_path / "s.jsonl")
+    gauge = Gauge(
+        model, Aside({"harmless": [Prompt("w1 w2"), Prompt("w3")]}, tokens=3), PhraseJudge(), max_new_tokens=4
+    )
+    cells = grid("pca_ot", [0, 2], ks=(1,))
+    table = sweeper.damage(cells, gauge)
+    assert table.groupby("layer").size().tolist() == [6, 6] and table.k.eq(1).all()
+    expected = gauge(fit_edits(model, "pca_ot", DATA, [2], k=1))
+    pd.testing.assert_frame_equal(table[table.layer == 2][expected.columns].reset_index(drop=True), expected, rtol=1e-3)
+    again = screened(model, store=tmp_path / "s.jsonl")
+    again.fitted = None  # nothing is left to do
+    pd.testing.assert_frame_equal(again.damage(cells, gauge), table)
+
+
+@pytest.mark.parametrize("best", [None, 1])
+def test_the_price_is_what_is_missing_and_then_nothing(model, best):
+    sweeper = screened(model, batch_size=4)
+    cells = [*grid("pca_ot", range(3), ks=(1, 2)), *grid("actadd", range(3), positions=("response",))]
+    price = sweep_price(sweeper, cells, best=best)
+    answers = 9 if best is None else 1 + 3
+    assert (price.cells, price.missing) == (9, 9) and price.read > 0
+    assert price.written == answers * len(DATA.scored) * 6 + 38 * 24
+    assert price.passes == (3 + 2 if best is None else 3 + 2 + 1 + 2)  # two edits a pass
+    sweeper.table(cells, best=best)
+    after = sweep_price(sweeper, cells, best=best)
+    assert (after.missing, after.passes, after.read, after.written) == (0, 0, 0, 0) and "0 of them" in str(after)
+
+
+def test_what_cannot_be_meant_is_refused_before_anything_runs(model):
+    sweeper = screened(model)
+    sweeper.score = None
+    with pytest.raises(ReplibError, match="fit 1 to 16 axes"):
+        sweeper.layers(ks=(1, 17))
+    with pytest.raises(ReplibError, match="Strength 2.0 is outside"):
+        sweeper.layers(ks=(1,), strengths=(2.0,))
 
 
 def test_one_two_and_all_blocks(model):

@@ -122,6 +122,17 @@ def test_the_sweep_has_a_fixed_colour_range_blank_cells_and_n_in_hover():
     assert heat.customdata[0][0].endswith("n = 96")
 
 
+def test_the_window_is_framed_in_its_own_panel_and_deep_models_stay_readable():
+    panels = {"base": np.zeros((12, 3)), "bent": np.zeros((12, 3))}
+    figure = figures.sweep_heatmap(panels, [1, 2, 4], title="t", windows={"bent": (5, 7)})
+    (frame,) = figure.layout.shapes
+    assert (frame.x0, frame.x1, frame.y0, frame.y1, frame.xref) == (4.5, 7.5, -0.5, 2.5, "x2")
+    assert "40–60 %" in figure.layout.title.text and figure.data[0].texttemplate
+    deep = figures.sweep_heatmap({"a": np.zeros((80, 3)), "b": np.zeros((80, 3))}, [1, 2, 4], title="t")
+    assert deep.data[0].texttemplate is None and deep.layout.xaxis.dtick == 3
+    assert deep.layout.xaxis.domain == deep.layout.xaxis2.domain  # one above the other
+
+
 def test_the_lens_shortens_tokens_and_keeps_them_whole_in_hover():
     (heat,) = figures.lens_heatmap(ENTROPY, TOKENS, inputs=list("abcdefghijkl")[:3]).data
     np.testing.assert_allclose(heat.z, ENTROPY, rtol=1e-6)

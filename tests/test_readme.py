@@ -50,10 +50,23 @@ def test_streamed_moments_are_those_of_all_vectors(found):
     torch.testing.assert_close(found["variances"][5], largest, atol=0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("line", re.findall(r"replib (capture .*?)(?:\s+#.*)?$", SECTION, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^replib ((?:capture|sweep) .*?)(?:\s+#.*)?$", README, re.MULTILINE))
 def test_every_option_of_the_commands_shown_is_one(line):
     args = cli._parser().parse_args(cli.joined(line.replace("...", "").split()))
-    assert args.command == "capture"
+    assert args.command == line.split()[0]
+
+
+def test_the_sweep_that_is_shown_finds_what_it_says(tmp_path, monkeypatch):
+    section = README.partition("## Sweeps\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.setenv("REPLIB_OUT", str(tmp_path))
+    monkeypatch.setenv("REPLIB_LIMIT", "4")
+    names: dict = {}
+    exec(code, names)
+    table, greedy = names["table"], names["greedy"]
+    assert len(table) == 48 and table.compliance.notna().sum() == 6 and table.log_odds.notna().all()
+    assert set(table.read) == {None, "last_prompt", 0} and greedy["pairs"] == 3
+    assert {"harmless: compliance", "borderline: refusal"} <= set(names["damage"].metric)
 
 
 def test_the_defence_that_is_shown_trains_and_comes_back(tmp_path, monkeypatch):

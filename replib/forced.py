@@ -1,0 +1,147 @@
+"""Answers and texts that a model is made to read, token by token: how surprising each is, and how far edits move it.
+
+Final states are kept, logits are made a stretch of tokens at a time. Means are over tokens, their intervals are for
+other rows (texts, prompts) than these: a bootstrap over rows, as tokens of one row are not independent. No paper
+states that interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from replib.answers import answer_states, answer_tokens
+from replib.chat import Batch, ChatModel, evaluating
+from replib.errors import ReplibError
+from replib.passes import in_stretches
+from replib.tokens import Row
+
+DRAWS = 1000
+
+
+def token_kl(base: Float[Tensor, "*tokens vocab"], edited: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, " *tokens"]:
+    """KL(base || edited) of each next-token distribution, nats, float64, from exact log-softmax.
+
+    A token that the base suppresses (logit −inf) adds nothing; one that the edit alone suppresses makes it inf. NaN
+    only where logits are.
+    """
+    p, q = base.double().log_softmax(-1), edited.double().log_softmax(-1)
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
+
+
+class Tokens(NamedTuple):
+    """What is known of each token that was read by force, ``[tokens]``, float64 on the CPU."""
+
+    row: Int[Tensor, " tokens"]
+    """Of which text or prompt it is."""
+    first: Bool[Tensor, " tokens"]
+    """Whether it is the first of its row."""
+    base: Float[Tensor, " tokens"]
+    """−log p under the unedited model, nats."""
+    edited: Float[Tensor, " tokens"]
+    """The same under the edits in place."""
+    kl: Float[Tensor, " tokens"]
+    """KL(unedited || edited) of the distribution that it was drawn from, nats."""
+
+
+class Mean(NamedTuple):
+    """A mean over tokens."""
+
+    value: float
+    low: float
+    """Of its 95 % interval for other rows than these."""
+    high: float
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Batches of rows to be read by force, and what the unedited model makes of them."""
+
+    model: ChatModel
+    batches: tuple[Batch, ...]
+    states: tuple[Tensor, ...]
+    """What left the final norm where each counted token is predicted, unedited; ``[tokens, dim]`` a batch."""
+
+    @classmethod
+    @torch.no_grad()
+    def own(cls, model: ChatModel, prompts: Sequence[str], *, tokens: int = 32, batch_size: int = 64) -> Forced:
+        """The model's own greedy answers, ``tokens`` long or to their end, which is counted too."""
+        batches = [model.encode(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+        return cls._of(model, (_answered(model, batch, tokens) for batch in batches))
+
+    @classmethod
+    def texts(
+        cls, model: ChatModel, texts: Sequence[str], *, length: int = 128, context: int = 32, batch_size: int = 16
+    ) -> Forced:
+        """Plain texts without a template, the first ``length`` tokens of each.
+
+        The first ``context`` of them stand as the prompt and are not counted: an edit of prompt tokens acts there.
+
+        Raises ReplibError where no text is longer than the context.
+        """
+        read = model.tokenizer(list(texts), truncation=True, max_length=min(length, model.context))["input_ids"]
+        rows = [Row(ids, (0, context), context) for ids in read if len(ids) > context]
+        if not rows:
+            raise ReplibError(f"No text is longer than {context} tokens: join lines, or give longer texts.")
+        return cls._of(model, (model.pad(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)))
+
+    @classmethod
+    @torch.no_grad()
+    def _of(cls, model: ChatModel, batches: Iterator[Batch]) -> Forced:
+        kept = tuple(batches)
+        with evaluating(model.model):
+            return cls(model, kept, tuple(answer_states(model, batch) for batch in kept))
+
+    @torch.no_grad()
+    def read(self) -> Tokens:
+        """Every counted token under the edits now in place, beside the unedited model."""
+        with evaluating(self.model.model):
+            parts = [self._tokens(*pair) for pair in zip(self.batches, self.states, strict=True)]
+        starts = np.cumsum([0, *(len(batch.input_ids) for batch in self.batches)])
+        moved = [part._replace(row=part.row + start) for part, start in zip(parts, starts[:-1].tolist(), strict=True)]
+        return Tokens(*(torch.cat(column) for column in zip(*moved, strict=True)))
+
+    def _tokens(self, batch: Batch, before: Tensor) -> Tokens:
+        def stretch(b: Tensor, a: Tensor, token: Tensor) -> Tensor:
+            base, edited = self.model.logits(b), self.model.logits(a)
+            losses = [F.cross_entropy(x.double(), token, reduction="none") for x in (base, edited)]
+            return torch.stack([*losses, token_kl(base, edited)]).cpu()
+
+        after, tokens = answer_states(self.model, batch), answer_tokens(batch)
+        row = batch.response_mask.nonzero()[:, 0].cpu()
+        first = torch.ones_like(row, dtype=torch.bool)
+        first[1:] = row[1:] != row[:-1]
+        return Tokens(row, first, *torch.cat(in_stretches(self.model, stretch, before, after, tokens), 1))
+
+
+def _answered(model: ChatModel, batch: Batch, tokens: int) -> Batch:
+    new = model.continued(batch, tokens)[:, batch.input_ids.shape[1] :]
+    ends = model.ends(new)
+    return batch.answered(new, ends.cumsum(1) - ends.long() == 0)
+
+
+def mean_over(values: Float[Tensor, " tokens"], row: Int[Tensor, " tokens"], *, seed: int = 0) -> Mean:
+    """Mean over tokens; the 95 % interval is the bootstrap's over rows, by percentiles (1000 draws)."""
+    _, place = row.unique(return_inverse=True)
+    counts = torch.bincount(place).double()
+    sums = torch.zeros_like(counts).index_add(0, place, values.double())
+    drawn = torch.randint(len(counts), (DRAWS, len(counts)), generator=torch.Generator().manual_seed(seed))
+    means = (sums[drawn].sum(1) / counts[drawn].sum(1)).numpy()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Mean(float(sums.sum() / counts.sum()), float(low), float(high), len(values), len(counts))
+
+
+def perplexity(nats: Float[Tensor, " tokens"], row: Int[Tensor, " tokens"], *, seed: int = 0) -> Mean:
+    """The exponential of ``mean_over`` of −log p; of differences of −log p, the factor between two perplexities."""
+    mean = mean_over(nats, row, seed=seed)
+    value, low, high = np.exp([mean.value, mean.low, mean.high]).tolist()
+    return Mean(value, low, high, mean.tokens, mean.rows)
