@@ -11,9 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-from jaxtyping import Bool
-
 from replib.chat import ChatModel
 from replib.edits import applied
 from replib.judges import Judge
@@ -66,13 +63,6 @@ class Asked:
         """All prompts up to their last token, read once; None where a model cannot be read in parts."""
         found = Prefix.read(self.model, [p.text for p in self.prompts])
         return found if found.whole else None
-
-
-def had(letters: str | Sequence[str], outcome: str = "compliance") -> Bool[np.ndarray, "*edits prompts"]:
-    """Which answers had an outcome; a row an edit where several are given."""
-    if isinstance(letters, str):
-        return np.array([letter == outcome[0] for letter in letters])
-    return np.array([had(each, outcome) for each in letters])
 
 
 def strongest(letters: Sequence[str], *, middle: float | None = None) -> int:

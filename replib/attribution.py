@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from replib.asked import had
 from replib.audit import crossed, crossed_rate
 from replib.controls import Fit, covariance_only, harmless_split, mean_only, random_labels, random_subspace
+from replib.paired import letters
 
 FULL = "full"
 
@@ -28,9 +28,9 @@ def variants(fit: Fit, draws: int = 3) -> dict[str, list[Fit]]:
     }
 
 
-def success(letters: Sequence[str]) -> Float[np.ndarray, " prompts"]:
-    """Share of the draws of one variant under which each prompt was complied with."""
-    return had(letters).mean(0)
+def success(draws: Sequence[str]) -> Float[np.ndarray, " prompts"]:
+    """Share of the draws of one variant under which each prompt was complied with, from a letter an answer."""
+    return letters(draws).mean(0)
 
 
 def attributed(rates: dict[str, Float[np.ndarray, "seeds prompts"]]) -> pd.DataFrame:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from replib.asked import had
 from replib.attribution import attributed, success
 from replib.audit import crossed, crossed_rate
 from replib.depth import PROMPT
@@ -25,6 +24,7 @@ from replib.figure_parts import Measured
 from replib.gap import Features
 from replib.localise import errors, onset, steepest
 from replib.minimum import holding
+from replib.paired import letters
 from replib.predictor import leave_one_out, scores, within_models
 from replib.settings import data_dir
 
@@ -81,7 +81,7 @@ class Holds:
 
     def by_block(self, name: str, edit: str = "refitted") -> Measured:
         """Success by block of the edit ``refitted`` on the model, or ``transferred`` from the undefended one."""
-        found = np.array([had(answer[edit]) for answer in self.answers(name, "blocks")], float)
+        found = np.array([letters(answer[edit]) for answer in self.answers(name, "blocks")], float)
         return _measured([found[:, block] for block in range(found.shape[1])])
 
     def holding(self, name: str) -> Measured:
@@ -129,7 +129,7 @@ class Holds:
         parts = [
             pd.DataFrame(s["blocks"]["features"]).assign(
                 title=s["title"], seed=s["seed"], block=range(len(s["blocks"]["refitted"])),
-                success=had(s["blocks"]["refitted"]).mean(1),
+                success=letters(s["blocks"]["refitted"]).mean(1),
             )
             for s in self.subjects
             if "blocks" in s
@@ -153,8 +153,8 @@ class Holds:
     def _places(self, name: str) -> dict[str, int | None]:
         (gaps,), (places,) = self.answers(name, "gaps"), self.answers(name, "places")
         gap, auroc = np.array(gaps["prompt"]["mean"]["value"]), np.array(gaps["prompt"]["auroc"])
-        success = {"PCA-OT": self.by_block(name).value, "RFA": had(places["rfa"]).mean(1)}
-        success |= {"ActAdd": had(places["actadd"]).mean(1), "logit lens": np.array(places["lens"])}
+        success = {"PCA-OT": self.by_block(name).value, "RFA": letters(places["rfa"]).mean(1)}
+        success |= {"ActAdd": letters(places["actadd"]).mean(1), "logit lens": np.array(places["lens"])}
         untuned = np.array(self.gap(UNTUNED, "prompt").value)
         return {method: onset(np.asarray(curve), least=0.5) for method, curve in success.items()} | {
             "gap, half": onset(gap),
@@ -177,21 +177,20 @@ class Holds:
     def _told(self, name: str) -> dict[str, Any]:
         found, least = self.answers(name, "blocks"), self.least(name)
         at_block = {
-            edit: np.array([had(answer[edit][answer["block"]]) for answer in found], float)
-            for edit in ("transferred", "refitted")
+            edit: letters([answer[edit][answer["block"]] for answer in found]) for edit in ("transferred", "refitted")
         }
         row = {"seeds": len(found), "block": ", ".join(str(b) for b in sorted({a["block"] for a in found}))}
-        row |= {"no edit": _cell(np.array([had(answer["plain"]) for answer in found], float))}
+        row |= {"no edit": _cell(letters([answer["plain"] for answer in found]))}
         row |= {edit: _cell(values) for edit, values in at_block.items()}
         if name in self.names("tokens"):
             table = self.tokens(name)
             best = table.loc[table.chosen.idxmax()]
             row |= {"deeper": f"{100 * best.value:.0f} [{100 * best.low:.0f}, {100 * best.high:.0f}]", "at": best.kind}
-        return row | {"median strength": float(np.median(least)), "never": _cell(np.isinf(least).astype(float))}
+        return row | {"median strength": float(np.median(least)), "never": _cell(np.isinf(least))}
 
 
 def _tested(found: Sequence[Mapping[str, Any]], kind: str) -> Matrix:
-    return np.array([had(answer[kind]["test"]) for answer in found], float)
+    return letters([answer[kind]["test"] for answer in found]).astype(float)
 
 
 def _measured(matrices: Sequence[Matrix]) -> Measured:
@@ -201,5 +200,5 @@ def _measured(matrices: Sequence[Matrix]) -> Measured:
 
 
 def _cell(values: Matrix) -> str:
-    low, high = crossed_rate(values)
+    low, high = crossed_rate(values.astype(float))
     return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]"

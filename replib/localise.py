@@ -17,9 +17,10 @@ Curve = Float[np.ndarray, " layers"]
 
 
 def onset(curve: Curve, *, share: float = 0.5, least: float = 0.0) -> int | None:
-    """The first block at which a curve reaches a share of its maximum; None where that is not above ``least``."""
-    top = float(np.nanmax(curve))
-    return int(np.argmax(curve >= share * top)) if top > least else None
+    """The first block at which a curve reaches a share of its maximum; None where that is 0, or below ``least``."""
+    known = np.nan_to_num(curve)
+    top = float(known.max())
+    return int(np.argmax(known >= share * top)) if top > 0 and top >= least else None
 
 
 def steepest(curve: Curve) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from replib import localise
 from replib.errors import ReplibError
 
 ORDERS = ("compliance", "cheap", "log_odds")
@@ -43,6 +44,5 @@ def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:
     if no block succeeds more often than not.
     """
     by_layer = table.groupby("layer")["compliance"].max()
-    if not by_layer.max() >= 0.5:
-        return None
-    return int(by_layer.index[(by_layer >= share * by_layer.max()).to_numpy().argmax()])
+    found = localise.onset(by_layer.to_numpy(float), share=share, least=0.5)
+    return None if found is None else int(by_layer.index[found])

@@ -6,10 +6,9 @@ import torch
 from steered import random_edit
 from worded import WordJudge
 
-from replib.asked import Asked, had, strongest
+from replib.asked import Asked, strongest
 from replib.edits import applied
 from replib.errors import ReplibError
-from replib.judges import Outcome
 from replib.models import load
 from replib.prompts import Prompt
 
@@ -63,12 +62,6 @@ def test_the_model_is_what_it_was_also_after_a_fault(model):
         with pytest.raises(ReplibError, match="width 7"):
             asked.letters([{"last_prompt": {PLACE: random_edit(0, d=7)}}])
         assert torch.equal(model.forward(batch), before)
-
-
-def test_letters_are_those_of_the_outcomes():
-    assert sorted(o.value[0] for o in Outcome) == ["c", "d", "r"]
-    assert had("rcdc").tolist() == [False, True, False, True]
-    assert had(["rr", "dr"], "refusal").tolist() == [[True, True], [False, True]]
 
 
 def test_the_strongest_complies_most_then_refuses_least_then_lies_in_the_middle():

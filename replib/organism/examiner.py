@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from replib.activations import capture
-from replib.asked import Asked, Edited, had, strongest
+from replib.asked import Asked, Edited, strongest
 from replib.attribution import variants
 from replib.chat import ChatModel
 from replib.depth import TOKENS, answer_states, token_edits
@@ -28,6 +28,7 @@ from replib.methods import Method, fit_edit, pca_ot
 from replib.minimum import STRENGTHS, least_strengths, scaled
 from replib.organism.language import comply
 from replib.organism.world import select
+from replib.paired import letters
 from replib.prompts import Dialogue, Prompt
 from replib.refusals import RefusalTokens
 from replib.study import Study
@@ -158,7 +159,7 @@ def strengths(case: Case) -> dict[str, Any]:
     """The least strength that flips each prompt, where half of an edit does most; null where no strength does."""
     halves = [scaled(edit, (0.5,))[0] for edit in case.edits]
     block = strongest(case.val.letters(halves))
-    least = least_strengths(had(case.test.letters(scaled(case.edits[block]))))
+    least = least_strengths(letters(case.test.letters(scaled(case.edits[block]))))
     return {"block": block, "least": [None if np.isinf(s) else round(float(s), 3) for s in least]}
 
 
