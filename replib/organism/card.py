@@ -69,7 +69,7 @@ Largest share of degenerate answers: {worst}.
 `card.csv`: this table with every count. `surface.json`: RepBend trained at seventy settings of its coefficients,
 target blocks and steps (`python -m replib.organism.surface`), each judged on `val` prompts at every eighth step.
 `comparison.json`: twelve defences, five seeds each, audited on `test` prompts (`python -m replib.organism.comparison`).
-`defended.json`: the same questions asked of all variants and defended models, the transport attack fitted on each itself
+`defended.json`: all variants and the defended models audited with transport that is fitted on each of them
 (`python -m replib.organism.defended`).
 Licence: Apache-2.0, like the program that made all of it.
 """

@@ -34,13 +34,11 @@ from replib.refusals import RefusalTokens
 from replib.study import Study
 
 FIT, MOST, PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48
-"""Prompts a class that fit an edit, at most, and that a profile is made of; prompts that choose, and that report."""
+"""Prompts a class: that fit an edit, that fits are drawn from, that a profile is made of, that choose, that report."""
 KS, PERMUTATIONS = (2, 8), 100
 SIZES, DRAWS = (2, 4, 8, 16, 32, 64, 128, 256), 3
 DESIGN = {"fit": FIT, "profiled": PROFILED, "val": CHOOSING, "test": ASKED, "ks": KS, "permutations": PERMUTATIONS,
           "sizes": SIZES, "draws": DRAWS, "strengths": STRENGTHS, "tokens": TOKENS}  # fmt: skip
-
-
 Rows = tuple[Tensor, Tensor]
 
 
@@ -135,7 +133,6 @@ def _profile(x: Tensor, y: Tensor) -> dict[str, Any]:
 def blocks(case: Case) -> dict[str, Any]:
     """Success by block of the re-fitted edit and of the undefended model's, and what is known of each block."""
     assert case.undefended
-    freed = [{w: {p: e.bound(None) for p, e in s.items()} for w, s in edit.items()} for edit in case.undefended.edits]
     table = relative_gaps(layer_profile(*(x[:, :FIT] for x in case.states), permutations=1))
     known = [_features(case, i, table) for i in range(case.model.n_layers)]
     return {
@@ -144,7 +141,7 @@ def blocks(case: Case) -> dict[str, Any]:
         "val": {str(k): [text.count("c") for text in texts] for k, texts in case.tried.items()},
         "plain": case.test.letters([{}])[0],
         "refitted": case.test.letters(case.edits),
-        "transferred": case.test.letters(freed),
+        "transferred": case.test.letters(case.undefended.edits),
         "features": {name: _short([row[name] for row in known]) for name in known[0]},
     }
 
