@@ -30,7 +30,7 @@ def gap_profiles(panels: Panels, *, part: str = "mean", title: str = "") -> go.F
             lines = [band(curve, name, AMBER), *curve_lines(_bare(curve), name, colour, dash=dash)]
             _add(figure, lines, place)
     figure.update_yaxes(rangemode="tozero").update_yaxes(title_text="gap / spread", col=1)
-    note = f"debiased {part} part of squared Bures-Wasserstein over total variance; bands: 95 % of relabelled prompts"
+    note = f"across: block; {part} part of squared Bures-Wasserstein, debiased, over variance; bands: null"
     return _dressed(figure, panels, title or "How far apart the classes lie, block by block", note)
 
 
@@ -42,7 +42,10 @@ def success_by_block(panels: Panels, *, title: str = "") -> go.Figure:
             _add(figure, curve_lines(curve, name, colour, dash=dash), place)
     figure.update_yaxes(range=[-0.04, 1.04], tickformat=".0%", tickvals=[0, 0.5, 1])
     figure.update_yaxes(title_text="complied", col=1)
-    return _dressed(figure, panels, title or "Success of the transport edit by block", "bands: 95 % intervals")
+    n = cases(curve for curves in panels.values() for curve in curves.values())
+    return _dressed(
+        figure, panels, title or "Success of the transport edit by block", f"across: block; bands: 95 % intervals; {n}"
+    )
 
 
 def holding_curves(curves: Mapping[str, Measured], *, title: str = "") -> go.Figure:
@@ -147,7 +150,7 @@ def _grid(panels: Mapping[str, object], figure: str) -> go.Figure:
     rows = -(-len(panels) // columns)
     names = [safe(name) for name in panels]
     return make_subplots(rows, columns, shared_yaxes="all", subplot_titles=names, horizontal_spacing=0.03,
-                         vertical_spacing=0.3 / (rows + 1))  # fmt: skip
+                         vertical_spacing=0.45 / (rows + 1))  # fmt: skip
 
 
 def _add(figure: go.Figure, traces: Sequence[go.Scatter], place: int) -> None:
@@ -157,7 +160,7 @@ def _add(figure: go.Figure, traces: Sequence[go.Scatter], place: int) -> None:
 
 
 def _dressed(figure: go.Figure, panels: Mapping[str, object], title: str, note: str) -> go.Figure:
-    return dress(figure, title, note, height=150 + 185 * -(-len(panels) // COLUMNS))
+    return dress(figure, title, note, height=150 + 205 * -(-len(panels) // COLUMNS))
 
 
 def _coloured(curves: Mapping[str, Measured]) -> list[tuple[str, Measured, str, str]]:

@@ -11,7 +11,7 @@ from replib.organism import defended, examiner
 from replib.organism.bench import Bench
 from replib.organism.comparison import SEEDS
 from replib.organism.defended import key, minutes, missing, pack, questions, run
-from replib.organism.subjects import DEFENCES, REPLANTED, SHIPPED, TRUTH, Subject, Subjects, everyone
+from replib.organism.subjects import DEFENCES, ONCE, REPLANTED, SHIPPED, TRUTH, Subject, Subjects, everyone
 from replib.organism.train import PLANTED_BLOCKS
 from replib.settings import Settings
 
@@ -43,9 +43,12 @@ def told(monkeypatch):
 
 def test_one_seed_of_all_comes_before_the_other_seeds():
     all_of_them = everyone()
-    assert len(set(all_of_them)) == len(all_of_them) == len(SHIPPED) + len(REPLANTED) + len(SEEDS) * len(DEFENCES)
+    assert len(set(all_of_them)) == len(all_of_them)
     seeds = [subject.seed for subject in all_of_them]
-    assert seeds == sorted(seeds) and {s.name for s in all_of_them if s.seed} == set(DEFENCES)
+    assert seeds == sorted(seeds) and {s.name for s in all_of_them} == {*SHIPPED, *REPLANTED, *DEFENCES}
+    several = set(DEFENCES) - set(ONCE)
+    assert all({s.seed for s in all_of_them if s.name == name} == set(SEEDS) for name in several)
+    assert {s.name for s in all_of_them if s.seed} == several
 
 
 def test_what_is_planted_elsewhere_does_not_overlap():

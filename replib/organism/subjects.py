@@ -1,7 +1,7 @@
 """Who is audited: the variants that ship, the defended versions of ``aligned``, and refusal planted at other depths.
 
 Defended versions are those of ``organism.comparison``: of each method the point that validation chose, five training
-seeds. Its adapters are read where it left them, and a subject whose adapter is not there yet is not ready.
+seeds of all but one. Adapters are read where it left them; a subject whose adapter is not there yet is not ready.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from replib.store import key_of
 
 BASE, ALIGNED, PLANTED, DEEP = SHIPPED = ("base", "aligned", "planted", "deep")
 DEFENCES = ("repbend", "repbend_official", "circuit_breaker", "rmu", "npo", "dpo", "sft", "task_arithmetic")
+ONCE = ("repbend_official",)  # it changes next to nothing on the organism, whatever the seed
 REPLANTED = {f"planted_{a}_{b}": (a, b) for a, b in ((1, 2), (3, 4), (7, 8), (9, 10))}
 TRUTH = {PLANTED: PLANTED_BLOCKS} | REPLANTED
 """Blocks that may have learned to refuse, where only some may."""
@@ -42,7 +43,7 @@ class Subject(NamedTuple):
 def everyone() -> list[Subject]:
     """One seed of all, then the other seeds of the defences."""
     first = [Subject(name) for name in (*SHIPPED, *DEFENCES, *REPLANTED)]
-    return first + [Subject(name, seed) for seed in SEEDS if seed for name in DEFENCES]
+    return first + [Subject(name, seed) for seed in SEEDS if seed for name in DEFENCES if name not in ONCE]
 
 
 class Subjects:
