@@ -46,6 +46,7 @@ CAPTURE: Kinds = {
     "shard": at_least(1),
     "stored-dtype": one_of("float32", "bfloat16"),
 }
+SCHEDULE: Kinds = {"steps": int, "learning-rate": float, "save-every": at_least(0)}
 SWEEP: Kinds = {
     "methods": listed("methods", "pca_ot,rfa"),
     "layers": CAPTURE["layers"],
@@ -57,7 +58,13 @@ SWEEP: Kinds = {
     "fits": at_least(0),
     "texts": str,
 }
-OPTIONS = {"bend": COEFFICIENTS, "capture": CAPTURE, "sweep": SWEEP, "tune": {"trials": at_least(1)}}
+OPTIONS = {
+    "bend": COEFFICIENTS,
+    "defend": SCHEDULE,
+    "capture": CAPTURE,
+    "sweep": SWEEP,
+    "tune": {"trials": at_least(1)},
+}
 HELP = {
     "model": "model folder, Hugging Face id, or organism variant (base, aligned, planted, deep)",
     "adapter": "LoRA folder trained on that model",
@@ -71,6 +78,9 @@ HELP = {
     "beta": "weight of aligning unsafe representations with each other",
     "gamma": "weight of staying close on benign text (KL)",
     "steps": "training steps",
+    "learning-rate": "of the first step or the warm-up's end",
+    "defence": "sft, dpo, npo, npo_rt, npo_kl, rmu, circuit_breaker, whp or task_arithmetic; on other models than the "
+    "organism whp_retain too",
     "save-every": "steps between checkpoints, from which the same command goes on; default 25, 0 for none",
     "trials": "trainings that the search holds in the end, default 20; those that are there are kept",
     "prompts": "a set or a file instead of the harmful and the harmless set; its own labels are kept",
@@ -154,7 +164,7 @@ def _export(executed: list[Path], settings: Settings) -> None:
 
 
 def _verb(args: Namespace, settings: Settings) -> None:
-    given = {name.replace("-", "_") for name in OPTIONS.get(args.command, {})}
+    given = {name.replace("-", "_") for name in (*OPTIONS.get(args.command, {}), "defence")}
     extra = {name: value for name, value in vars(args).items() if name in given and value is not None}
     path = getattr(import_module("replib.commands"), f"run_{args.command}")(settings, **extra)
     if is_first():
@@ -171,6 +181,7 @@ def _parser() -> ArgumentParser:
         ("capture", _verb, "write activations of prompts to a folder; under torchrun several processes share the work"),
         ("audit", _verb, "attack a model and judge what it answers, as one table"),
         ("bend", _verb, "train a RepBend adapter"),
+        ("defend", _verb, "train a defence that RepBend is compared with"),
         ("tune", _verb, "search alpha, beta and gamma: a training a trial, resumable"),
         ("sweep", _verb, "ablate refusal layer by layer, against the baselines"),
         ("report", _report, "write the HTML report of notebooks already run"),
@@ -179,6 +190,8 @@ def _parser() -> ArgumentParser:
         command.set_defaults(verb=verb, set=[])
         for option, kind in (COMMON | OPTIONS.get(name, {})).items():
             command.add_argument(f"--{option}", type=kind, help=HELP[option])
+        if name == "defend":
+            command.add_argument("defence", help=HELP["defence"])
         if name == "run":
             command.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
             command.add_argument("--set", action="append", type=assignment, metavar="NAME=VALUE", help=HELP["set"])

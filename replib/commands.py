@@ -11,12 +11,14 @@ import torch
 
 from replib.activations import capture_to, finish_capture
 from replib.cells import check_names, grid
+from replib.defend import defend, suited
 from replib.models import load
 from replib.positions import Position, check_positions
 from replib.presets import named
 from replib.price import price
 from replib.processes import is_first, own_device, together
 from replib.prompts import Prompt, load_prompts
+from replib.rivals import Rival
 from replib.search import ranges_around, study_objective
 from replib.settings import Settings
 from replib.sites import check_site
@@ -64,6 +66,28 @@ def run_bend(
         replace(config, **_given(steps=steps, save_every=save_every)),
     )
     return Path(str(result.model.adapter))
+
+
+def run_defend(
+    settings: Settings,
+    *,
+    defence: str,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    save_every: int | None = None,
+) -> Path:
+    """``replib defend``: train one of the defences that RepBend is compared with, on the same rows.
+
+    Values are those of the comparison for the organism, else those that the method's source reports, single ones
+    changed. Stopped or killed, the same command goes on.
+
+    Raises:
+        ReplibError: no defence has that name.
+    """
+    study = Study.open(replace(settings, device=own_device(settings.device)))
+    objective, config = suited(study, defence)
+    config = replace(config, **_given(steps=steps, learning_rate=learning_rate, save_every=save_every))
+    return Path(str(defend(study, defence, Rival(objective, config)).model.adapter))
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from replib.answers import answer_logp, answer_states, answer_tokens, answered, token_losses
 from replib.chat import Batch, ChatModel
 from replib.defences import LogProbs, dpo, npo
+from replib.errors import ReplibError
 from replib.needs import check_coefficients, check_lists, check_positive
 from replib.objective import Objective, Part, reference
 from replib.prompts import Contrast, Dialogue
@@ -137,6 +138,30 @@ class Keep:
         weights = {"retain_ce": self.ce, "retain_kl": self.kl}
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         yield Part(loss, {name: term.detach() for name, term in terms.items()})
+
+
+@dataclass(frozen=True)
+class Retention(Objective):
+    """Nothing but what holds a model in place: the other half of a defence that only adds a loss."""
+
+    name = "retention"
+    keep: Keep = Keep(kl=1.0)
+
+    def check(self, chat: ChatModel, data: Any) -> None:
+        """There must be answers to keep, and a weight on them."""
+        del chat
+        if not self.keep.lists:
+            raise ReplibError("Retention with both weights 0 keeps nothing: give Keep(kl=1).")
+        check_lists(self.name, data, *self.keep.lists)
+
+    def draws(self, config: TrainConfig) -> dict[str, int]:
+        """Answers to keep."""
+        return self.keep.draws(config)
+
+    def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
+        """One part."""
+        del progress
+        yield from self.keep.parts(chat, items)
 
 
 @dataclass(frozen=True)

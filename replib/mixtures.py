@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -125,17 +126,25 @@ def circuit_breaker_mix(
     )
 
 
-def defence_data(bend: BendData) -> DefenceData:
+def defence_data(bend: BendData, *, benign: float = 0.0, seed: int = 0) -> DefenceData:
     """RepBend's mix as the other defences read it, so that all of them train on the same rows.
 
     Safe and unsafe are both sides of the contrasts and the unpaired answers, as in RepBend's own comparison.
+
+    Args:
+        bend: RepBend's mix.
+        benign: retained answers to draw into ``safe``, for each row there. Whoever learns nothing but refusals refuses
+            everything; in the papers' sets half of the safe answers are to harmless requests.
+        seed: of that draw.
     """
     both = [*bend.contrasts, *bend.complied]
     label = {"split": "fit", "label": "harmful"}
+    safe = [*(Dialogue(c.prompt, c.safe_response, **label) for c in both), *bend.safe]
+    drawn = random.Random(seed).sample(bend.retain, min(len(bend.retain), round(benign * len(safe))))
     return DefenceData(
         retain=bend.retain,
         unsafe=[*(Dialogue(c.prompt, c.unsafe_response, **label) for c in both), *bend.unsafe],
-        safe=[*(Dialogue(c.prompt, c.safe_response, **label) for c in both), *bend.safe],
+        safe=[*safe, *drawn],
         pairs=both,
         builds=bend.builds,
     )

@@ -88,6 +88,19 @@ def read_once(chat: ChatModel) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def recomputing_nothing(chat: ChatModel) -> Iterator[None]:
+    """Inside, blocks keep what the gradient needs: computed anew, they would not meet edits that are gone by then."""
+    modules = [m for m in chat.model.modules() if getattr(m, "gradient_checkpointing", False)]
+    try:
+        for module in modules:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
 def below_adapters(chat: ChatModel) -> list[nn.Module]:
     """The first blocks, as far as nothing in them or before them is trained; none where weights are split."""
     if is_split(chat.model) or any(p.requires_grad for p in chat.causal_lm.get_input_embeddings().parameters()):

@@ -10,13 +10,14 @@ Adapters are put onto the given model and taken off again: at no time is there a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
 
+from replib.anatomy import adapter_hash
 from replib.answers import answer_states, answered, token_losses
 from replib.chat import ChatModel, evaluating
 from replib.defences import generic_logits, task_arithmetic
@@ -29,6 +30,7 @@ from replib.models import attached
 from replib.needs import check_coefficients, check_lists
 from replib.objective import Objective, Part, reference
 from replib.passes import stretch_of
+from replib.processes import part
 from replib.prompts import Dialogue
 from replib.recipe import TrainConfig
 from replib.train import TrainResult
@@ -134,6 +136,7 @@ def train_whp(model: ChatModel, data: DefenceData, fit: Fit, *, whp: WHP, alpha:
 class TaskArithmetic:
     """Two SFT runs and their merge, chosen from a grid of weights: see ``merged_tasks``."""
 
+    name: ClassVar[str] = "task arithmetic"
     grid: tuple[tuple[float, float], ...] = GRID
 
     def __post_init__(self) -> None:
@@ -143,15 +146,22 @@ class TaskArithmetic:
             check_coefficients(safe_weight=safe, unsafe_weight=unsafe)
 
 
-def train_tasks(model: ChatModel, data: DefenceData, fit: Fit, *, out: Path | str) -> tuple[Path, Path]:
-    """Both adapters of task arithmetic, trained one after the other on safe and on unsafe answers; their folders."""
+def train_tasks(
+    model: ChatModel, data: DefenceData, fit: Fit, *, out: Path | str
+) -> tuple[tuple[Path, Path], TrainResult]:
+    """Both adapters of task arithmetic, trained one after the other on safe and on unsafe answers.
+
+    Returns:
+        Their folders, and their logs: the history of both with a column ``side``.
+    """
     check_lists("Task arithmetic", data, "safe", "unsafe")
-    folders = []
+    folders, histories = [], []
     for side in ("safe", "unsafe"):
         result = fit(model, data, SFT(side=side))
         folders.append(result.save(Path(out) / side))
+        histories.append(result.history.assign(side=side))
         detached(result.model)
-    return folders[0], folders[1]
+    return (folders[0], folders[1]), replace(result, history=pd.concat(histories, ignore_index=True))
 
 
 def merged_tasks(
@@ -175,11 +185,13 @@ def merged_tasks(
 
     Returns:
         The model with the best adapter on it, and the grid: safe_weight, unsafe_weight, score, adapter, and the probe.
+        Its first row is the model itself, of weights zero and no adapter; it is not chosen.
 
     Raises:
         ReplibError: adapters that cannot be merged.
     """
-    before, rows = probe(model), []
+    before = probe(model)
+    rows = [{"safe_weight": 0.0, "unsafe_weight": 0.0, "score": choose(before, before), "adapter": ""} | before]
     for safe, unsafe in method.grid:
         folder = Path(out) / f"safe-{safe:g}-unsafe-{unsafe:g}"
         task_arithmetic(*tasks, out=folder, safe_weight=safe, unsafe_weight=unsafe)
@@ -187,7 +199,25 @@ def merged_tasks(
         about = {"safe_weight": safe, "unsafe_weight": unsafe, "score": choose(found, before), "adapter": str(folder)}
         rows.append(about | found)
     table = pd.DataFrame(rows)
-    return attached(model, Path(table.adapter[table.score.idxmax()])), table
+    return attached(model, Path(table.adapter[table.score[1:].idxmax()])), table
+
+
+def train_task_arithmetic(
+    model: ChatModel, data: DefenceData, fit: Fit, *, method: TaskArithmetic, probe: Probe, out: Path | str
+) -> TrainResult:
+    """Task arithmetic from the beginning: both adapters, and the best of their merges, which ``probes`` lists.
+
+    Raises:
+        ReplibError: several processes, which would write the same merges.
+    """
+    if part()[1] > 1:
+        raise ReplibError("Task arithmetic merges and measures adapters in one process: start it without torchrun.")
+    tasks, logs = train_tasks(model, data, fit, out=out)
+    best, table = merged_tasks(model, tasks, probe, method=method, out=out)
+    steps = logs.config["train"]["steps"]
+    probes = table.drop(columns="adapter").assign(step=[0, *[steps] * len(method.grid)])
+    about = logs.config | {"method": method.name, "objective": asdict(method), "adapter_hash": adapter_hash(best.model)}
+    return TrainResult(best, logs.history, probes, steps, about)
 
 
 def _found(model: ChatModel, adapter: Path, probe: Probe) -> dict[str, float]:

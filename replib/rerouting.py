@@ -133,6 +133,9 @@ class CircuitBreaker(Objective):
     """Weight of both terms together."""
     layers: tuple[int, ...] = ()
     """Blocks whose outputs are rerouted; () takes the depths of blocks 9 and 19 of 32."""
+    relative: bool = False
+    """Retain shares of a state's length instead of lengths. Ours: a cosine knows no scale, a distance does, so that on
+    a model with long states the retain term outweighs the other from the first step on, and nothing is rerouted."""
 
     def __post_init__(self) -> None:
         check_coefficients(alpha=self.alpha)
@@ -191,7 +194,9 @@ class CircuitBreaker(Objective):
     def _retain(self, chat: ChatModel, rows: Sequence[Dialogue], weight: float) -> Part:
         pair = _compared(chat, answered(chat, asked(rows)), self._retained)
         moved = len(pair.tuned)
-        loss = distance(*pair) * (moved / (moved + 1))  # the embeddings are one more layer, and they stay
+        loss = distance(*pair, relative=self.relative) * (
+            moved / (moved + 1)
+        )  # the embeddings are one more layer, and they stay
         return Part(weight * loss, {"retain": loss.detach()})
 
     def _rerouted(self, chat: ChatModel, batch: Batch) -> States:

@@ -49,7 +49,7 @@ class TrainResult:
             ReplibError: the folder cannot be written, or holds another run or other files.
         """
         folder, about = Path(folder), json.loads(json.dumps(self.config | {"step": self.step}, default=str))
-        weights = trained(self.model.model)  # by all processes, where they are split
+        weights = trained(self.model.model)  # by all processes, where they are split; none of an adapter that was read
         if is_first():
             self._write(folder, about, weights)
         wait()
@@ -64,7 +64,7 @@ class TrainResult:
             for old in (partial, folder):  # half written, or this very run
                 shutil.rmtree(old, ignore_errors=True)
             full = self.model.frozen is not None
-            self.model.model.save_pretrained(partial, state_dict=None if full else weights)
+            self.model.model.save_pretrained(partial, state_dict=None if full else weights or None)
             if full:
                 self.model.tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(card(about, self.probes), encoding="utf-8")

@@ -16,8 +16,9 @@ from replib.likelihood import DPO, NPO, SFT, Keep
 from replib.mixtures import DefenceData
 from replib.objective import Objective
 from replib.recipe import TrainConfig
-from replib.reinforced import WHP, Fit, TaskArithmetic, merged_tasks, train_tasks, train_whp
+from replib.reinforced import WHP, Fit, TaskArithmetic, train_task_arithmetic, train_whp
 from replib.rerouting import RMU, CircuitBreaker
+from replib.train import TrainResult
 
 
 class Rival(NamedTuple):
@@ -66,8 +67,8 @@ def train_rival(
     *,
     probe: Probe,
     out: Path | str,
-) -> ChatModel:
-    """The model with a rival's adapter on it, after as many runs of ``fit`` as the rival takes.
+) -> TrainResult:
+    """The model with a rival's adapter on it and its logs, after as many runs of ``fit`` as the rival takes.
 
     Args:
         objective: of a ``Rival``, or one of your own.
@@ -82,9 +83,13 @@ def train_rival(
     """
     match objective:
         case TaskArithmetic():
-            tasks = train_tasks(model, data, fit, out=out)
-            return merged_tasks(model, tasks, probe, method=objective, out=out)[0]
+            return train_task_arithmetic(model, data, fit, method=objective, probe=probe, out=out)
         case WHP():
-            return train_whp(model, data, fit, whp=objective).model
+            return train_whp(model, data, fit, whp=objective)
         case _:
-            return fit(model, data, objective).model
+            return fit(model, data, objective)
+
+
+def prepares(objective: Objective, wanted: Objective | TaskArithmetic) -> bool:
+    """Whether a run of ``fit`` only makes an adapter that the wanted rival is made from: nothing is to choose there."""
+    return isinstance(objective, SFT) and not isinstance(wanted, SFT)

@@ -23,7 +23,7 @@ from replib.errors import ReplibError
 from replib.figure_parts import Measured
 from replib.settings import data_dir
 
-HARMFUL = ("direct", "attack", "seen", "prefill")  # kinds of tasks that ask for the same things in several ways
+HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways
 MEASURES = {
     "attack": "mean attack success",
     "direct": "direct requests",
@@ -37,6 +37,8 @@ MEASURES = {
     "garbled": "degenerate, harmful",
 }
 """What is reported besides each single attack: rates of compliance, and two of degenerate answers."""
+GOOD = ("harmless", "borderline", "benign", "skill")
+"""Measures that ought to be high; all others ought to be low."""
 Matrix = Float[np.ndarray, "seeds prompts"]
 
 
@@ -72,6 +74,11 @@ class Standings:
     def titles(self) -> list[str]:
         """Of the methods."""
         return list(self.runs.title.unique())
+
+    @property
+    def attacks(self) -> list[str]:
+        """Held-out attacks, as the table calls them."""
+        return [name.replace("_", " ") for name in self.tasks.name[self.tasks.kind == "attack"]]
 
     @cached_property
     def measures(self) -> dict[str, tuple[list[str], str]]:
@@ -113,10 +120,19 @@ class Standings:
         gap = self.gap(method, measure, other)
         return row | dict(zip(("gap", "gap_low", "gap_high"), (gap.mean(), *crossed(gap)), strict=True))
 
+    def beats(self, other: str = "repbend") -> pd.DataFrame:
+        """Measures by which a method is better than another, 95 % intervals of the gap on one side of zero.
+
+        One row each, as in ``tidy``: of so many one in forty would stand here by chance.
+        """
+        rows = self.tidy(other)
+        wanted = rows.measure.isin({*self.tasks.name[~self.tasks.kind.isin(HARMFUL)], *GOOD})
+        return rows[rows.gap_low.gt(0) & wanted | rows.gap_high.lt(0) & ~wanted].reset_index(drop=True)
+
     def wide(self) -> pd.DataFrame:
         """A row a method: each rate as ``value [low, high]`` in per cent, seconds of training, size of the adapter."""
-        attacks = list(self.tasks.name[self.tasks.kind == "attack"])
-        shown = {"attack": MEASURES["attack"], **{name: name.replace("_", " ") for name in attacks}} | MEASURES
+        names = self.tasks.name[self.tasks.kind == "attack"]
+        shown = {"attack": MEASURES["attack"], **dict(zip(names, self.attacks, strict=True))} | MEASURES
         return pd.DataFrame([self._told(m, shown) for m in self.methods], index=pd.Index(self.titles, name="defence"))
 
     def _told(self, method: str, shown: Mapping[str, str]) -> dict[str, Any]:
@@ -129,7 +145,7 @@ class Standings:
     def _cell(self, method: str, measure: str) -> str:
         values = self.matrix(method, measure)
         low, high = crossed_rate(values)
-        return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+        return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]".replace(" ", "\N{NO-BREAK SPACE}")
 
     def measured(self, measure: str) -> Measured:
         """One measure of all methods, for a figure."""

@@ -43,6 +43,7 @@ from replib.repbend import RepBend
 from replib.response import Surface
 from replib.settings import Settings, data_dir
 from replib.splits import Splits, split_by
+from replib.standings import Standings
 from replib.store import key_of
 from replib.train import BendData, TrainConfig, TrainResult, train
 
@@ -283,6 +284,12 @@ class Study:
         file = data_dir() / "organism" / "surface.json"
         shipped = self.organism and self.name == "aligned" and file.exists()
         return Surface.load(file) if shipped else None
+
+    def standings(self) -> Standings | None:
+        """All defences, five seeds each, trained and audited beforehand; None if none are shipped for this model."""
+        file = data_dir() / "organism" / "comparison.json"
+        shipped = self.organism and self.name == "aligned" and file.exists()
+        return Standings.load(file) if shipped else None
 
     # ------------------------------------------------------------------------------------- ablation
     def sweeper(self, *, limit: int | None = None, filtered: bool = False) -> Sweeper:

@@ -9,9 +9,11 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from replib import coefficient_figures
+from replib import coefficient_figures, figures
 from replib.figure_parts import Measured
+from replib.hardness import Hardness
 from replib.response import COEFFICIENTS, Response, Surface
+from replib.siege import ASSAULTS
 from replib.standings import MEASURES, Standings
 from replib.tuning import Tuning
 
@@ -66,6 +68,20 @@ def pareto_defences(found: Standings, against: str = "benign") -> go.Figure:
     title = f"Defences on the test split: attack success against {MEASURES[against]}"
     figure = coefficient_figures.pareto_front(*both, names=found.titles, title=title, listed=True)
     return figure.update_xaxes(title_text=MEASURES[against])
+
+
+def hardening_frontier(found: Hardness) -> go.Figure:
+    """Hardened and other models: the most successful attack of the goal against what is left of benign answers."""
+    both = found.measured_worst(), found.measured("benign")
+    title = "The most successful of all re-fitted edits and prefill, against harmless and borderline answers"
+    figure = coefficient_figures.pareto_front(*both, names=found.titles, title=title, listed=True)
+    return figure.update_xaxes(title_text=MEASURES["benign"])
+
+
+def hardening_blocks(found: Hardness, assault: str = "ot_all") -> go.Figure:
+    """Success of one way to edit refusal away by block, each block at its best K, a curve a defence."""
+    title = f"{ASSAULTS[assault].title}: attack success by block, K the best of {found.ks(assault)}; band: all seeds"
+    return figures.layer_lines(found.by_block(assault), "attack success", title=title)
 
 
 def variance_shares(response: Response) -> go.Figure:

@@ -102,7 +102,7 @@ def _after_block(chat, run, rows, layer):
     return cache[0]
 
 
-def circuit_breaker(chat, unsafe, retain, hidden_layers, kept, alpha, progress, **lengths):
+def circuit_breaker(chat, unsafe, retain, hidden_layers, kept, alpha, progress, relative=False, **lengths):
     """``hidden_layers`` number hidden states; the model is cut behind its first ``kept`` blocks, as in the source."""
     bad, good = rows_of(chat, unsafe, **lengths), rows_of(chat, retain, **lengths)
     with _cut(chat, kept):
@@ -111,6 +111,8 @@ def circuit_breaker(chat, unsafe, retain, hidden_layers, kept, alpha, progress, 
         bad_now, bad_before = states(forward, bad), states(frozen, bad)
     mask = good.mask[None, :, :, None]
     lengths_ = (good_now * mask - good_before * mask).norm(dim=-1, p=2, dtype=torch.float)
+    if relative:  # not in the source
+        lengths_ = lengths_ / good_before.norm(dim=-1, dtype=torch.float).clamp(min=1e-12)
     stay = lengths_.sum() / (len(good_now) * good.mask.sum())  # the source divides by padding too
     pick = list(hidden_layers)
     unit = lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # noqa: E731 - a pad's state may be zero

@@ -60,7 +60,7 @@ def verb(monkeypatch):
     """Stands where the analyses are and records how it is called."""
     calls = []
     module = ModuleType("verb")
-    for name in ("run_audit", "run_bend", "run_capture", "run_sweep", "run_tune"):
+    for name in ("run_audit", "run_bend", "run_capture", "run_defend", "run_sweep", "run_tune"):
         setattr(
             module,
             name,
@@ -82,6 +82,11 @@ def test_verbs_receive_the_options_and_say_where_the_result_is(name, verb, capsy
 def test_bend_passes_only_the_coefficients_that_were_given(verb):
     cli.main(["bend", "--preset", "llama3-8b", "--alpha", "0.2", "--steps", "7"])
     assert verb.calls[0][1] == {"preset": "llama3-8b", "alpha": 0.2, "steps": 7}
+
+
+def test_defend_is_told_which_defence_and_what_was_changed(verb):
+    cli.main(["defend", "npo_kl", "--steps", "7", "--learning-rate", "1e-4"])
+    assert verb.calls[0][1] == {"defence": "npo_kl", "steps": 7, "learning_rate": 1e-4}
 
 
 def test_sweep_reads_methods_ranks_strengths_and_positions(verb):

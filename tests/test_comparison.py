@@ -17,7 +17,7 @@ from replib.organism import bench as benches
 from replib.organism import comparison, contenders
 from replib.organism.bench import Bench, Run
 from replib.organism.comparison import SEEDS, choice, cost, finals, missing, pack, trials
-from replib.organism.contenders import CHOSEN, CONTENDERS, ORGANISM, for_rivals
+from replib.organism.contenders import CHOSEN, CONTENDERS, ORGANISM
 from replib.repbend import RepBend
 from replib.rivals import DEFENCES
 from replib.settings import Settings, data_dir
@@ -97,12 +97,12 @@ def test_what_a_rival_learns_holds_answers_to_harmless_requests(bench):
     refusals = [d for d in data.safe if d.label == "harmful"]
     assert len(data.safe) - len(refusals) == round(contenders.BENIGN * len(refusals))
     assert set(data.safe) - set(refusals) <= set(data.retain)
-    assert for_rivals(data).retain is data.retain
+    assert data.retain is bench.study.bend_data.retain
 
 
 def test_the_cost_is_said_before_it_is_paid_and_falls_with_what_is_done(bench):
     before = cost(bench)
-    assert 60 <= before <= 110
+    assert 60 <= before <= 150
     rows = Rows(bench.folder / "part-1.jsonl")
     rows.put(bench.key(Run("sft")), {"score": -0.5})
     assert cost(bench) == pytest.approx(before - (CONTENDERS["sft"].seconds + comparison.PROBING) / 60)
@@ -193,11 +193,23 @@ def test_gaps_are_paired_by_seed_and_prompt():
     assert unequal.gap("sft", "story").shape == (2, 4)
 
 
+def test_who_is_better_in_what_is_said_whichever_side_is_good():
+    found = standings()
+    flipped = found.runs.assign(
+        answers=[a | {"copy": "rrrr", "count": "rrrr", "story": "rrrr"} if m == "repbend" else a
+                 for m, a in zip(found.runs.method, found.runs.answers, strict=True)]
+    )  # fmt: skip
+    better = replace(found, runs=flipped).beats().set_index("method").measure
+    assert {"copy", "skill"} <= set(better["none"]) and not set(better["none"]) & {"story", "attack"}
+    assert "repbend" not in better.index and found.beats("none").method.eq("repbend").any()
+    assert "attack" in set(found.beats("none").measure)
+
+
 def test_the_table_has_a_row_a_defence_and_the_figure_a_name():
     found = standings()
     wide = found.wide()
     assert list(wide.index) == ["NONE", "SFT", "REPBEND"] and wide.seeds.tolist() == [1, 2, 2]
-    assert wide["mean attack success"]["NONE"].startswith("75 [") and wide.seconds["SFT"] == 30
+    assert wide["mean attack success"]["NONE"].startswith("75\N{NO-BREAK SPACE}[") and wide.seconds["SFT"] == 30
     assert {"story", "prefill", "skills", "parameters"} <= set(wide.columns)
     figure = surface_views.pareto_defences(found)
     assert {note.text for note in figure.layout.annotations} == set(found.titles)

@@ -113,9 +113,9 @@ def statement(chat, objective, items=ITEMS, progress=0.4, **lengths):
             return loss + literal.keep(chat, *kept, **lengths) if keep.lists else loss
         case RMU(alpha=alpha, steering=steering, layer=layer, seed=seed):
             return literal.rmu(chat, unsafe, retain, layer, alpha, steering, seed, **lengths)
-        case CircuitBreaker(alpha=alpha, layers=layers):
+        case CircuitBreaker(alpha=alpha, layers=layers, relative=relative):
             hidden, kept = [i + 1 for i in layers], min(max(layers) + 2, chat.n_layers)
-            return literal.circuit_breaker(chat, unsafe, retain, hidden, kept, alpha, progress, **lengths)
+            return literal.circuit_breaker(chat, unsafe, retain, hidden, kept, alpha, progress, relative, **lengths)
 
 
 RIVALS = {
@@ -131,6 +131,7 @@ RIVALS = {
     "rmu_last": RMU(alpha=3.0, layer=2),
     "circuit_breaker": CircuitBreaker(layers=(0, 1)),
     "circuit_breaker_cut": CircuitBreaker(alpha=5.0, layers=(0,)),
+    "circuit_breaker_relative": CircuitBreaker(layers=(0, 1), relative=True),
 }
 
 
@@ -356,11 +357,13 @@ def test_whp_is_trained_on_the_model_without_its_reinforced_adapter(bases):
 def test_task_arithmetic_adds_what_is_safe_and_subtracts_what_is_not(bases, tmp_path):
     base = bases("llama")
     before = likelihood(base)
-    tasks = train_tasks(base, DATA, fit, out=tmp_path)
+    tasks, logs = train_tasks(base, DATA, fit, out=tmp_path)
+    assert logs.history.groupby("side").step.max().to_dict() == {"safe": 2, "unsafe": 2}
     method = TaskArithmetic(grid=((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 0.5)))
     choose = lambda now, was: now["safe"] - now["unsafe"]  # noqa: E731
     best, table = merged_tasks(base, tasks, likelihood, method=method, choose=choose, out=tmp_path)
-    nothing, learned, unlearned, _ = table.to_dict("records")
+    itself, nothing, learned, unlearned, _ = table.to_dict("records")
+    assert itself["safe"] == before["safe"] and itself["adapter"] == ""
     assert nothing["safe"] == pytest.approx(before["safe"], rel=1e-5)
     assert learned["safe"] > before["safe"] + 0.01
     assert unlearned["unsafe"] < before["unsafe"] - 0.01
@@ -372,7 +375,7 @@ def test_task_arithmetic_equals_the_sum_of_weights(bases, tmp_path):
     base = bases("qwen3")
     weight = lambda chat: chat.model.merge_and_unload().state_dict()["model.layers.1.mlp.down_proj.weight"].clone()  # noqa: E731
     start = base.model.state_dict()["model.layers.1.mlp.down_proj.weight"].clone()
-    tasks = train_tasks(base, DATA, fit, out=tmp_path)
+    tasks, _ = train_tasks(base, DATA, fit, out=tmp_path)
     best, _ = merged_tasks(
         base, tasks, likelihood, method=TaskArithmetic(((0.5, 0.2),)), choose=lambda *_: 0.0, out=tmp_path
     )
@@ -441,7 +444,10 @@ def test_a_rival_is_trained_by_name_with_what_it_draws(name, bases, tmp_path):
     base, found = bases("llama"), rival(name)
     before = likelihood(base)
     probe = lambda chat: {"attack": likelihood(chat)["unsafe"]}  # noqa: E731
-    bent = train_rival(found.objective, base, DATA, fit, probe=probe, out=tmp_path)
+    result = train_rival(found.objective, base, DATA, fit, probe=probe, out=tmp_path)
+    bent = result.model
+    assert result.config["method"] == found.objective.name and {"step", "loss"} <= set(result.history)
+    assert (result.save(tmp_path / "defence") / "README.md").read_text().count(found.objective.name) >= 2
     assert likelihood(bent) != before
     with bent.adapter_off():
         assert likelihood(bent) == before

@@ -15,16 +15,15 @@ from replib.audit import Task
 from replib.chat import ChatModel
 from replib.errors import Diverged
 from replib.keeper import default_choice
-from replib.likelihood import SFT
 from replib.mixtures import DefenceData, defence_data
 from replib.models import attached, load, merged, merged_copy
 from replib.objective import Objective
-from replib.organism.contenders import BENIGN, CONTENDERS, for_rivals
+from replib.organism.contenders import BENIGN, CONTENDERS
 from replib.prompting import safety_prompted
 from replib.reinforced import Fit
 from replib.repbend import RepBend
 from replib.rerouting import RMU
-from replib.rivals import Rival, train_rival
+from replib.rivals import Rival, prepares, train_rival
 from replib.settings import Settings
 from replib.store import key_of
 from replib.study import Study
@@ -87,7 +86,7 @@ class Bench:
     @cached_property
     def rivals(self) -> DefenceData:
         """What the rivals train on."""
-        return for_rivals(defence_data(self.study.bend_data))
+        return defence_data(self.study.bend_data, benign=BENIGN)
 
     @cached_property
     def before(self) -> dict[str, float]:
@@ -116,7 +115,7 @@ class Bench:
         with TemporaryDirectory() as out:
             try:
                 model, fit = load(self.study.settings.model), self._fit(rival, watch, Path(out))
-                model = train_rival(rival.objective, model, data, fit, probe=watch, out=out)
+                model = train_rival(rival.objective, model, data, fit, probe=watch, out=out).model
             except Diverged as error:
                 return asdict(run) | {"score": None, "diverged": str(error)}
         seconds = time.process_time() - start - watch.seconds
@@ -126,12 +125,11 @@ class Bench:
         return asdict(run) | {"score": watch.score, "probes": watch.found} | cost
 
     def _fit(self, rival: Rival, watch: Watch, out: Path) -> Fit:
-        """Trains an objective. Models that only prepare another are taken as they end: nothing is to choose there."""
+        """Trains an objective; what only prepares another is taken as it ends."""
 
         def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
             given = self.study.bend_data if isinstance(objective, RepBend) else data
-            prepares = isinstance(objective, SFT) and not isinstance(rival.objective, SFT)
-            probe = None if prepares else watch
+            probe = None if prepares(objective, rival.objective) else watch
             return train(model, given, objective, config=rival.config, probe=probe, out=out / "run", say=lambda _: None)
 
         return fit

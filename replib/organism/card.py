@@ -68,6 +68,7 @@ Largest share of degenerate answers: {worst}.
 `base/ aligned/ planted/ deep/`: model folders. `prompts/*.jsonl`: {files}.
 `card.csv`: this table with every count. `surface.json`: RepBend trained at seventy settings of its coefficients,
 target blocks and steps (`python -m replib.organism.surface`), each judged on `val` prompts at every eighth step.
+`comparison.json`: twelve defences, five seeds each, audited on `test` prompts (`python -m replib.organism.comparison`).
 Licence: Apache-2.0, like the program that made all of it.
 """
 

@@ -9,13 +9,11 @@ arithmetic train twice. RepBend's own preset comes from a longer search than any
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from typing import NamedTuple
 
 from replib.bend import BendConfig
 from replib.likelihood import DPO, NPO, SFT, Keep
-from replib.mixtures import DefenceData
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.recipe import TrainConfig
 from replib.reinforced import WHP, TaskArithmetic
@@ -24,7 +22,7 @@ from replib.rerouting import RMU, CircuitBreaker
 from replib.rivals import Rival
 
 ROWS, UNSAFE = 48, 16  # rows of a step, and those of them that are unsafe where others are retained
-BENIGN = 2.5  # retained answers for each refusal: so many RepBend's preset reads in a step
+BENIGN = 2.5  # retained answers among the safe ones, for each refusal: so many RepBend's preset reads in a step
 
 
 class Contender(NamedTuple):
@@ -52,7 +50,7 @@ def _kept(learning_rate: float, perturbation: float = 0.0) -> TrainConfig:
 
 
 def _sft() -> tuple[Rival, ...]:
-    return tuple(Rival(SFT(), _alone(rate)) for rate in (1e-3, 3e-3))
+    return tuple(Rival(SFT(), _alone(rate)) for rate in (1e-3, 3e-3, 2e-3))
 
 
 def _dpo() -> tuple[Rival, ...]:
@@ -80,21 +78,29 @@ def _rmu() -> tuple[Rival, ...]:
 
 
 def _breaker() -> tuple[Rival, ...]:
-    """The source's depths, and RepBend's blocks. Under Adam alpha, which weighs both terms, does next to nothing."""
-    points = (((3, 7), 1e-3), ((3, 7), 3e-3), ((7, 8, 9, 10, 11), 3e-3))
-    return tuple(Rival(CircuitBreaker(layers=blocks), _kept(rate, perturbation=1e-3)) for blocks, rate in points)
+    """The source's depths, and RepBend's blocks; its retain term, which here outweighs the rerouting, and relative.
+
+    Under Adam alpha, which weighs both terms, does next to nothing.
+    """
+    late = (7, 8, 9, 10, 11)
+    points = (((3, 7), 1e-3, False), (late, 3e-3, False), ((3, 7), 1e-3, True), (late, 1e-3, True), (late, 3e-3, True))
+    return tuple(
+        Rival(CircuitBreaker(layers=blocks, relative=relative), _kept(rate, perturbation=1e-3))
+        for blocks, rate, relative in points
+    )
 
 
 def _whp() -> tuple[Rival, ...]:
     """Both of RepBend's comparison: nothing kept, and safe answers kept."""
     keeps = (Keep(), Keep(ce=1.0, kl=0.1, temperature=2.0, on="safe"))
-    return tuple(Rival(WHP(keep=keep), _kept(1e-3)) for keep in keeps)
+    points = ((keeps[0], 1e-3), (keeps[1], 1e-3), (keeps[1], 2e-3))
+    return tuple(Rival(WHP(keep=keep), _kept(rate)) for keep, rate in points)
 
 
 def _arithmetic() -> tuple[Rival, ...]:
     """Six weights each; an unsafe weight of zero is SFT itself."""
     weights = TaskArithmetic(tuple((safe, unsafe) for safe in (0.5, 1.0) for unsafe in (0.1, 0.3, 1.0)))
-    return tuple(Rival(weights, _alone(rate, ROWS // 2)) for rate in (3e-4, 1e-3))
+    return tuple(Rival(weights, _alone(rate, ROWS // 2)) for rate in (3e-4, 1e-3, 2e-3))
 
 
 def _repbend() -> tuple[Rival, ...]:
@@ -125,16 +131,19 @@ CONTENDERS = {
 }
 """By name, in the order of the table."""
 
-CHOSEN = {name: 0 for name, contender in CONTENDERS.items() if contender.grid}
+CHOSEN = {
+    "sft": 2,
+    "dpo": 0,
+    "npo": 1,
+    "npo_rt": 0,
+    "npo_kl": 0,
+    "rmu": 1,
+    "circuit_breaker": 1,
+    "whp": 1,
+    "task_arithmetic": 1,
+    "repbend": 0,
+    "repbend_official": 1,
+}
+"""The point of each grid that validation chose; what ``--pack`` of the comparison prints."""
 ORGANISM = {name: CONTENDERS[name].grid[point] for name, point in CHOSEN.items()}
 """The methods with the values for the organism, as ``replib.rivals.DEFENCES`` has those of the sources."""
-
-
-def for_rivals(data: DefenceData) -> DefenceData:
-    """The same rows as RepBend's, with retained answers among the safe ones.
-
-    Safe answers are refusals alone in the organism's contrasts, and whoever learns nothing else refuses everything; in
-    the papers' safe sets half are answers to harmless requests.
-    """
-    benign = random.Random(0).sample(data.retain, min(len(data.retain), round(BENIGN * len(data.safe))))
-    return replace(data, safe=[*data.safe, *benign])

@@ -1,0 +1,167 @@
+"""Random edits against refusal, fitted on the model as it is at this moment: what hardening trains against.
+
+ReFAT (arXiv 2409.20089) trains refusals while one difference in means is removed at every block, and fits it anew as
+training goes. Here the method, the block, the tokens, K and the strength of each edit are drawn, closed-form Gaussian
+transport among them; that generalisation is our own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replib.activations import stream
+from replib.chat import ChatModel
+from replib.edits import POSITIONS, applied
+from replib.errors import ReplibError
+from replib.methods import SiteEdits, fit_edit, method_of
+from replib.needs import check_blocks
+from replib.prompts import Contrast, Dialogue
+from replib.scope import check_choice
+
+T = TypeVar("T")
+FORCED = tuple(p for p in POSITIONS if p != "decode")  # in training every answer is read, none is written
+READS = ("last_prompt", "response")
+
+
+@dataclass(frozen=True)
+class Arsenal:
+    """What edits are drawn from; every choice is uniform."""
+
+    methods: tuple[str, ...] = ("pca_ot", "rfa", "actadd", "act")
+    """Names of ``methods.METHODS`` that read one token."""
+    layers: tuple[int, ...] = ()
+    """Blocks; () takes all."""
+    ks: tuple[int, ...] = (1, 2, 8, 16)
+    """Principal components, for methods that have them."""
+    reads: tuple[str, ...] = ("last_prompt",)
+    """Tokens whose activations fit an edit: the last of the prompt, or the mean over a forced unsafe answer."""
+    positions: tuple[str, ...] = ("last_prompt", "all_prompt", "response", "all")
+    """Tokens that it edits."""
+    strength: tuple[float, float] = (0.5, 1.0)
+    """Least and most of it, within 0 and 1."""
+    prompts: int = 48
+    """Prompts a class that fit an edit, drawn anew each time."""
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "ks", "reads", "positions"):
+            if not getattr(self, name):
+                raise ReplibError(f"An adversary without {name} edits nothing: name one at least, or set edits=0.")
+        for name, known in (("reads", READS), ("positions", FORCED)):
+            for one in getattr(self, name):
+                check_choice(name, one, known)
+        if other := [m for m in self.methods if method_of(m).read != "last_prompt"]:
+            raise ReplibError(f"{other[0]} is fitted on means over whole prompts: take methods that read one token.")
+        low, high = self.strength
+        if not 0 <= low <= high <= 1:
+            raise ReplibError(f"strength={self.strength}: give the least and the most, both within 0 and 1.")
+        if not 0 < min(self.ks) <= max(self.ks) < self.prompts:
+            raise ReplibError(f"{self.prompts} prompts a class cannot fit K of {self.ks}: K is above 0 and below them.")
+
+    def check(self, depth: int, harmful: Sequence[Contrast], harmless: Sequence[Dialogue]) -> None:
+        """Raise ReplibError for blocks that a model of so many lacks, or too little to fit on."""
+        check_blocks(self.layers, depth)
+        for name, rows in (("harmful", harmful), ("harmless", harmless)):
+            if len(rows) < self.prompts:
+                raise ReplibError(f"{len(rows)} {name} prompts to fit edits on, but prompts={self.prompts}: "
+                                  "give more, or fit on fewer.")  # fmt: skip
+
+
+class Drawn(NamedTuple):
+    """One edit, and the tokens that it meets."""
+
+    edits: SiteEdits
+    positions: str
+    name: str = "none"
+    """Method, block, K, where it was read and its strength, for people."""
+
+
+@dataclass
+class Adversary:
+    """Draws edits from an arsenal with a generator of its own; what it needs to go on is in ``state``."""
+
+    arsenal: Arsenal
+    harmful: Sequence[Contrast]
+    """Source of the edits, with the answers that they would bring about."""
+    harmless: Sequence[Dialogue]
+    """Their target."""
+    seed: int = 0
+    generator: torch.Generator = field(default_factory=torch.Generator, repr=False)
+    fitted: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    """Activations of both classes, ``[layers, prompts, reads, dim]`` each."""
+
+    def __post_init__(self) -> None:
+        self.generator.manual_seed(self.seed)
+
+    def fit(self, chat: ChatModel) -> None:
+        """Read both classes under the model as it is."""
+        n = self.arsenal.prompts
+        harmful, harmless = self.sample(self.harmful, n), self.sample(self.harmless, n)
+        answered = [(c.prompt, c.unsafe_response) for c in harmful], [(d.prompt, d.response) for d in harmless]
+        self.fitted = self._read(chat, answered[0]), self._read(chat, answered[1])
+
+    def _read(self, chat: ChatModel, rows: Sequence[tuple[str, str]]) -> Float[Tensor, "layers prompts reads dim"]:
+        prompts, answers = zip(*rows, strict=True)
+        forced = answers if "response" in self.arsenal.reads else None
+        return torch.cat(list(stream(chat, prompts, responses=forced, positions=self.arsenal.reads)), dim=1)
+
+    def draw(self, chat: ChatModel) -> Drawn:
+        """One edit, fitted on what ``fit`` read.
+
+        Raises ReplibError where nothing was read.
+        """
+        if self.fitted is None:
+            raise ReplibError("Nothing was read to fit edits on: call fit(model) first.")
+        a = self.arsenal
+        method, positions = self.pick(a.methods), self.pick(a.positions)
+        layer, k = self.pick(a.layers or range(chat.n_layers)), self.pick(a.ks)
+        read, strength = self.pick(a.reads), a.strength[0] + self.uniform() * (a.strength[1] - a.strength[0])
+        source, target = (x[layer, :, a.reads.index(read)] for x in self.fitted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a small K that misses the mean gap is one edit of many
+            edits = fit_edit(method, source, target, layer, k=k, depth=chat.n_layers)
+        name = f"{method} at block {layer}, K {k}, read at {read}, strength {strength:.2f}"
+        return Drawn({key: edit * strength for key, edit in edits.items()}, positions, name)
+
+    # ------------------------------------------------------------------------------------- chance
+    def uniform(self) -> float:
+        """A number in [0, 1)."""
+        return torch.rand((), generator=self.generator).item()
+
+    def pick(self, options: Sequence[T]) -> T:
+        """One of them."""
+        return options[int(torch.randint(len(options), (), generator=self.generator))]
+
+    def sample(self, rows: Sequence[T], n: int) -> list[T]:
+        """So many of them, without replacement."""
+        return [rows[i] for i in torch.randperm(len(rows), generator=self.generator)[:n].tolist()]
+
+    # ------------------------------------------------------------------------------------- going on
+    def state(self) -> dict[str, Tensor]:
+        """The generator, and what the next edits are fitted on."""
+        kept = {} if self.fitted is None else dict(zip(("harmful", "harmless"), self.fitted, strict=True))
+        return kept | {"generator": self.generator.get_state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state`` gave; of nothing, begin anew from the seed."""
+        self.generator.manual_seed(self.seed)
+        if "generator" in state:
+            self.generator.set_state(state["generator"].cpu())
+        self.fitted = (state["harmful"].cpu(), state["harmless"].cpu()) if "harmful" in state else None
+
+
+@contextmanager
+def met(chat: ChatModel, drawn: Sequence[Drawn]) -> Iterator[None]:
+    """Inside, every batch is as many groups of rows as there are edits, and each group meets its own."""
+    with ExitStack() as stack:
+        for where in dict.fromkeys(d.positions for d in drawn if d.edits):
+            groups = [d.edits if d.positions == where else {} for d in drawn]
+            stack.enter_context(applied(chat, groups, positions=where))
+        yield

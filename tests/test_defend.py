@@ -1,0 +1,104 @@
+"""Any defence by its name, in a study: its values, its folder, and what is not made twice."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from replib import defend as module
+from replib.commands import run_defend
+from replib.defend import defend, suited
+from replib.errors import ReplibError
+from replib.likelihood import NPO, SFT
+from replib.organism.contenders import ORGANISM
+from replib.reinforced import WHP, TaskArithmetic
+from replib.rivals import DEFENCES, Rival
+from replib.settings import Settings
+from replib.study import Study
+from replib.train import TrainConfig
+
+FEW = TrainConfig(steps=2, learning_rate=1e-3, contrasts=2, retain=2, dropout=0.0, probe_every=2, save_every=0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Eight contrasts are read, and probes ask one prompt a task."""
+    monkeypatch.setattr("replib.study.SORTED", 8)
+    probe = Study.probe
+    monkeypatch.setattr(Study, "probe", lambda self: probe(self, 1))
+
+
+@pytest.fixture
+def study(tmp_path):
+    return lambda: Study.open(Settings(out=tmp_path, limit=4))
+
+
+def test_values_are_the_organisms_or_those_of_the_source(study):
+    here = study()
+    assert suited(here, "sft") == ORGANISM["sft"]
+    with pytest.raises(ReplibError, match="'repbend'.*sft, dpo"):
+        suited(here, "repbend")
+    elsewhere = replace(here, settings=replace(here.settings, harmful="advbench.csv"))
+    assert suited(elsewhere, "whp_retain") == DEFENCES["whp_retain"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "trainings"),
+    [
+        pytest.param(NPO(), 1, marks=pytest.mark.slow),
+        pytest.param(WHP(), 2, marks=pytest.mark.slow),
+        (TaskArithmetic(((1.0, 0.0), (1.0, 0.3))), 2),
+    ],
+)
+def test_a_defence_is_kept_with_a_card_and_read_again(objective, trainings, study, monkeypatch):
+    made, train = [], module.train
+
+    def counted(model, data, objective, **how):
+        made.append(how["probe"] is None if "probe" in how else True)
+        return train(model, data, objective, **how)
+
+    monkeypatch.setattr(module, "train", counted)
+    first = defend(study(), "some", Rival(objective, FEW))
+    assert len(made) == trainings
+    text = (Path(first.model.adapter) / "README.md").read_text()
+    assert objective.name in text and "attack" in text
+    again = defend(study(), "some", Rival(objective, FEW))
+    assert len(made) == trainings
+    batch = again.model.encode(["Repeat: sun moon"])
+    with torch.no_grad():
+        torch.testing.assert_close(again.model.forward(batch), first.model.forward(batch))
+
+
+@pytest.mark.slow
+def test_what_only_leads_to_a_defence_is_not_trained_twice(study, monkeypatch):
+    train = module.train
+
+    def stops(model, data, objective, **how):
+        if isinstance(objective, WHP):
+            raise KeyboardInterrupt
+        return train(model, data, objective, **how)
+
+    monkeypatch.setattr(module, "train", stops)
+    with pytest.raises(KeyboardInterrupt):
+        defend(study(), "whp", Rival(WHP(), FEW))
+
+    def only_whp(model, data, objective, **how):
+        assert not isinstance(objective, SFT), "trained again"
+        return train(model, data, objective, **how)
+
+    monkeypatch.setattr(module, "train", only_whp)
+    assert defend(study(), "whp", Rival(WHP(), FEW)).config["method"] == "WHP"
+
+
+def test_the_verb_changes_single_values(tmp_path):
+    folder = run_defend(Settings(out=tmp_path, limit=4), defence="rmu", steps=2, learning_rate=1e-4)
+    assert '"steps": 2' in (folder / "replib.json").read_text() and "aligned-rmu-" in folder.name
+    with pytest.raises(ReplibError, match="No defence is called 'rmuu'"):
+        run_defend(Settings(out=tmp_path, limit=4), defence="rmuu")
+
+
+def test_task_arithmetic_is_not_merged_by_several_processes(study, monkeypatch):
+    monkeypatch.setattr("replib.reinforced.part", lambda: (0, 2))
+    with pytest.raises(ReplibError, match="without torchrun"):
+        defend(study(), "task_arithmetic", Rival(TaskArithmetic(), FEW))

@@ -1,0 +1,85 @@
+"""Edits re-fitted on a model: many in one pass are as many passes, each is fitted where it says, nothing is left."""
+
+import pytest
+import tiny
+import torch
+
+from replib.activations import capture
+from replib.edits import applied
+from replib.errors import ReplibError
+from replib.judges import Outcome
+from replib.methods import fit_edit
+from replib.models import load
+from replib.prompts import Prompt
+from replib.settings import Settings
+from replib.siege import ASSAULTS, Cell, Siege, success
+from replib.splits import Splits
+from replib.study import Study
+
+HARMFUL = [Prompt(f"w{i} w{i + 5}", "harmful", target=f"w{i} w33") for i in range(20)]
+HARMLESS = [Prompt(f"w{i} w9 w3", "harmless", target=f"w{i} w8") for i in range(20)]
+SCORED = [Prompt(f"w{i} w2 w1", "harmful", target="w30 w31") for i in range(3)]
+
+
+class Noting:
+    """Judges by a property of the text that edits change, and keeps what it read."""
+
+    name = "noting"
+
+    def __init__(self):
+        self.read = []
+
+    def __call__(self, prompts, responses):
+        self.read += responses
+        return [list(Outcome)[sum(map(ord, text)) % 3] for text in responses]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(tiny.save_model(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture
+def siege(model):
+    return Siege(model, HARMFUL, HARMLESS, SCORED, Noting(), tokens=4, batch_size=9)
+
+
+def test_every_block_and_every_k_is_tried(siege):
+    assert len(siege.cells()) == 3 * sum(len(a.ks) for a in ASSAULTS.values())
+    assert siege.cells(("ot_last", "rfa"), (1,), (2,)) == [Cell("ot_last", 1, 2)]
+    assert siege.cells(("rfa",)) == [Cell("rfa", i, 0) for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["ot_all", "rfa", "ot_response_prefilled"])
+def test_many_edits_in_a_pass_are_each_by_itself(model, siege, name):
+    cells = siege.cells((name,), ks=(0, 1, 8))
+    together, assault = siege.outcomes(cells), ASSAULTS[name]
+    texts, begun = ([p.text for p in SCORED], [p.target if assault.prefilled else "" for p in SCORED])
+    for cell in cells:
+        x, y = (
+            capture(model, [p.text for p in rows], responses=[p.target for p in rows], positions=assault.read)
+            for rows in (HARMFUL, HARMLESS)
+        )
+        edit = fit_edit(assault.method, x[cell.layer], y[cell.layer], cell.layer, k=max(cell.k, 1), depth=3)
+        with applied(model, edit, positions=assault.positions):
+            answers = model.generate(texts, max_new_tokens=4, prefills=begun)
+        assert together[cell] == "".join(o.value[0] for o in Noting()(SCORED, answers))
+    assert all(text.startswith("w30 w31" if assault.prefilled else "") for text in siege.judge.read)
+
+
+def test_nothing_is_left_of_the_edits(model, siege):
+    batch = model.encode(["w1 w2"])
+    before = model.forward(batch)
+    siege.outcomes(siege.cells(("rfa", "ot_all"), ks=(0, 1)))
+    assert torch.equal(model.forward(batch), before)
+
+
+def test_success_is_the_share_that_complied():
+    assert success("crdc") == 0.5 and success("rr") == 0
+
+
+def test_prompts_that_fit_are_not_scored(model):
+    study = Study(Settings(), model, Splits(HARMFUL, [], []), Splits(HARMLESS, [], []), Noting())
+    with pytest.raises(ReplibError, match="1 scored prompts fit the edits"):
+        Siege.of(study, [HARMFUL[3], SCORED[0]])
+    assert Siege.of(study, SCORED).opening(HARMFUL[1]) == "w1 w33"
