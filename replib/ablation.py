@@ -137,9 +137,7 @@ class Sweeper:
         """
         other = copy.copy(self)
         other.data, other.screen = self.data.resampled(seed), self.screen
-        other.fitter = Fitter(
-            self.model, other.data, self.fitter.layers, batch_size=self.fitter.batch_size, answer=self.fitter.answer
-        )
+        other.fitter = self.fitter.on(other.data)
         other.about = self.about | other.data.hashes() | {"fit_seed": seed}
         return other
 
@@ -164,9 +162,9 @@ class Sweeper:
             self._fill(self.shortlist(cells, best), (ANSWERS,))
         return self._known(cells)
 
-    def damage(self, cells: Sequence[Cell], gauge: Gauge) -> pd.DataFrame:
+    def damage(self, cells: Sequence[Cell], gauge: Gauge, *, extrapolate: bool = False) -> pd.DataFrame:
         """What ``gauge`` measures of each cell, a row a metric; kept in the store as ``table`` is."""
-        cells = checked(cells, self.model, self.data, extrapolate=True)
+        cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
         for cell in progress([c for c in cells if self._key(c, gauge.key) not in self.rows], "damage"):
             found = gauge(bound(self.model, self.fitted(cell)), positions=cell.positions)
             self.rows.put(self._key(cell, gauge.key), {"damage": found.to_dict("records")})

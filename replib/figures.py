@@ -37,6 +37,7 @@ Place = int | float
 CONFIDENCE = ("#41B6C4", "#7FCDBB", "#C7E9B4", "#EDF8B1", "#FFFFE5")
 MOST_BANDS = 3  # more bands on each other are mud
 NARROW = 16  # blocks whose rates can be read in half of the width
+FRAME, FRAMED = {"color": INK, "width": 1.5, "dash": "dot"}, "framed: 40–60 % of the depth"
 MARKS = ("#EBD9A8", "#CFE3F5", "#E3D5EC")
 
 
@@ -118,6 +119,7 @@ def layer_lines(
     title: str,
     null: Measured | None = None,
     marks: Mapping[str, Place | tuple[Place, Place]] | None = None,
+    window: tuple[int, int] | None = None,
 ) -> go.Figure:
     """Draw named quantities by block, with their intervals where given (of many curves, on hovering only).
 
@@ -127,6 +129,7 @@ def layer_lines(
         title: what the figure shows.
         null: the band (`low`, `high`) that the quantity keeps to when there is nothing to find.
         marks: name -> block, or (from, to) on the block axis, drawn behind the curves.
+        window: first and last block between 40 and 60 % of the depth, which are framed.
     """
     need(curves, "layer_lines", "curves")
     figure, measured = go.Figure(), [as_measured(curve) for curve in curves.values()]
@@ -142,10 +145,13 @@ def layer_lines(
             figure.add_vrect(*place, fillcolor=colour, opacity=0.6, line_width=0, **label)
         else:
             figure.add_vline(place, line={"color": INK, "dash": "dot", "width": 1.5}, **label)
+    if window:
+        figure.add_vrect(window[0] - 0.5, window[1] + 0.5, line=FRAME, layer="below")
     layers = max(np.shape(curve.value)[0] for curve in measured)
     figure.update_xaxes(title_text="block", dtick=-(-layers // 16))
     figure.update_yaxes(title_text=safe(unit), rangemode="tozero")
-    note = "; ".join(filter(None, [cases(measured), "" if banded else "95 % intervals on hovering"]))
+    hidden = "" if banded else "95 % intervals on hovering"
+    note = "; ".join(filter(None, [cases(measured), hidden, FRAMED if window else ""]))
     return dress(figure, title, note, height=420)
 
 
@@ -211,8 +217,8 @@ def sweep_heatmap(
         figure.add_trace(rate_cells(as_measured(panel), ks, written=written), **at)
         if windows and name in windows:
             first, last = windows[name]
-            frame = {"line": {"color": INK, "width": 1.5, "dash": "dot"}, "layer": "above"}
-            figure.add_shape(type="rect", x0=first - 0.5, x1=last + 0.5, y0=-0.5, y1=len(ks) - 0.5, **frame, **at)
+            sides = {"x0": first - 0.5, "x1": last + 0.5, "y0": -0.5, "y1": len(ks) - 0.5}
+            figure.add_shape(type="rect", line=FRAME, **sides, **at)
     dtick = -(-depth // (16 if columns > 1 else 32))
     figure.update_xaxes(title_text="block", title_standoff=4, dtick=dtick, tickangle=0, tickfont_size=11, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="").update_yaxes(title_text="rank K", col=1)
@@ -220,8 +226,9 @@ def sweep_heatmap(
     figure.update_layout(
         coloraxis={"cmin": 0, "cmax": 1, "colorscale": "Oranges", "colorbar": bar}, plot_bgcolor="#E4E7EA"
     )
-    writing, frames = "numbers in per cent" if written else "", "framed: 40–60 % of the depth" if windows else ""
-    note = "; ".join(filter(None, [writing, cases(map(as_measured, panels.values())), frames]))
+    blank = any(np.isnan(numbers(as_measured(panel).value)).any() for panel in panels.values())
+    told = (written, "numbers in per cent"), (windows, FRAMED), (blank, "grey: not measured")
+    note = "; ".join(filter(None, [cases(map(as_measured, panels.values())), *(text for said, text in told if said)]))
     return dress(figure, title, note, height=110 + rows * (80 + 27 * len(ks)))
 
 

@@ -99,6 +99,10 @@ class Fitter:
         self._read: dict[tuple[Position, str], Pair] = {}
         self._under: tuple[Recipe | None, Pair | None] = (None, None)  # of edited models only the latest
 
+    def on(self, data: AblationData) -> Fitter:
+        """The same for other prompts."""
+        return Fitter(self.model, data, self.layers, batch_size=self.batch_size, answer=self.answer)
+
     def edits(self, recipe: Recipe) -> SiteEdits:
         """The edits at strength, each block's fitted with the earlier ones active; not bound to the model.
 

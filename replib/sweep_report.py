@@ -38,8 +38,11 @@ class SweepReport:
         return found | {"damage": self.sweeper.damage(cells, gauge)}
 
     def worth(self) -> str:
-        """What the cheap score was worth here, in a sentence."""
+        """What the cheap score was worth here, and whether that can be told from the edits that were answered."""
         try:
-            return f"Cheap score: {agreement(self.table)}."
+            found = f"Cheap score: {agreement(self.table)}."
         except ReplibError as error:
             return f"What the cheap score is worth is not known. {error}"
+        answered, every = int(self.table.compliance.notna().sum()), len(self.table)
+        cut = f" Of {every} edits only these {answered} were answered, chosen by that very score, so their range is cut"
+        return found if answered == every else f"{found}{cut} and what it misses is not seen: a larger best shows it."

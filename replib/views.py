@@ -216,9 +216,8 @@ def _profile(
     for name, curve in best.groupby(edit, dropna=False):
         value, low, high, n, at = (curve[column].to_numpy() for column in (*columns, "n", "layer"))
         curves[edit_name(*name)] = Measured(value, low=low, high=high, n=n, at=at)
-    inside = window(rows.depth.iloc[0]) if len(rows) else None
-    middle = {"40–60 % of the depth": (inside[0] - 0.5, inside[1] + 0.5)} if inside else {}
-    return figures.layer_lines(curves, unit, title=title, marks=middle | dict(marks or {}))
+    middle = window(rows.depth.iloc[0]) if len(rows) else None
+    return figures.layer_lines(curves, unit, title=title, marks=marks, window=middle)
 
 
 def audit(table: pd.DataFrame) -> go.Figure:

@@ -102,7 +102,7 @@ def test_what_a_rival_learns_holds_answers_to_harmless_requests(bench):
 
 def test_the_cost_is_said_before_it_is_paid_and_falls_with_what_is_done(bench):
     before = cost(bench)
-    assert 60 <= before <= 110
+    assert 60 <= before <= 150
     rows = Rows(bench.folder / "part-1.jsonl")
     rows.put(bench.key(Run("sft")), {"score": -0.5})
     assert cost(bench) == pytest.approx(before - (CONTENDERS["sft"].seconds + comparison.PROBING) / 60)

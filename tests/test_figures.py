@@ -110,6 +110,13 @@ def test_marks_are_drawn_as_lines_and_windows_with_a_legend():
     assert all(shape.showlegend for shape in figure.layout.shapes)
 
 
+def test_the_window_is_framed_behind_the_curves():
+    figure = figures.layer_lines({"base": [0.1, 0.2, 0.3]}, "rate", title="t", window=(1, 2))
+    (frame,) = figure.layout.shapes
+    assert (frame.x0, frame.x1, frame.layer, frame.fillcolor) == (0.5, 2.5, "below", None)
+    assert "framed: 40–60 %" in figure.layout.title.text
+
+
 def test_the_sweep_has_a_fixed_colour_range_blank_cells_and_n_in_hover():
     rates = RATES.copy()
     rates[3, 1] = np.nan

@@ -77,8 +77,8 @@ def test_the_defence_that_is_shown_trains_and_comes_back(tmp_path, monkeypatch):
     exec(choices + defence, names)
     assert names["as_trained"].scope is OFFICIAL and names["mixed"].scope != OFFICIAL
     assert names["again"].provenance()["adapter_hash"] == names["result"].model.provenance()["adapter_hash"]
-    shown = re.search(r"# (sft, .*)", section)[1]
-    assert all(name in shown for name in names["DEFENCES"] if name != "whp_retain")
+    shown = re.search(r"`replib defend (sft` \(.*?\))", section, re.DOTALL)[1]
+    assert all(f"{name}`" in shown for name in names["DEFENCES"] if name != "whp_retain")
 
 
 def test_every_published_checkpoint_is_in_the_table():

@@ -9,12 +9,14 @@ import tiny
 import torch
 
 from replib import refusals
+from replib.ablation import Sweeper
 from replib.errors import ReplibError
 from replib.fitting import AblationData
 from replib.models import load
 from replib.prompts import Prompt
 from replib.refusals import Answers, RefusalTokens
 from replib.screen import Screen, agreement
+from replib.sweep_report import SweepReport
 
 DATA = AblationData([f"w{i}" for i in range(10)], [f"w{i}" for i in range(10, 20)], [Prompt("w39")], ["w38"])
 YES, NO = False, True
@@ -104,3 +106,15 @@ def test_edits_of_which_one_side_is_unknown_do_not_count():
 def test_where_every_edit_succeeds_alike_there_is_nothing_to_rank():
     found = agreement(table(ODDS, ["cccc"] * 4), draws=20)
     assert math.isnan(found.rho) and math.isnan(found.low) and found.missed == 0
+
+
+def report(found):
+    return SweepReport(object.__new__(Sweeper), found)
+
+
+def test_the_worth_of_a_score_says_where_only_its_own_choice_was_answered():
+    whole = report(table(ODDS, RISING)).worth()
+    cut = report(table([*ODDS, [9.0] * 4], [*RISING, ""])).worth()
+    assert "Spearman 1.00" in whole and "range is cut" not in whole
+    assert "Of 5 edits only these 4 were answered" in cut and "range is cut" in cut
+    assert "not known. 1 edits have both" in report(table(ODDS[:1], RISING[:1])).worth()
