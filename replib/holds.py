@@ -153,10 +153,10 @@ class Holds:
     def _places(self, name: str) -> dict[str, int | None]:
         (gaps,), (places,) = self.answers(name, "gaps"), self.answers(name, "places")
         gap, auroc = np.array(gaps["prompt"]["mean"]["value"]), np.array(gaps["prompt"]["auroc"])
-        success = {"PCA-OT": self.by_block(name).value, "RFA": letters(places["rfa"]).mean(1)}
-        success |= {"ActAdd": letters(places["actadd"]).mean(1), "logit lens": np.array(places["lens"])}
+        curves = {"PCA-OT": self.by_block(name).value, "RFA": letters(places["rfa"]).mean(1)}
+        curves |= {"ActAdd": letters(places["actadd"]).mean(1), "logit lens": places["lens"] or np.zeros_like(gap)}
         untuned = np.array(self.gap(UNTUNED, "prompt").value)
-        return {method: onset(np.asarray(curve), least=0.5) for method, curve in success.items()} | {
+        return {method: onset(np.array(curve), least=0.5) for method, curve in curves.items()} | {
             "gap, half": onset(gap),
             "gap, steepest": steepest(gap),
             "gap, largest": int(gap.argmax()),

@@ -2,17 +2,20 @@
 
 import json
 from copy import copy
+from dataclasses import replace
 
 import pytest
+import torch
 
 from replib.errors import ReplibError
 from replib.holds import Holds
+from replib.models import load
 from replib.organism import defended, examiner
 from replib.organism.bench import Bench
 from replib.organism.comparison import SEEDS
 from replib.organism.defended import key, minutes, missing, pack, questions, run
 from replib.organism.subjects import DEFENCES, ONCE, REPLANTED, SHIPPED, TRUTH, Subject, Subjects, everyone
-from replib.organism.train import PLANTED_BLOCKS
+from replib.organism.train import PLANTED_BLOCKS, STAGES
 from replib.settings import Settings
 
 
@@ -100,3 +103,19 @@ def test_what_is_packed_is_what_was_answered(subjects, told, monkeypatch, tmp_pa
     assert found.names("gaps") == [*SHIPPED, *REPLANTED] and found.answers("deep", "tokens") == [{"said": "tokens"}]
     assert json.loads(json.dumps(found.about["design"])) == json.loads(json.dumps(examiner.DESIGN))
     assert found.subjects[2]["planted"] == list(PLANTED_BLOCKS)
+
+
+@pytest.mark.slow
+def test_a_model_planted_elsewhere_is_trained_there_alone_and_once(subjects, monkeypatch):
+    subject = Subject("planted_9_10")
+    short = replace(STAGES["planted"], steps=1)
+    monkeypatch.setitem(STAGES, "planted", short)
+    model, base = subjects.load(subject), load("base")
+    moved = [
+        i
+        for i, pair in enumerate(zip(model.blocks, base.blocks, strict=True))
+        if any(not torch.equal(a, b) for a, b in zip(*(x.parameters() for x in pair), strict=True))
+    ]
+    assert moved == [9, 10]
+    monkeypatch.delitem(STAGES, "planted")  # what is there is read
+    assert subjects.load(subject).provenance()["fingerprint"] == model.provenance()["fingerprint"]

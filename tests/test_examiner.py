@@ -52,6 +52,12 @@ def test_more_prompts_are_drawn_and_every_draw_is_asked(case):
     assert all(len(text) == 8 for texts in found.values() for text in texts)
 
 
+def test_a_model_that_refuses_nothing_has_no_lens():
+    study = Study.open(Settings(model="base"))
+    found = Case(study.model, study)
+    assert examiner._lens(found) is None
+
+
 @pytest.mark.slow
 def test_an_edit_of_the_prompts_end_is_the_one_token_audit(case, blocks):
     found = answered(case, "tokens")

@@ -21,6 +21,7 @@ from replib.asked import Asked, Edited, strongest
 from replib.attribution import variants
 from replib.chat import ChatModel
 from replib.depth import TOKENS, answer_states, token_edits
+from replib.errors import ReplibError
 from replib.gap import PARTS, features, relative_gaps
 from replib.geometry import layer_profile
 from replib.localise import lens_profile
@@ -203,14 +204,18 @@ def tokens(case: Case) -> dict[str, Any]:
 def places(case: Case) -> dict[str, Any]:
     """What else might say where refusal is decided: one direction by block, and the logit lens."""
     everywhere = [{"all": edit["last_prompt"]} for edit in case.by_block("rfa")]
+    shifts = case.by_block("actadd")
+    return {"rfa": case.test.letters(everywhere), "actadd": case.test.letters(shifts), "lens": _lens(case)}
+
+
+def _lens(case: Case) -> list[float] | None:
+    """None where the first token does not tell refusals from answers, or nothing is refused: no lens can read them."""
     harmful, harmless = ([p.text for p in prompts] for prompts in case.fit)
-    first = RefusalTokens.find(case.model, harmful, harmless)
-    lens = lens_profile(case.model, case.states[0][:, :FIT], case.states[1][:, :FIT], first)
-    return {
-        "rfa": case.test.letters(everywhere),
-        "actadd": case.test.letters(case.by_block("actadd")),
-        "lens": _short(lens),
-    }
+    try:
+        first = RefusalTokens.find(case.model, harmful, harmless)
+    except ReplibError:
+        return None
+    return _short(lens_profile(case.model, case.states[0][:, :FIT], case.states[1][:, :FIT], first))
 
 
 QUESTIONS: dict[str, tuple[Callable[[Case], dict[str, Any]], float]] = {
