@@ -69,8 +69,6 @@ Largest share of degenerate answers: {worst}.
 `card.csv`: this table with every count. `surface.json`: RepBend trained at seventy settings of its coefficients,
 target blocks and steps (`python -m replib.organism.surface`), each judged on `val` prompts at every eighth step.
 `comparison.json`: twelve defences, five seeds each, audited on `test` prompts (`python -m replib.organism.comparison`).
-`defended.json`: all variants and the defended models audited with transport that is fitted on each of them
-(`python -m replib.organism.defended`).
 Licence: Apache-2.0, like the program that made all of it.
 """
 

@@ -9,7 +9,7 @@ all, so that an interrupted run can be packed too. Part 1 goes through this from
 each leaves out what it finds done; part 1 alone does everything.
 
 Validation prompts choose the step of a run as well, every tenth step, for every method alike: that of its highest score
-is kept. Test prompts choose nothing.
+is kept. Test prompts choose no point and no step; ``contenders`` says which grids were widened after a first look.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ small grid around what its source says: a rate by what is decisive for the metho
 them, by the score that also chooses a step (``keeper.default_choice``). All train 40 steps of about 48 rows, as
 RepBend's organism preset trains 40 of 64; RMU and Circuit Breaker read their rows in part of the blocks, WHP and task
 arithmetic train twice. RepBend's own preset comes from a longer search than any grid here.
+
+Points were added for SFT, WHP and task arithmetic (rate 2e-3) and for Circuit Breaker (``relative``) when first results
+on test prompts had been seen. They could only help these rivals; the grids of the others were left as they were.
 """
 
 from __future__ import annotations
