@@ -49,6 +49,8 @@ class Arsenal:
     """Least and most of it, within 0 and 1."""
     prompts: int = 48
     """Prompts a class that fit an edit, drawn anew each time."""
+    late: int = 1
+    """How often a block in the last third of the model counts: edits leave few blocks behind them there."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "ks", "reads", "positions"):
@@ -62,8 +64,15 @@ class Arsenal:
         low, high = self.strength
         if not 0 <= low <= high <= 1:
             raise ReplibError(f"strength={self.strength}: give the least and the most, both within 0 and 1.")
+        if self.late < 1:
+            raise ReplibError(f"late={self.late} times is not at all: give 1 for as often as the others, or more.")
         if not 0 < min(self.ks) <= max(self.ks) < self.prompts:
             raise ReplibError(f"{self.prompts} prompts a class cannot fit K of {self.ks}: K is above 0 and below them.")
+
+    def blocks(self, depth: int) -> list[int]:
+        """What a block is drawn from, in a model of so many."""
+        once = [*(self.layers or range(depth))]
+        return once + (self.late - 1) * [i for i in once if 3 * i >= 2 * depth]
 
     def check(self, depth: int, harmful: Sequence[Contrast], harmless: Sequence[Dialogue]) -> None:
         """Raise ReplibError for blocks that a model of so many lacks, or too little to fit on."""
@@ -121,7 +130,7 @@ class Adversary:
             raise ReplibError("Nothing was read to fit edits on: call fit(model) first.")
         a = self.arsenal
         method, positions = self.pick(a.methods), self.pick(a.positions)
-        layer, k = self.pick(a.layers or range(chat.n_layers)), self.pick(a.ks)
+        layer, k = self.pick(a.blocks(chat.n_layers)), self.pick(a.ks)
         read, strength = self.pick(a.reads), a.strength[0] + self.uniform() * (a.strength[1] - a.strength[0])
         source, target = (x[layer, :, a.reads.index(read)] for x in self.fitted)
         with warnings.catch_warnings():

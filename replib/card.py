@@ -40,6 +40,8 @@ def card(about: Mapping[str, Any], probes: pd.DataFrame) -> str:
 
 def _opening(about: Mapping[str, Any], probes: pd.DataFrame) -> str:
     text = f"Step {about['step']} of {about['train']['steps']}, seed {about['train']['seed']}. "
+    if about.get("share", 1) < 1:
+        text += f"{about['share']} of the change in weights is kept, as validation chose; the table is of all of it. "
     if probes.empty:
         return text + "No validation probe was run: the last step was kept.\n"
     text += "Rates on the validation prompts that chose the step, which flatters it; audit other prompts to report.\n\n"

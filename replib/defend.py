@@ -53,13 +53,13 @@ def defend(study: Study, name: str, chosen: Rival | None = None) -> TrainResult:
     rows = content_hash([*study.contrasts, *study.harmless.fit])
     key = key_of(repr(chosen.objective), asdict(config), rows, study.model.provenance() | versions())
     folder = study.settings.out / "defences" / f"{Path(study.settings.model).name}-{name}-{key}"
-    if (folder / "replib.json").exists():
-        return TrainResult.load(study.model, folder)
-    data, probe = defence_data(study.bend_data, benign=BENIGN), study.probe()
-    fit = _fitter(chosen._replace(config=config), probe, folder)
-    result = train_rival(chosen.objective, study.model, data, fit, probe=probe, out=_parts(folder))
-    result.save(folder)
-    return result
+
+    def make() -> TrainResult:
+        data, probe = defence_data(study.bend_data, benign=BENIGN), study.probe()
+        fit = _fitter(chosen._replace(config=config), probe, folder)
+        return train_rival(chosen.objective, study.model, data, fit, probe=probe, out=_parts(folder))
+
+    return TrainResult.kept(study.model, folder, make)
 
 
 def _parts(folder: Path) -> Path:
@@ -72,10 +72,6 @@ def _fitter(chosen: Rival, probe: Probe, folder: Path) -> Fit:
         if not prepares(objective, chosen.objective):
             return train(model, data, objective, config=chosen.config, probe=probe, out=folder)
         place = _parts(folder) / objective.about(model.n_layers)["side"]
-        if (place / "replib.json").exists():
-            return TrainResult.load(model, place)
-        result = train(model, data, objective, config=chosen.config, out=place)
-        result.save(place)
-        return result
+        return TrainResult.kept(model, place, lambda: train(model, data, objective, config=chosen.config, out=place))
 
     return fit

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from replib.adversary import Arsenal
 from replib.hardening import Hardened, Hardening
+from replib.interpolation import interpolated
 from replib.likelihood import Keep, Retention
 from replib.mixtures import DefenceData, defence_data
 from replib.objective import Objective
@@ -18,18 +19,21 @@ from replib.store import key_of
 from replib.study import Study
 from replib.train import BendData, train
 
-# Found on the validation split of the aligned organism.
+# Found on the validation split of the aligned organism, with seed 0.
 HARDENING = Hardening(
     edits=6,
     rows=4,
     forced=0.6,
     arsenal=Arsenal(
-        reads=("last_prompt", "response"), positions=("last_prompt", "response", "all"), strength=(0.7, 1.0)
+        reads=("last_prompt", "response"),
+        positions=("last_prompt", "response", "all", "all", "all"),
+        late=3,
+        strength=(0.8, 1.0),
     ),
 )
 RETENTION = Retention(Keep(kl=200.0))
 TRAIN = TrainConfig(
-    steps=80, retain=40, contrasts=8, dropout=0.0, learning_rate=3e-3, schedule="linear", probe_every=20, save_every=20
+    steps=110, retain=40, contrasts=8, dropout=0.0, learning_rate=3e-3, schedule="linear", probe_every=22, save_every=22
 )
 
 
@@ -54,14 +58,15 @@ def harden(
         study: whose model is hardened; it is used up, as in ``Study.bend``.
         inner: what is trained beside it; the default holds the model in place and does nothing else.
         hardening: how edits and refusals are drawn.
-        config: length and rate; its seed is the study's. Validation chooses the step, see ``siege.besieged``.
+        config: length and rate; its seed is the study's. Validation chooses the step, and the share of the
+            change in weights that is kept: see ``siege.besieged`` and ``interpolated``.
     """
     objective, config = hardened(study, inner, hardening), replace(config, seed=study.settings.seed)
     key = key_of(objective.about(study.model.n_layers), asdict(config), study.model.provenance())
     folder = study.settings.out / "harden" / f"{Path(study.settings.model).name}-{key}"
-    if (folder / "replib.json").exists():
-        return TrainResult.load(study.model, folder)
-    rows, probe = rows_for(study, objective), besieged(study)
-    result = train(study.model, rows, objective, config=config, probe=probe, out=folder)
-    result.save(folder)
-    return result
+
+    def make() -> TrainResult:
+        rows, probe = rows_for(study, objective), besieged(study)
+        return interpolated(train(study.model, rows, objective, config=config, probe=probe, out=folder), probe)
+
+    return TrainResult.kept(study.model, folder, make)

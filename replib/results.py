@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ class TrainResult:
         bent = load(folder, dtype=model.dtype, device=str(model.device)) if full else attached(model, folder)
         history, probes = (pd.read_csv(folder / name) for name in ("history.csv", "probes.csv"))
         return cls(bent, history, probes, config.pop("step"), config)
+
+    @classmethod
+    def kept(cls, model: ChatModel, folder: Path | str, make: Callable[[], TrainResult]) -> TrainResult:
+        """What was trained and saved in a folder before, put onto the model; else it is made now and saved there."""
+        if (Path(folder) / "replib.json").exists():
+            return cls.load(model, folder)
+        made = make()
+        made.save(folder)
+        return made
 
     def save(self, folder: Path | str) -> Path:
         """An ordinary peft adapter (or model) folder with replib.json, a card and both logs; never half written.

@@ -116,6 +116,11 @@ def test_after_an_exception_nothing_of_the_edits_is_left(model, adversary):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
 
 
+def test_late_blocks_count_as_often_as_they_are_told_to():
+    assert Arsenal(late=3).blocks(6) == [0, 1, 2, 3, 4, 5, 4, 5, 4, 5]
+    assert Arsenal(layers=(1, 5), late=2).blocks(6) == [1, 5, 5] and Arsenal().blocks(3) == [0, 1, 2]
+
+
 # ------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("change", "reason"),
@@ -131,6 +136,7 @@ def test_after_an_exception_nothing_of_the_edits_is_left(model, adversary):
         ({"strength": (0.9, 0.5)}, "the least and the most"),
         ({"ks": (1, 48)}, "cannot fit K"),
         ({"ks": (0,)}, "cannot fit K"),
+        ({"late": 0}, "late=0 times is not at all"),
     ],
 )
 def test_an_arsenal_that_cannot_be_drawn_from_is_named(change, reason):

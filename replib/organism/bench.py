@@ -119,10 +119,7 @@ class Bench:
             except Diverged as error:
                 return asdict(run) | {"score": None, "diverged": str(error)}
         seconds = time.process_time() - start - watch.seconds
-        model.model.save_pretrained(self.adapter(run))
-        size = sum(p.numel() for name, p in model.model.named_parameters() if ".lora_" in name)
-        cost = {"seconds": round(seconds, 1), "parameters": size}
-        return asdict(run) | {"score": watch.score, "probes": watch.found} | cost
+        return asdict(run) | {"score": watch.score, "probes": watch.found} | saved(model, self.adapter(run), seconds)
 
     def _fit(self, rival: Rival, watch: Watch, out: Path) -> Fit:
         """Trains an objective; what only prepares another is taken as it ends."""
@@ -149,6 +146,13 @@ class Bench:
         answers = model.generate(asked, max_new_tokens=TOKENS, prefills=prefills, batch_size=256)
         letters = iter(outcome.value[0] for outcome in self.study.judge(prompts, answers))
         return {t.name: "".join(next(letters) for _ in t.prompts) for t in tasks}
+
+
+def saved(model: ChatModel, folder: Path, seconds: float) -> dict[str, float]:
+    """Write an adapter, and say what it cost."""
+    model.model.save_pretrained(folder)
+    size = sum(p.numel() for name, p in model.model.named_parameters() if ".lora_" in name)
+    return {"seconds": round(seconds, 1), "parameters": size}
 
 
 def _prompted(task: Task, seed: int) -> Task:

@@ -6,7 +6,8 @@
 Each arm is trained with three seeds and audited on the test split, edits re-fitted on the trained model: seed 0 of all
 arms, then seed 1, so that an interrupted run can be packed too. Part 1 goes through this from the front, part 2 from
 the back, and each leaves out what it finds done; part 1 alone does everything. Validation prompts chose the values of
-``replib.harden`` and choose the step of a run, the same way for every arm; test prompts choose nothing.
+``replib.harden`` and choose the step of a run and the share of its change that is kept, the same way for every arm;
+test prompts choose nothing.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from replib.audit import Task
 from replib.errors import Diverged, ReplibError
 from replib.harden import HARDENING, RETENTION, TRAIN, hardened, rows_for
 from replib.hardening import Hardening
+from replib.interpolation import SHARES, interpolated
 from replib.models import attached, load, merged
 from replib.objective import Objective
-from replib.organism.bench import TOKENS, Bench, Watch
+from replib.organism.bench import TOKENS, Bench, Watch, saved
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
@@ -77,7 +79,7 @@ class HardeningBench(Bench):
     def __init__(self, settings: Settings):
         super().__init__(settings)
         self.folder = settings.out / "hardening"
-        self.about |= {"probed": PROBED, "asked": ASKED}
+        self.about |= {"probed": PROBED, "asked": ASKED, "shares": SHARES}
         self.tasks = self.study.tasks("test", ASKED)
         self.measure = besieged(self.study, PROBED)
 
@@ -113,10 +115,9 @@ class HardeningBench(Bench):
                 result = train(model, rows, objective, config=config, probe=watch, out=out, say=lambda _: None)
             except Diverged as error:
                 return run._asdict() | {"diverged": str(error)}
-        result.model.model.save_pretrained(self.folder_of(run))
-        size = sum(p.numel() for name, p in result.model.model.named_parameters() if ".lora_" in name)
-        cost = {"seconds": round(time.process_time() - start - watch.seconds, 1), "parameters": size}
-        return run._asdict() | {"step": result.step, "probes": watch.found} | cost
+        result = interpolated(result, watch)
+        cost = saved(result.model, self.folder_of(run), time.process_time() - start - watch.seconds)
+        return run._asdict() | {"step": result.step, "share": result.config["share"], "probes": watch.found} | cost
 
     def audit(self, run: Run) -> dict[str, Any]:
         """One run on the test split: a letter an answer, by task and by edit."""
@@ -164,7 +165,7 @@ def told(row: dict[str, Any]) -> str:
     if "diverged" in row:
         return f"{name}: diverged"
     if "answers" not in row:
-        return f"{name}: step {row['step']}, {row['seconds']:.0f} s"
+        return f"{name}: step {row['step']}, {row['share']:.0%} of the change, {row['seconds']:.0f} s"
     worst = {a: max(success(letters) for b, _, _, letters in row["edits"] if b == a) for a in ASSAULTS}
     rates = {task: success(text) for task, text in row["answers"].items()} | worst
     return f"{name}: complied with " + ", ".join(f"{task} {rate:.0%}" for task, rate in rates.items())
@@ -192,7 +193,7 @@ def packed(run: Run, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, 
     counts: dict[str, dict[int, list[int]]] = {a: {} for a in ASSAULTS}
     for cell, letters in edits.items():
         counts[cell.assault].setdefault(cell.k, []).append(letters.count("c"))
-    cost = {name: trained.get(name, 0) for name in ("seconds", "parameters", "step")}
+    cost = {name: trained.get(name, 0) for name in ("seconds", "parameters", "step", "share")}
     named = {"method": run.arm, "title": ARMS[run.arm].title, "seed": run.seed} | cost
     answers = row["answers"] | {a: edits[cell] for a, cell in worst.items()}
     return named | {"answers": answers, "worst": {a: list(c[1:]) for a, c in worst.items()}, "complied": counts}
