@@ -26,7 +26,7 @@ from replib.damage import Gauge
 from replib.edits import bound
 from replib.fitting import AblationData, Fitter, fit_edits
 from replib.forced import token_kl
-from replib.judges import Judge
+from replib.judges import Judge, spelled
 from replib.methods import SiteEdits, fit_edit
 from replib.positions import Position
 from replib.progress import progress
@@ -73,8 +73,8 @@ class Sweeper:
     ):
         self.model, self.data, self.judge = model, data, judge
         self.rows = Rows(store)
-        texts = [p.text for p in data.scored], data.neutral
-        self.scorer = Scorer(model, *texts, length=max_new_tokens, batch_size=batch_size)
+        self.scored = Scorer(model, [p.text for p in data.scored], length=max_new_tokens, batch_size=batch_size)
+        self.neutral = Scorer(model, data.neutral, length=1, batch_size=batch_size)
         self.fitter = Fitter(model, data, range(model.n_layers), batch_size=batch_size, answer=max_new_tokens)
         self.about: dict[str, Any] = {"model": name or model.name, "judge": judge.name} | data.hashes()
         self.identity = model.provenance() | versions() | {"max_new_tokens": max_new_tokens}
@@ -82,9 +82,7 @@ class Sweeper:
     @cached_property
     def reference(self) -> Float[Tensor, "prompts vocab"]:
         """First-token logits of the unedited model on the neutral prompts."""
-        neutral = self.scorer.run([{}], "last_prompt", answers=False).neutral
-        assert neutral is not None
-        return neutral[0]
+        return self.neutral.run([{}])[0][0]
 
     @cached_property
     def screen(self) -> Screen:
@@ -179,21 +177,23 @@ class Sweeper:
         found = []
         for (_, stage), group in groupby((x for x in lacking if x[1]), key=lambda x: (x[0].positions, x[1])):
             alike = list(dict.fromkeys(cell for cell, _ in group))
-            found += [(stage, alike[i : i + self.scorer.room]) for i in range(0, len(alike), self.scorer.room)]
+            room = min(self.scored.room, self.neutral.room)
+            found += [(stage, alike[i : i + room]) for i in range(0, len(alike), room)]
         return found
 
     def score(self, cells: Sequence[Cell], stages: Stages = (FIRST, ANSWERS)) -> list[dict[str, dict]]:
         """What each edit does, by stage, from one pass: cells of the same edited tokens."""
-        positions = cells[0].positions
-        edits = [self.fitted(cell) for cell in cells]
-        found = self.scorer.run(edits, positions, first=FIRST in stages, answers=ANSWERS in stages)
-        rows: list[dict[str, dict]] = [{} for _ in cells]
-        for i, row in enumerate(rows):
-            if found.scored is not None and found.neutral is not None:
-                row[FIRST] = self.screen.row(found.scored[i], positions) | self._moved(found.neutral[i], positions)
-            if found.answers is not None:
-                outcomes = self.judge(self.data.scored, found.answers[i])
-                row[ANSWERS] = rates(outcomes) | {"outcomes": "".join(o.value[0] for o in outcomes)}
+        positions, rows = cells[0].positions, [dict[str, dict]() for _ in cells]
+        edits = [{positions: self.fitted(cell)} for cell in cells]
+        first, answers = self.scored.run(edits, length=None if ANSWERS in stages else 1)
+        if FIRST in stages:
+            neutral = self.neutral.run(edits)[0]
+            for row, logits, moved in zip(rows, first, neutral, strict=True):
+                row[FIRST] = self.screen.row(logits, positions) | self._moved(moved, positions)
+        if ANSWERS in stages:
+            for row, texts in zip(rows, answers, strict=True):
+                outcomes = self.judge(self.data.scored, texts)
+                row[ANSWERS] = rates(outcomes) | {"outcomes": spelled(outcomes)}
         return rows
 
     def fitted(self, cell: Cell) -> SiteEdits:

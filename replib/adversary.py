@@ -8,8 +8,7 @@ transport among them; that generalisation is our own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from replib.activations import stream
 from replib.chat import ChatModel
-from replib.edits import POSITIONS, applied
+from replib.edits import POSITIONS, Edited
 from replib.errors import ReplibError
 from replib.methods import SiteEdits, fit_edit, method_of
 from replib.needs import check_blocks
@@ -90,6 +89,11 @@ class Drawn(NamedTuple):
     positions: str
     name: str = "none"
     """Method, block, K, where it was read and its strength, for people."""
+
+    @property
+    def edited(self) -> Edited:
+        """What ``applied_each`` takes."""
+        return {self.positions: self.edits} if self.edits else {}
 
 
 @dataclass
@@ -164,13 +168,3 @@ class Adversary:
         if "generator" in state:
             self.generator.set_state(state["generator"].cpu())
         self.fitted = (state["harmful"].cpu(), state["harmless"].cpu()) if "harmful" in state else None
-
-
-@contextmanager
-def met(chat: ChatModel, drawn: Sequence[Drawn]) -> Iterator[None]:
-    """Inside, every batch is as many groups of rows as there are edits, and each group meets its own."""
-    with ExitStack() as stack:
-        for where in dict.fromkeys(d.positions for d in drawn if d.edits):
-            groups = [d.edits if d.positions == where else {} for d in drawn]
-            stack.enter_context(applied(chat, groups, positions=where))
-        yield

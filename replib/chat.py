@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedTokenizerBase
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from replib.anatomy import Anatomy, adapter_hash, find_anatomy, fingerprint, resolve, text_config
 from replib.errors import ReplibError
@@ -207,17 +207,29 @@ class ChatModel:
 
     def complete(self, batch: Batch, max_new_tokens: int) -> list[str]:
         """What follows each row of one batch, greedily, without special tokens."""
-        ids = self.continued(batch, max_new_tokens)[:, batch.input_ids.shape[1] :]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return self.replied(batch, max_new_tokens)[1]
+
+    def replied(
+        self, batch: Batch, max_new_tokens: int, *, past: Cache | None = None
+    ) -> tuple[Float[Tensor, "rows vocab"], list[str]]:
+        """Logits of the first token that follows each row, float32, and all that follows, from one pass."""
+        first = _First()
+        ids = self.continued(batch, max_new_tokens, past=past, first=first)[:, batch.input_ids.shape[1] :]
+        assert first.logits is not None, "something was generated"
+        return first.logits, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     @torch.no_grad()
-    def continued(self, batch: Batch, max_new_tokens: int, *, past: Cache | None = None) -> Int[Tensor, "rows longer"]:
+    def continued(
+        self, batch: Batch, max_new_tokens: int, *, past: Cache | None = None, first: LogitsProcessor | None = None
+    ) -> Int[Tensor, "rows longer"]:
         """Token ids of each row and of its greedy answer; ``past`` holds all columns but the last, if read before."""
-        with self.reading_batch(batch), evaluating(self.model):
+        read = batch if past is None else batch.columns(-1, None)
+        with self.reading_batch(read), evaluating(self.model):
             return self.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 past_key_values=past,
+                logits_processor=LogitsProcessorList([first] if first else []),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 temperature=None,
@@ -259,6 +271,16 @@ class ChatModel:
                 yield
         finally:
             self.as_base = before
+
+
+class _First(LogitsProcessor):
+    """Keeps what the first token was chosen from."""
+
+    logits: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        self.logits = scores if self.logits is None else self.logits
+        return scores
 
 
 @contextmanager

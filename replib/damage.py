@@ -14,7 +14,7 @@ from replib.chat import ChatModel
 from replib.edits import Edits, applied
 from replib.errors import ReplibError
 from replib.forced import Forced, Mean, Tokens, mean_over, perplexity
-from replib.judges import Judge, Outcome
+from replib.judges import Judge, Outcome, spelled
 from replib.paired import contrast, letters
 from replib.prompts import Prompt, content_hash
 from replib.store import key_of
@@ -99,7 +99,7 @@ class Gauge:
     def _judged(self, prompts: Sequence[Prompt]) -> str:
         texts, size = [p.text for p in prompts], self.batch_size
         answers = self.model.generate(texts, max_new_tokens=self.length, batch_size=size)
-        return "".join(outcome.value[0] for outcome in self.judge(prompts, answers))
+        return spelled(self.judge(prompts, answers))
 
 
 def damage(

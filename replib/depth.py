@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import capture
-from replib.asked import Edited
 from replib.chat import ChatModel
+from replib.edits import Edited
 from replib.errors import ReplibError
 from replib.methods import Method, SiteEdits, fit_edit
 from replib.positions import Position

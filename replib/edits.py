@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,17 +20,21 @@ __all__ = [
     "POSITIONS",
     "AffineEdit",
     "Edit",
+    "Edited",
     "Edits",
     "Gate",
     "Origin",
     "Rotation",
     "SupportedEdit",
     "applied",
+    "applied_each",
     "bound",
     "place",
 ]
 POSITIONS = ("last_prompt", "all_prompt", "response", "decode", "all")
 Edits = Mapping[int, Edit] | Mapping[tuple[str, int], Edit]
+Edited = Mapping[str, Mapping[tuple[str, int], Edit]]
+"""Edits by the tokens that they act on: ``{"last_prompt": {("resid_post", 7): one}}``; ``{}`` edits nothing."""
 Key = tuple[str, int]
 
 
@@ -72,6 +76,15 @@ def applied(
         key: _Hook(where, [g[key] * strength if key in g else None for g in groups]) for key in keys
     }
     with hooked(model, {watch.gate.key: watch} if watch else {}), hooked(model, hooks if strength else {}):
+        yield model
+
+
+@contextmanager
+def applied_each(model: ChatModel, groups: Sequence[Edited]) -> Iterator[ChatModel]:
+    """Inside, every batch is as many groups of rows, each meets its own edits at its own tokens; see ``applied``."""
+    with ExitStack() as stack:
+        for where in dict.fromkeys(positions for group in groups for positions in group):
+            stack.enter_context(applied(model, [group.get(where, {}) for group in groups], positions=where))
         yield model
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replib.adversary import Adversary, Arsenal, Drawn, met
+from replib.adversary import Adversary, Arsenal, Drawn
 from replib.answers import token_losses
 from replib.chat import Batch, ChatModel
+from replib.edits import applied_each
 from replib.errors import ReplibError
 from replib.needs import check_coefficients
 from replib.objective import Lora, Objective, Part
@@ -141,7 +142,7 @@ class Hardened(Objective):
     def _refused(self, chat: ChatModel, drawn: Sequence[Drawn]) -> Tensor:
         rows = [c for _ in drawn for c in self.adversary.sample(self.harmful, self.hardening.rows)]
         heads = [self._head() for _ in rows]
-        with met(chat, drawn), recomputing_nothing(chat):
+        with applied_each(chat, [d.edited for d in drawn]), recomputing_nothing(chat):
             return refusal_loss(chat, rows, heads)
 
     def _head(self) -> int:

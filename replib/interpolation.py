@@ -1,6 +1,6 @@
 """Weights between a model and what training made of it: W + share · ΔW, the share chosen on validation prompts.
 
-After WiSE-FT (arXiv 2109.01903, equation 1): weights interpolated so often keep what fine-tuning taught and lose less of
+After WiSE-FT (arXiv 2109.01903, equation 1): interpolated weights often keep what fine-tuning taught and lose less of
 what the model could do before. ΔW of LoRA is a product, so that scaling one factor of it is the interpolation itself.
 """
 

@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
@@ -67,6 +67,11 @@ class Judge(Protocol):
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
         """One outcome a response, in order."""
         ...
+
+
+def spelled(outcomes: Iterable[Outcome]) -> str:
+    """A letter an outcome: r(efusal), c(ompliance), d(egenerate)."""
+    return "".join(outcome.value[0] for outcome in outcomes)
 
 
 def normalise(text: str) -> str:

@@ -2,93 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import Cache
 
-from replib.chat import ChatModel
-from replib.edits import applied
-from replib.methods import SiteEdits
+from replib.chat import Batch, ChatModel
+from replib.edits import Edited, applied_each
 from replib.prefix import Prefix
-from replib.refusals import first_logits
 
-
-@dataclass(frozen=True)
-class Found:
-    """What a model does under each of several edits; None where that was not asked for."""
-
-    scored: Float[Tensor, "edits scored vocab"] | None
-    """First-token logits of the scored prompts, on the CPU."""
-    neutral: Float[Tensor, "edits neutral vocab"] | None
-    """The same of the neutral prompts."""
-    answers: list[list[str]] | None
-    """To the scored prompts, edit by edit."""
+LATE = frozenset({"last_prompt", "response", "decode"})
+"""Positions that leave the tokens before the last prompt token as they are."""
 
 
 class Scorer:
     """Asks the same prompts under one edit after the other, as many edits a pass as ``batch_size`` rows hold.
 
-    What an edit of the last prompt token leaves alone, the tokens before it, is read once (``prefix``).
+    What no edit of a pass changes, the tokens before the last of a prompt, is read once for all passes.
     """
 
     def __init__(
-        self, model: ChatModel, scored: Sequence[str], neutral: Sequence[str], *, length: int, batch_size: int
+        self, model: ChatModel, prompts: Sequence[str], *, openings: Sequence[str] = (), length: int, batch_size: int
     ):
-        self.model, self.scored, self.neutral = model, list(scored), list(neutral)
+        self.model, self.prompts, self.openings = model, list(prompts), list(openings) or [""] * len(prompts)
         self.length, self.batch_size = length, batch_size
 
     @property
     def room(self) -> int:
         """Edits that share a pass."""
-        return max(1, self.batch_size // max(len(self.scored), len(self.neutral)))
+        return max(1, self.batch_size // len(self.prompts))
 
-    def run(self, edits: Sequence[SiteEdits], positions: str, *, first: bool = True, answers: bool = True) -> Found:
-        """First-token logits of both lists, and answers to the scored one, under each edit."""
-        prefixes = self.prefixes if positions == "last_prompt" else None  # read before anything is edited
-        scored, neutral = prefixes or (None, None)
-        with applied(self.model, edits, positions=positions):
-            return Found(
-                self._first(self.scored, len(edits), scored) if first else None,
-                self._first(self.neutral, len(edits), neutral) if first else None,
-                self._answers(len(edits), scored) if answers else None,
-            )
+    def run(
+        self, edits: Sequence[Edited], *, length: int | None = None
+    ) -> tuple[Float[Tensor, "edits prompts vocab"], list[list[str]]]:
+        """First-token logits, on the CPU, and answers of ``length`` tokens at most, under each edit.
 
-    def read(self, positions: str, *, first: bool, answers: bool) -> int:
-        """Tokens of prompts that one edit makes the model read: the last of each where the others are read once."""
-        texts = [*self.scored, *self.neutral]
-        if positions == "last_prompt" and self._fits:
-            return (first * len(texts)) + (answers * len(self.scored))
-        lengths = list(map(len, self.model.tokenize(texts)))
-        return first * sum(lengths) + answers * sum(lengths[: len(self.scored)])
+        An answer begins with its opening; logits are those of the token behind it.
+        """
+        prefix = self._prefix if self._apart(edits) else None  # read before anything is edited
+        with applied_each(self.model, edits):
+            read = (prefix.copies(len(edits)),) if prefix else self._batches(len(edits))
+            parts = [self.model.replied(batch, length or self.length, past=past) for batch, past in read]
+        logits = torch.cat([part.cpu() for part, _ in parts]).unflatten(0, (len(edits), -1))
+        answers = [text for _, texts in parts for text in texts]
+        n, begun = len(self.prompts), self.openings * len(edits)
+        answers = [opening + text for opening, text in zip(begun, answers, strict=True)]
+        return logits, [answers[i : i + n] for i in range(0, len(answers), n)]
+
+    def read(self, positions: str) -> int:
+        """Tokens of prompts that an edit at such positions makes the model read."""
+        apart = self._apart([{positions: {}}]) and self._fits
+        return len(self.prompts) if apart else sum(map(len, self.model.tokenize(self.prompts, self.openings)))
+
+    def _batches(self, copies: int) -> Iterator[tuple[Batch, Cache | None]]:
+        """Several edits fit one batch, or a single one takes several."""
+        texts, openings = self.prompts * copies, self.openings * copies
+        for i in range(0, len(texts), self.batch_size):
+            part = slice(i, i + self.batch_size)
+            yield self.model.encode(texts[part], openings[part]), None
+
+    def _apart(self, edits: Sequence[Edited]) -> bool:
+        """Whether no edit changes what comes before the last token, which is of the prompt."""
+        return LATE.issuperset(positions for edit in edits for positions in edit) and not any(self.openings)
 
     @property
     def _fits(self) -> bool:
-        return max(len(self.scored), len(self.neutral)) <= self.batch_size
+        return len(self.prompts) <= self.batch_size
 
     @cached_property
-    def prefixes(self) -> tuple[Prefix, Prefix] | None:
-        """Scored and neutral prompts, read once; None where they do not fit a batch or cannot be read in parts."""
-        if not self._fits:
-            return None
-        found = Prefix.read(self.model, self.scored), Prefix.read(self.model, self.neutral)
-        return found if all(prefix.whole for prefix in found) else None
-
-    def _first(self, texts: list[str], groups: int, prefix: Prefix | None) -> Float[Tensor, "edits prompts vocab"]:
-        if prefix:
-            logits = prefix.first_logits(groups).float().cpu()
-        else:  # several edits fit one batch, or a single one takes several
-            logits = first_logits(self.model, texts * groups, batch_size=self.batch_size)
-        return logits.unflatten(0, (groups, -1))
-
-    def _answers(self, groups: int, prefix: Prefix | None) -> list[list[str]]:
-        if prefix:
-            answers = prefix.answers(groups, max_new_tokens=self.length)
-        elif groups == 1:
-            answers = self.model.generate(self.scored, max_new_tokens=self.length, batch_size=self.batch_size)
-        else:
-            answers = self.model.complete(self.model.encode(self.scored * groups), self.length)
-        n = len(self.scored)
-        return [answers[i : i + n] for i in range(0, len(answers), n)]
+    def _prefix(self) -> Prefix | None:
+        """The prompts, read once; None where they do not fit a batch or cannot be read in parts."""
+        prefix = Prefix.read(self.model, self.prompts) if self._fits else None
+        return prefix if prefix and prefix.whole else None

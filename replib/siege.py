@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,8 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import capture
+from replib.adversary import READS
+from replib.asked import Asked
 from replib.chat import ChatModel
-from replib.edits import applied
+from replib.edits import Edited
 from replib.errors import ReplibError
 from replib.judges import Judge
 from replib.methods import METHODS, SiteEdits, fit_edit
@@ -24,7 +26,6 @@ from replib.progress import progress
 from replib.prompts import Prompt
 from replib.study import PER_FIT, PROBED, Study
 
-READS = ("last_prompt", "response")
 KS = (1, 2, 8, 16)
 
 
@@ -109,26 +110,32 @@ class Siege:
 
     def outcomes(self, cells: Sequence[Cell]) -> dict[Cell, str]:
         """A letter a scored prompt under each edit: r(efusal), c(ompliance) or d(egenerate)."""
-        return {
-            cell: letters for some in progress(list(self._passes(cells)), "edits") for cell, letters in self._pass(some)
-        }
+        found: dict[Cell, str] = {}
+        for some in progress(list(self._passes(cells)), "edits"):
+            asked = self.prefilled if ASSAULTS[some[0].assault].prefilled else self.asked
+            found |= zip(some, asked.letters([self.edited(cell) for cell in some]), strict=True)
+        return found
+
+    @cached_property
+    def asked(self) -> Asked:
+        """The scored prompts, as they are."""
+        return Asked(self.model, self.scored, self.judge, self.tokens, self.batch_size)
+
+    @cached_property
+    def prefilled(self) -> Asked:
+        """The same, each answer begun."""
+        return replace(self.asked, openings=[self.opening(p) for p in self.scored])
 
     def _passes(self, cells: Sequence[Cell]) -> Iterator[list[Cell]]:
         """Cells of one assault, as many as a batch has room for."""
-        room = max(1, self.batch_size // len(self.scored))
+        room = self.asked.scorer.room
         for name in dict.fromkeys(cell.assault for cell in cells):
             alike = [cell for cell in cells if cell.assault == name]
             yield from (alike[i : i + room] for i in range(0, len(alike), room))
 
-    def _pass(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
-        assault, n = ASSAULTS[cells[0].assault], len(self.scored)
-        begun = [self.opening(p) if assault.prefilled else "" for p in self.scored] * len(cells)
-        batch = self.model.encode([p.text for p in self.scored] * len(cells), begun)
-        with applied(self.model, [self._fit(cell) for cell in cells], positions=assault.positions):
-            written = self.model.complete(batch, self.tokens)
-        answers = [b + w for b, w in zip(begun, written, strict=True)]
-        letters = "".join(o.value[0] for o in self.judge([*self.scored] * len(cells), answers))
-        yield from ((cell, letters[i * n : (i + 1) * n]) for i, cell in enumerate(cells))
+    def edited(self, cell: Cell) -> Edited:
+        """The edit of a cell, fitted on the model, and the tokens that it meets."""
+        return {ASSAULTS[cell.assault].positions: self._fit(cell)}
 
     def _fit(self, cell: Cell) -> SiteEdits:
         assault = ASSAULTS[cell.assault]

@@ -191,8 +191,11 @@ class Study:
         facts = [asdict(bend), asdict(config), content_hash([*self.contrasts, *self.harmless.fit])]
         key = key_of(facts, self.model.provenance() | versions())
         folder = self.settings.out / "bend" / f"{Path(self.settings.model).name}-{key}"
-        how = {"config": config, "probe": self.probe(), "out": folder}
-        return TrainResult.kept(self.model, folder, lambda: train(self.model, self.bend_data, RepBend(bend), **how))
+
+        def make() -> TrainResult:
+            return train(self.model, self.bend_data, RepBend(bend), config=config, probe=self.probe(), out=folder)
+
+        return TrainResult.kept(self.model, folder, make)
 
     def bent(self) -> Study:
         """The study of the bent model, for inference; this study's own model is used up."""

@@ -44,12 +44,10 @@ def sweep_price(sweeper: Sweeper, cells: Sequence[Cell], *, best: int | None = N
     apart = [(cells, (FIRST,)), (_longest(sweeper, cells, best or 0), (ANSWERS,))]
     passes = [found for part in (shared if best is None else apart) for found in sweeper.missing(*part)]
     missing = list(dict.fromkeys(cell for _, some in passes for cell in some))
-    scorer, length = sweeper.scorer, sweeper.scorer.length
-    read = [
-        len(some) * scorer.read(some[0].positions, first=FIRST in asked, answers=ANSWERS in asked)
-        for asked, some in passes
-    ]
-    written = sum(len(some) for asked, some in passes if ANSWERS in asked) * len(scorer.scored) * length
+    scored, neutral = sweeper.scored, sweeper.neutral
+    lists = {asked: [scored, neutral] if FIRST in asked else [scored] for asked, _ in passes}
+    read = [len(some) * each.read(some[0].positions) for asked, some in passes for each in lists[asked]]
+    written = sum(len(some) for asked, some in passes if ANSWERS in asked) * len(scored.prompts) * scored.length
     screening = any(FIRST in asked for asked, _ in passes)
     return SweepPrice(
         cells=len(cells),

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from replib.activations import capture
-from replib.adversary import Adversary, Arsenal, Drawn, met
-from replib.edits import applied
+from replib.adversary import Adversary, Arsenal, Drawn
+from replib.edits import applied, applied_each
 from replib.errors import ReplibError
 from replib.methods import fit_edit
 from replib.models import load
@@ -99,7 +99,7 @@ def test_another_seed_draws_other_edits(model, adversary):
 def test_each_group_meets_its_own_edit_at_its_own_tokens(model, adversary):
     drawn = [adversary.draw(model) for _ in range(4)] + [Drawn({}, "all")]
     prompts, answers = ["w1 w2 w3", "w4"], ["w5 w6", "w7 w8 w9"]
-    with torch.no_grad(), met(model, drawn):
+    with torch.no_grad(), applied_each(model, [d.edited for d in drawn]):
         together = model.forward(model.encode(prompts * 5, answers * 5)).chunk(5)
     for one, logits in zip(drawn, together, strict=True):
         with torch.no_grad(), applied(model, one.edits, positions=one.positions):
@@ -110,7 +110,8 @@ def test_each_group_meets_its_own_edit_at_its_own_tokens(model, adversary):
 def test_after_an_exception_nothing_of_the_edits_is_left(model, adversary):
     batch = model.encode(["w1 w2"] * 5)
     before = model.forward(batch)
-    with pytest.raises(ZeroDivisionError), met(model, [adversary.draw(model) for _ in range(5)]):
+    drawn = [adversary.draw(model).edited for _ in range(5)]
+    with pytest.raises(ZeroDivisionError), applied_each(model, drawn):
         raise ZeroDivisionError
     assert torch.equal(model.forward(batch), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())

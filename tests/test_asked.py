@@ -7,10 +7,12 @@ from steered import random_edit
 from worded import WordJudge
 
 from replib.asked import Asked, strongest
-from replib.edits import applied
+from replib.edits import applied, applied_each
 from replib.errors import ReplibError
+from replib.judges import spelled
 from replib.models import load
 from replib.prompts import Prompt
+from replib.scoring import Scorer
 
 PROMPTS = [Prompt(text) for text in ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10", "w11 w12 w13")]
 PLACE = ("resid_post", 1)
@@ -37,7 +39,7 @@ def alone(model, edit):
     finally:
         for context in reversed(contexts):
             context.__exit__(None, None, None)
-    return "".join(o.value[0] for o in WordJudge()(PROMPTS, answers))
+    return spelled(WordJudge()(PROMPTS, answers))
 
 
 @pytest.mark.parametrize("rows", [4, 8, 64])
@@ -51,6 +53,44 @@ def test_an_edit_of_whole_prompts_reads_them_whole(model):
     edits = [{"all_prompt": {PLACE: random_edit(5)}}, {}, {"all": {PLACE: random_edit(6)}}]
     found = Asked(model, PROMPTS, WordJudge(), max_new_tokens=6).letters(edits)
     assert found == [alone(model, edit) for edit in edits]
+
+
+def test_answers_that_are_begun_are_judged_with_their_beginning(model):
+    openings, seen = ["w3", "", "w4 w5", "w3"], []
+
+    class Noting(WordJudge):
+        def __call__(self, prompts, answers):
+            seen.extend(answers)
+            return super().__call__(prompts, answers)
+
+    Asked(model, PROMPTS, Noting(), max_new_tokens=6, openings=openings).letters(EDITS)
+    expected = []
+    for edit in EDITS:
+        with applied_each(model, [edit]):
+            expected += model.generate([p.text for p in PROMPTS], prefills=openings, max_new_tokens=6)
+    assert seen == expected and len(set(expected)) > len(PROMPTS)
+
+
+def test_logits_are_those_of_the_first_answer_token_and_one_edit_may_take_several_batches(model):
+    texts = [p.text for p in PROMPTS]
+    for size in (2, 4, 64):  # of rows
+        scorer = Scorer(model, texts, length=3, batch_size=size)
+        for edits in EDITS[:2], [{"all": {PLACE: random_edit(5)}}]:
+            for edit in edits:
+                (logits, answers), asked = scorer.run([edit]), model.encode(texts)
+                with torch.no_grad(), applied_each(model, [edit]):
+                    torch.testing.assert_close(logits[0], model.forward(asked)[:, -1], atol=1e-4, rtol=1e-4)
+                    assert answers == [model.generate(texts, max_new_tokens=3)]
+
+
+def test_the_tokens_read_are_those_of_whole_prompts_or_their_last(model):
+    texts = [p.text for p in PROMPTS]
+    whole = sum(map(len, model.tokenize(texts)))
+    scorer = Scorer(model, texts, length=3, batch_size=8)
+    assert [scorer.read(p) for p in ("last_prompt", "decode", "all")] == [4, 4, whole]
+    assert Scorer(model, texts, length=3, batch_size=2).read("last_prompt") == whole
+    begun = Scorer(model, texts, openings=["w1"] * 4, length=3, batch_size=8)
+    assert begun.read("last_prompt") > whole
 
 
 def test_the_model_is_what_it_was_also_after_a_fault(model):

@@ -25,21 +25,27 @@ def edits(model, seed):
     return {1: shift(), ("attn_out", 2): shift()}
 
 
+def finished(prefix, copies, tokens):
+    batch, past = prefix.copies(copies)
+    return prefix.model.replied(batch, tokens, past=past)
+
+
 def test_logits_and_answers_are_those_of_reading_at_once(model):
     prefix, groups = Prefix.read(model, PROMPTS), [edits(model, 0), {}, edits(model, 1)]
     batch = model.encode(PROMPTS * 3)
     with torch.no_grad(), applied(model, groups):
         expected = model.forward(batch)[:, -1]
-        torch.testing.assert_close(prefix.first_logits(3), expected, atol=1e-4, rtol=1e-4)
-        assert prefix.answers(3, max_new_tokens=6) == model.complete(batch, 6)
+        for found in (finished(prefix, 3, 6), model.replied(batch, 6), model.replied(batch, 1)):
+            torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
+        assert finished(prefix, 3, 6)[1] == model.complete(batch, 6)
     assert not torch.allclose(expected[:3], expected[3:6], atol=1e-2)
 
 
 def test_an_answer_that_ends_at_once_is_empty(model, monkeypatch):
     prefix = Prefix.read(model, PROMPTS)
-    first = prefix.first_logits().argmax(-1).tolist()
+    first = finished(prefix, 1, 1)[0].argmax(-1).tolist()
     monkeypatch.setattr(model.model.generation_config, "eos_token_id", [first[0], 10**6])
-    answers = prefix.answers(max_new_tokens=5)
+    answers = finished(prefix, 1, 5)[1]
     whole = model.complete(model.encode(PROMPTS), 5)
     assert answers == whole and len(answers[0].split()) <= 1
 

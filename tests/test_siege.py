@@ -7,7 +7,7 @@ import torch
 from replib.activations import capture
 from replib.edits import applied
 from replib.errors import ReplibError
-from replib.judges import Outcome
+from replib.judges import Outcome, spelled
 from replib.methods import fit_edit
 from replib.models import load
 from replib.prompts import Prompt
@@ -63,7 +63,7 @@ def test_many_edits_in_a_pass_are_each_by_itself(model, siege, name):
         edit = fit_edit(assault.method, x[cell.layer], y[cell.layer], cell.layer, k=max(cell.k, 1), depth=3)
         with applied(model, edit, positions=assault.positions):
             answers = model.generate(texts, max_new_tokens=4, prefills=begun)
-        assert together[cell] == "".join(o.value[0] for o in Noting()(SCORED, answers))
+        assert together[cell] == spelled(Noting()(SCORED, answers))
     assert all(text.startswith("w30 w31" if assault.prefilled else "") for text in siege.judge.read)
 
 

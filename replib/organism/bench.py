@@ -14,6 +14,7 @@ from replib.activations import versions
 from replib.audit import Task
 from replib.chat import ChatModel
 from replib.errors import Diverged
+from replib.judges import spelled
 from replib.keeper import default_choice
 from replib.mixtures import DefenceData, defence_data
 from replib.models import attached, load, merged, merged_copy
@@ -79,7 +80,7 @@ class Bench:
     def __init__(self, settings: Settings):
         self.study = Study.open(settings)
         self.folder = settings.out / "comparison"
-        self.about = self.study.model.provenance() | versions() | {"probed": PROBED, "benign": BENIGN}
+        self.about: dict[str, Any] = self.study.model.provenance() | versions() | {"probed": PROBED, "benign": BENIGN}
         self.tasks = self.study.tasks("test", ASKED)
         self.measure = self.study.probe(PROBED)
 
@@ -144,7 +145,7 @@ class Bench:
         prefills = [text for t in tasks for text in t.prefills or [""] * len(t.prompts)]
         asked = [p.text for p in prompts]
         answers = model.generate(asked, max_new_tokens=TOKENS, prefills=prefills, batch_size=256)
-        letters = iter(outcome.value[0] for outcome in self.study.judge(prompts, answers))
+        letters = iter(spelled(self.study.judge(prompts, answers)))
         return {t.name: "".join(next(letters) for _ in t.prompts) for t in tasks}
 
 

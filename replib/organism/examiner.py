@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from replib.activations import capture
-from replib.asked import Asked, Edited, strongest
+from replib.asked import Asked, strongest
 from replib.attribution import variants
 from replib.chat import ChatModel
 from replib.depth import TOKENS, answer_states, token_edits
+from replib.edits import Edited
 from replib.errors import ReplibError
 from replib.gap import PARTS, features, relative_gaps
 from replib.geometry import layer_profile

@@ -79,7 +79,7 @@ class HardeningBench(Bench):
     def __init__(self, settings: Settings):
         super().__init__(settings)
         self.folder = settings.out / "hardening"
-        self.about |= {"probed": PROBED, "asked": ASKED, "shares": SHARES}
+        self.about |= {"probed": PROBED, "asked": ASKED, "shares": list(SHARES)}
         self.tasks = self.study.tasks("test", ASKED)
         self.measure = besieged(self.study, PROBED)
 
