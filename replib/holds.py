@@ -6,7 +6,6 @@ What was chosen (K, block, token) was chosen on other prompts than those that ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +23,9 @@ from replib.figure_parts import Measured
 from replib.gap import Features
 from replib.localise import errors, onset, steepest
 from replib.minimum import holding
+from replib.packed import read_packed
 from replib.paired import letters
 from replib.predictor import leave_one_out, scores, within_models
-from replib.settings import data_dir
 
 UNDEFENDED, UNTUNED = "aligned", "base"
 BLOCKS = {"target": "success", "model": "title"}
@@ -44,11 +43,8 @@ class Holds:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Holds:
-        """Read what ``python -m replib.organism.defended --pack`` wrote."""
-        path = path or data_dir() / "organism" / "defended.json"
-        if not path.exists():
-            raise ReplibError(f"There is no audit {path}: run python -m replib.organism.defended first.")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        """Read what ``python -m replib.organism.defended --pack`` wrote; raises ReplibError as ``read_packed``."""
+        found = read_packed("defended", path)
         return cls(found.pop("subjects"), found)
 
     def names(self, question: str) -> list[str]:

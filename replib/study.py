@@ -28,6 +28,7 @@ from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import load, merged
 from replib.organism import suite
 from replib.organism.language import REFUSAL
+from replib.packed import packed_file
 from replib.presets import named
 from replib.prompts import (
     Contrast,
@@ -41,7 +42,7 @@ from replib.prompts import (
 from replib.refusals import RefusalTokens
 from replib.repbend import RepBend
 from replib.response import Surface
-from replib.settings import Settings, data_dir
+from replib.settings import Settings
 from replib.splits import Splits, split_by
 from replib.standings import Standings
 from replib.store import key_of
@@ -281,15 +282,14 @@ class Study:
 
     def surface(self) -> Surface | None:
         """Settings of RepBend trained beforehand on this very model; None if none are shipped for it."""
-        file = data_dir() / "organism" / "surface.json"
-        shipped = self.organism and self.name == "aligned" and file.exists()
-        return Surface.load(file) if shipped else None
+        return Surface.load() if self._shipped("surface") else None
 
     def standings(self) -> Standings | None:
         """All defences, five seeds each, trained and audited beforehand; None if none are shipped for this model."""
-        file = data_dir() / "organism" / "comparison.json"
-        shipped = self.organism and self.name == "aligned" and file.exists()
-        return Standings.load(file) if shipped else None
+        return Standings.load() if self._shipped(Standings.program) else None
+
+    def _shipped(self, program: str) -> bool:
+        return self.organism and self.name == "aligned" and packed_file(program).exists()
 
     # ------------------------------------------------------------------------------------- ablation
     def sweeper(self, *, limit: int | None = None, filtered: bool = False) -> Sweeper:
