@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from replib.attribution import attributed, success
+from replib.attribution import attributed
 from replib.audit import crossed, crossed_rate
 from replib.depth import PROMPT
 from replib.errors import ReplibError
@@ -94,15 +94,15 @@ class Holds:
     def samples(self, name: str) -> Measured:
         """Success by number of fit prompts a class, mean over draws."""
         sizes, found = self.about["design"]["sizes"], self.answers(name, "samples")
-        rates = [np.array([success(answer[str(n)]) for answer in found]) for n in sizes]
+        rates = [np.array([letters(answer[str(n)]).mean(0) for answer in found]) for n in sizes]
         measured = _measured(rates)
         return Measured(measured.value, measured.low, measured.high, measured.n, at=sizes)
 
     # ------------------------------------------------------------------------------------- tables
     def shares(self, name: str) -> pd.DataFrame:
-        """Success of the full edit and of its nulls, see ``attribution.attributed``."""
+        """Success of the full edit and of its nulls, draws averaged prompt by prompt: ``attribution.attributed``."""
         found = self.answers(name, "shares")
-        return attributed({part: np.array([success(answer[part]) for answer in found]) for part in found[0]})
+        return attributed({part: np.array([letters(answer[part]).mean(0) for answer in found]) for part in found[0]})
 
     def tokens(self, name: str) -> pd.DataFrame:
         """Success by where the edit is fitted, and how much more it is than the prompt's end alone gives.
