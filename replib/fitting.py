@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from replib.activations import Activations, capture
+from replib.affine import check_strength
 from replib.chat import ChatModel
 from replib.edits import applied, bound
 from replib.errors import ReplibError
@@ -172,7 +173,10 @@ def fit_edits(
 
     ``positions``: where they will act, by default as in the method's source. A method that is not ``sequential`` is
     fitted at all blocks at once, on the unedited model. ``strength`` scales each, also while later ones are fitted.
+
+    Raises ReplibError as ``Fitter.edits``, and for a strength outside [0, 1].
     """
+    check_strength(strength, "to go beyond, multiply the edits")
     method = method_of(method)
     blocks = sorted(set(check_layers(model, layers)))
     recipe = Recipe(method, tuple(blocks), k, positions or method.positions, strength)

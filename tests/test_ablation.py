@@ -219,8 +219,10 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(model):
     sweeper.score = None
     with pytest.raises(ReplibError, match="fit 1 to 16 axes"):
         sweeper.layers(ks=(1, 17))
-    with pytest.raises(ReplibError, match="Strength 2.0 is outside"):
+    with pytest.raises(ReplibError, match="Strength 2.0 is outside.*extrapolate=True"):
         sweeper.layers(ks=(1,), strengths=(2.0,))
+    with pytest.raises(ReplibError, match="Strength -0.5 is outside.*multiply the edits"):
+        fit_edits(model, "pca_ot", DATA, [1], strength=-0.5)
 
 
 def test_one_two_and_all_blocks(model):
