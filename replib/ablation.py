@@ -242,10 +242,11 @@ def sweep_layers(
     Options are those of ``Sweeper.layers``: ``ks``, ``layers``, ``positions``, ``strengths``, ``read``, ``best``.
 
     Returns:
-        One row a cell: model, method, layers, k, positions, strength, read, depth of the model, prompts a class that
-        fitted it; the cheap score: ``log_odds`` with its interval, each prompt's, the share of prompts ``turned``
-        (below 0), and the share of refusals that its tokens cover; ``kl`` (nats, first answer token, harmless prompts);
-        n, attack success (``compliance``) with its Wilson 95 % interval, refusal and degenerate shares, and a letter
-        an answer (``outcomes``). What was not generated, or does not exist, is NaN.
+        One row a cell: model, method, layers, k, positions, strength, read, depth of the model, prompts a class given
+        to fit it (the log says how many answers are too short to be read there); the cheap score: ``log_odds`` with its
+        interval, each prompt's, the share of prompts ``turned`` (below 0), and the share of refusals that its tokens
+        cover; ``kl`` (nats, first answer token, harmless prompts); n, attack success (``compliance``) with its Wilson
+        95 % interval, refusal and degenerate shares, and a letter an answer (``outcomes``). What was not generated, or
+        does not exist, is NaN.
     """
     return Sweeper(model, data, judge).layers(method, **options)

@@ -48,6 +48,7 @@ def capture(  # noqa: PLR0913
     max_new_tokens: int = 0,
     system: str | None = None,
     overflow: str = "refuse",
+    short: str = "refuse",
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     labels: Sequence[str] = (),
@@ -68,18 +69,20 @@ def capture(  # noqa: PLR0913
             position k is what decode step k computed.
         system: a system prompt before each prompt.
         overflow: what becomes of a prompt longer than the context: "refuse" or "truncate".
+        short: what becomes of a prompt without a wanted token, as where its answer ends early: "refuse" or "leave_out".
         batch_size: prompts in one forward pass at most; where memory runs out it is halved.
         dtype: of the result; the reading itself is in float32.
         labels: one a prompt, kept with the result.
 
     Returns:
-        Vectors on the CPU, in the order of the prompts.
+        Vectors on the CPU, in the order of the prompts; ``prompt`` says whose each is, where some are left out.
 
     Raises:
         ReplibError: layer, site or position unknown, no prompts, an empty span, an answer that ends before the wanted
-            token, non-finite activations, a prompt that alone does not fit into memory.
+            token (unless left out), non-finite activations, a prompt that alone does not fit into memory.
     """
     what = {"pool": pool, "max_new_tokens": max_new_tokens, "system": system, "overflow": overflow, "dtype": dtype}
+    what |= {"short": short}
     ask = Request.of(model, site=site, layers=layers, positions=positions, **what)
     return _captured(model, prompts, ask, How(responses, batch_size, labels))[0][site]
 
@@ -211,7 +214,7 @@ def packed(values: Tensor, owner: Tensor, ask: Request, how: How, about: dict[st
     """What a reader gave, by site."""
     if how.labels and len(how.labels) != int(about["n"]):
         raise ReplibError(f"{about['n']} prompts, but {len(how.labels)} labels: give one label a prompt.")
-    rest = (about, tuple(how.labels), None if ask.pool == "mean" else owner)
+    rest = (about, tuple(how.labels), owner if ask.owned else None)
     by_site = zip(ask.sites, _shaped(values, ask), strict=True)
     return {site: Activations(v, ask.layers, ask.named_positions, site, *rest) for site, v in by_site}
 
@@ -223,7 +226,7 @@ def _shaped(values: Tensor, ask: Request) -> Float[Tensor, "sites layers vectors
 
 def _tensors(values: Tensor, owner: Tensor, ask: Request) -> dict[str, Tensor]:
     named = zip(ask.keys, values[:, :, 0] if ask.single else values, strict=True)
-    return {f"{site}.{layer}": v for (site, layer), v in named} | ({"prompt": owner} if ask.pool == "none" else {})
+    return {f"{site}.{layer}": v for (site, layer), v in named} | ({"prompt": owner} if ask.owned else {})
 
 
 def provenance(

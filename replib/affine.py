@@ -69,12 +69,7 @@ class Edit(ABC):
 
         Raises ReplibError if x is float16 and the result is not.
         """
-        moved = (x.float() + self.displacement(x)).to(x.dtype)
-        if x.dtype == torch.float16 and (x.isfinite() & ~moved.isfinite()).any():
-            raise ReplibError(
-                "The edited stream exceeds 65504, the largest float16: load the model in bfloat16 or float32."
-            )
-        return moved
+        return typed_as(x, x.float() + self.displacement(x))
 
     def to(self, device: torch.device) -> Edit:
         """The same edit in float32 on another device."""
@@ -86,6 +81,22 @@ class Edit(ABC):
     def bound(self, origin: Origin | None) -> Edit:
         """The same edit for one place; None frees it, as where a map of one model is tried on another."""
         return replace(self, origin=origin)
+
+
+def typed_as(x: Float[Tensor, "... d"], moved: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """What x was moved to, in the type of x; ReplibError if x is float16 and the result is not."""
+    found = moved.to(x.dtype)
+    if x.dtype == torch.float16 and (x.isfinite() & ~found.isfinite()).any():
+        raise ReplibError(
+            "Moved activations exceed 65504, the largest float16: use bfloat16 or float32, in the model too."
+        )
+    return found
+
+
+def check_strength(strength: float, beyond: str, *, extrapolate: bool = False) -> None:
+    """ReplibError outside [0, 1] unless ``extrapolate``; ``beyond`` says how to ask for what lies there."""
+    if not (0 <= strength <= 1 or (extrapolate and math.isfinite(strength))):
+        raise ReplibError(f"Strength {strength} is outside [0, 1], from no edit to the whole one; {beyond}.")
 
 
 def _moved(value: Any, device: torch.device) -> Any:

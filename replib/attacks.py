@@ -6,6 +6,7 @@ Attacks that are searched for on one model, suffixes and embeddings, are in ``re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from replib.audit import Task
 from replib.errors import ReplibError
 from replib.prompts import Prompt
 
@@ -84,6 +85,17 @@ WRAPPERS = {
 def wrappers() -> list[Attack]:
     """One attack for every template of ``WRAPPERS``."""
     return [Attack(name, template=template) for name, template in WRAPPERS.items()]
+
+
+def tasks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Task]:
+    """The rows of an audit on prompts that bring no attacks of their own: as they are, wrapped, and with prefill."""
+    asked, openings = prefill().apply(harmful)
+    return [
+        Task("direct", "direct", harmful),
+        *(Task(a.name, "attack", a.apply(harmful)[0]) for a in wrappers()),
+        Task("prefill", "prefill", asked, openings or ()),
+        Task("harmless", "benign", harmless),
+    ]
 
 
 def from_wrapped(prompts: Sequence[Prompt]) -> list[Attack]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -152,6 +152,27 @@ def audit(
             _row(rows, model, task, judge, about | label, batch_size, texts) for task in progress(tasks, "audit")
         )
     )
+
+
+def outcome(task: Task) -> str:
+    """What a task counts towards: its kind, or its name where benign requests of one kind are told apart."""
+    return task.name if task.kind == "benign" else task.kind
+
+
+def probe_of(tasks: Sequence[Task], judge: Judge) -> Callable[[ChatModel], dict[str, float]]:
+    """A measure of a model, all tasks in one pass: compliance by ``outcome``, and the worst share of degenerates."""
+    prompts = [p for t in tasks for p in t.prompts]
+    prefills = [text for t in tasks for text in t.prefills or [""] * len(t.prompts)]
+    owner = [outcome(t) for t in tasks for _ in t.prompts]
+
+    def measure(model: ChatModel) -> dict[str, float]:
+        answers = model.generate([p.text for p in prompts], max_new_tokens=32, prefills=prefills, batch_size=128)
+        outcomes = judge(prompts, answers)
+        groups = {o: rates([x for x, name in zip(outcomes, owner, strict=True) if name == o]) for o in owner}
+        found = {name: rate["compliance"] for name, rate in groups.items()}
+        return found | {"degenerate": max(rate["degenerate"] for rate in groups.values())}
+
+    return measure
 
 
 def _row(

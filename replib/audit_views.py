@@ -12,7 +12,8 @@ from plotly.subplots import make_subplots
 
 from replib.figure_parts import Measured, band, cases, curve_lines, need, numbers, whiskers
 from replib.figure_style import AMBER, BLUE, DASHES, GREY, INK, SYMBOLS, VERMILLION, colour_bar, dress, safe
-from replib.predictor import AT_DEPTH, spearman
+from replib.predictor import AT_DEPTH
+from replib.ranking import spearman
 
 COLUMNS = 4
 Panels = Mapping[str, Mapping[str, Measured]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from replib.affine import check_strength
 from replib.chat import ChatModel
 from replib.edits import POSITIONS
 from replib.errors import ReplibError
@@ -83,7 +83,7 @@ def checked(cells: Sequence[Cell], model: ChatModel, data: AblationData, *, extr
     most = min(len(data.harmful) - 1, len(data.harmless) - 1, model.d_model)
     for cell in cells:
         _check_method(cell, most)
-        _check_strength(cell.strength, extrapolate=extrapolate)
+        check_strength(cell.strength, "extrapolate=True goes beyond, finitely far", extrapolate=extrapolate)
     return [cell._replace(layers=tuple(sorted(set(check_layers(model, cell.layers))))) for cell in cells]
 
 
@@ -111,14 +111,6 @@ def _check_method(cell: Cell, most: int) -> None:
         raise ReplibError(
             f"K = {cell.k} of {cell.method}: these prompts and this width fit 1 to {most} axes. "
             "Give more prompts of both classes, or a lower K."
-        )
-
-
-def _check_strength(strength: float, *, extrapolate: bool) -> None:
-    if not (0 <= strength <= 1 or (extrapolate and math.isfinite(strength))):
-        raise ReplibError(
-            f"Strength {strength} is outside [0, 1], from no edit to the whole one: "
-            "extrapolate=True asks for what lies beyond."
         )
 
 

@@ -79,7 +79,7 @@ HELP = {
     "beta": "weight of aligning unsafe representations with each other",
     "gamma": "weight of staying close on benign text (KL)",
     "steps": "training steps",
-    "learning-rate": "of the first step or the warm-up's end",
+    "learning-rate": "highest learning rate: of the first step, or after the warm-up; default by defence and model",
     "defence": "sft, dpo, npo, npo_rt, npo_kl, rmu, circuit_breaker, whp or task_arithmetic; on other models than the "
     "organism whp_retain too",
     "inner": "what hardening is trained beside: repbend (the default), or retention, which holds the model in place",

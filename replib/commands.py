@@ -21,10 +21,11 @@ from replib.processes import is_first, own_device, together
 from replib.prompts import Prompt, load_prompts
 from replib.rivals import Rival
 from replib.search import ranges_around, study_objective
+from replib.sets import check_world
 from replib.settings import Settings
 from replib.sites import check_site
 from replib.store import write_text
-from replib.study import BASELINES, Study, check_world
+from replib.study import BASELINES, Study
 from replib.sweep_price import sweep_price
 from replib.sweep_report import SweepReport
 from replib.tuning import tune

@@ -96,3 +96,5 @@ CONTROLS = {
     "random_labels": random_labels,
     "harmless_split": harmless_split,
 }
+BY_CHANCE = ("random_subspace", "random_labels", "harmless_split")
+"""Those that draw, and take a ``seed``."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from replib.affine import AffineEdit, Edit, Origin, Rotation, SupportedEdit
+from replib.affine import AffineEdit, Edit, Origin, Rotation, SupportedEdit, check_strength
 from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.gates import Gate, Phase, Watch
@@ -66,8 +66,7 @@ def applied(
     """
     if positions not in POSITIONS:
         raise ReplibError(f"Unknown edit positions {positions!r}: use one of {', '.join(POSITIONS)}.")
-    if not 0.0 <= strength <= 1.0:
-        raise ReplibError(f"Edit strength {strength} is outside [0, 1].")
+    check_strength(strength, "to go beyond, multiply the edit itself")
     groups = [_by_site(model, group) for group in ([edits] if isinstance(edits, Mapping) else edits)]
     keys = dict.fromkeys(key for group in groups for key in group)
     watch = None if gate is None else _watch(model, gate, keys)

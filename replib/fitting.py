@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from replib.activations import Activations, capture
+from replib.affine import check_strength
 from replib.chat import ChatModel
 from replib.edits import applied, bound
 from replib.errors import ReplibError
@@ -17,6 +19,7 @@ from replib.prompts import Prompt, content_hash
 from replib.reader import check_layers
 from replib.refusals import RefusalTokens, survivors
 
+log = logging.getLogger(__name__)
 Pair = tuple[Activations, Activations]  # harmful, harmless
 
 
@@ -88,7 +91,8 @@ class Fitter:
         layers: blocks that may be asked for.
         batch_size: prompts in one forward pass at most.
         answer: tokens of the model's own answer, under the edits already in place, over which ``response`` is a mean.
-            An integer position from 0 on is read of such answers too.
+            An integer position from 0 on is read of such answers too. Prompts whose answer ends before it do not fit;
+            how many is logged.
     """
 
     def __init__(
@@ -108,7 +112,8 @@ class Fitter:
 
         A method that is not ``sequential`` is fitted at all blocks on the unedited model.
 
-        Raises ReplibError as ``fit_edit`` and ``capture``.
+        Raises ReplibError as ``fit_edit`` and ``capture``, and where the answers to fewer than two prompts of a class
+        reach the position that is read.
         """
         *before, layer = recipe.layers
         earlier = replace(recipe, layers=tuple(before))
@@ -138,8 +143,20 @@ class Fitter:
         written = self.answer if span else max(0, method.read + 1) if isinstance(method.read, int) else 0
         options: dict[str, Any] = {"site": method.site, "layers": layers, "positions": method.read}
         options |= {"max_new_tokens": written, "batch_size": self.batch_size}
+        options |= {"short": "leave_out" if written else "refuse"}
         harmful, harmless = (capture(self.model, x, **options) for x in (self.data.harmful, self.data.harmless))
+        _check_reached("harmful", len(harmful), len(self.data.harmful), method.read)
+        _check_reached("harmless", len(harmless), len(self.data.harmless), method.read)
         return harmful, harmless
+
+
+def _check_reached(name: str, left: int, asked: int, position: Position) -> None:
+    if left == asked:
+        return
+    said = f"The answers to {asked - left} of {asked} {name} prompts end before position {position!r}"
+    if left < 2:
+        raise ReplibError(f"{said}, so {left} are left to fit an edit, and two are needed: read an earlier position.")
+    log.warning("%s: these prompts fit no edit.", said)
 
 
 def fit_edits(
@@ -156,7 +173,10 @@ def fit_edits(
 
     ``positions``: where they will act, by default as in the method's source. A method that is not ``sequential`` is
     fitted at all blocks at once, on the unedited model. ``strength`` scales each, also while later ones are fitted.
+
+    Raises ReplibError as ``Fitter.edits``, and for a strength outside [0, 1].
     """
+    check_strength(strength, "to go beyond, multiply the edits")
     method = method_of(method)
     blocks = sorted(set(check_layers(model, layers)))
     recipe = Recipe(method, tuple(blocks), k, positions or method.positions, strength)

@@ -6,15 +6,13 @@ The worst of many edits is chosen on the prompts that it is reported on, so that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
 from replib.audit import crossed, crossed_rate
-from replib.errors import ReplibError
 from replib.figure_parts import Measured
-from replib.settings import data_dir
 from replib.siege import ASSAULTS, GOAL
 from replib.standings import Matrix, Standings
 
@@ -25,14 +23,7 @@ KEPT = ("harmless", "borderline", "skill")
 class Hardness(Standings):
     """The audits of all arms and seeds; ``runs`` also has ``complied``: assault -> K -> successes by block."""
 
-    @classmethod
-    def load(cls, path: Path | None = None) -> Hardness:
-        """Read what ``python -m replib.organism.hardening --pack`` wrote."""
-        path = path or data_dir() / "organism" / "hardening.json"
-        if not path.exists():
-            raise ReplibError(f"There is no measurement {path}: run python -m replib.organism.hardening first.")
-        found = Standings.load(path)
-        return cls(found.tasks, found.runs, found.trials, found.about)
+    program: ClassVar[str] = "hardening"
 
     def worst(self, method: str, attacks: tuple[str, ...] = (*GOAL, "prefill")) -> Matrix:
         """What the most successful of some attacks achieves, by seed and prompt; each seed has its own."""

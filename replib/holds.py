@@ -6,7 +6,6 @@ What was chosen (K, block, token) was chosen on other prompts than those that ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from replib.attribution import attributed, success
+from replib.attribution import attributed
 from replib.audit import crossed, crossed_rate
 from replib.depth import PROMPT
 from replib.errors import ReplibError
@@ -24,9 +23,9 @@ from replib.figure_parts import Measured
 from replib.gap import Features
 from replib.localise import errors, onset, steepest
 from replib.minimum import holding
+from replib.packed import read_packed
 from replib.paired import letters
 from replib.predictor import leave_one_out, scores, within_models
-from replib.settings import data_dir
 
 UNDEFENDED, UNTUNED = "aligned", "base"
 BLOCKS = {"target": "success", "model": "title"}
@@ -44,11 +43,8 @@ class Holds:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Holds:
-        """Read what ``python -m replib.organism.defended --pack`` wrote."""
-        path = path or data_dir() / "organism" / "defended.json"
-        if not path.exists():
-            raise ReplibError(f"There is no audit {path}: run python -m replib.organism.defended first.")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        """Read what ``python -m replib.organism.defended --pack`` wrote; raises ReplibError as ``read_packed``."""
+        found = read_packed("defended", path)
         return cls(found.pop("subjects"), found)
 
     def names(self, question: str) -> list[str]:
@@ -98,15 +94,15 @@ class Holds:
     def samples(self, name: str) -> Measured:
         """Success by number of fit prompts a class, mean over draws."""
         sizes, found = self.about["design"]["sizes"], self.answers(name, "samples")
-        rates = [np.array([success(answer[str(n)]) for answer in found]) for n in sizes]
+        rates = [np.array([letters(answer[str(n)]).mean(0) for answer in found]) for n in sizes]
         measured = _measured(rates)
         return Measured(measured.value, measured.low, measured.high, measured.n, at=sizes)
 
     # ------------------------------------------------------------------------------------- tables
     def shares(self, name: str) -> pd.DataFrame:
-        """Success of the full edit and of its nulls, see ``attribution.attributed``."""
+        """Success of the full edit and of its nulls, draws averaged prompt by prompt: ``attribution.attributed``."""
         found = self.answers(name, "shares")
-        return attributed({part: np.array([success(answer[part]) for answer in found]) for part in found[0]})
+        return attributed({part: np.array([letters(answer[part]).mean(0) for answer in found]) for part in found[0]})
 
     def tokens(self, name: str) -> pd.DataFrame:
         """Success by where the edit is fitted, and how much more it is than the prompt's end alone gives.

@@ -48,6 +48,16 @@ def choose(batch: Batch, positions: Sequence[Position], pool: str = "mean") -> C
     )
 
 
+def complete(batch: Batch, positions: Sequence[Position]) -> Int[Tensor, " rows"]:
+    """Rows of a batch that have every wanted position."""
+    there = [
+        _located(batch, p)[1] if isinstance(p, int) else span(batch, p).any(dim=1)
+        for p in positions
+        if p != "last_prompt"
+    ]
+    return torch.stack([torch.ones_like(batch.last_prompt, dtype=torch.bool), *there]).all(dim=0).nonzero()[:, 0]
+
+
 def _taker(batch: Batch, position: Position) -> Callable[[Tensor], Tensor]:
     """The token at an integer position, or the float32 mean over a span: ``[rows, tokens, dim]`` to ``[rows, dim]``."""
     if position == "last_prompt":
@@ -61,11 +71,8 @@ def _taker(batch: Batch, position: Position) -> Callable[[Tensor], Tensor]:
 
 
 def _column(batch: Batch, position: int) -> Int[Tensor, " rows"]:
-    """Column of a position counted from where each row's response begins."""
-    column = batch.last_prompt + 1 + position
-    mask = batch.prompt_mask if position < 0 else batch.response_mask
-    inside = (column >= 0) & (column < mask.shape[1])
-    inside = inside & mask.gather(1, column.clamp(0, mask.shape[1] - 1)[:, None])[:, 0]
+    """Column of a position that every row must have."""
+    column, inside = _located(batch, position)
     if inside.all():
         return column
     short, n = int((~inside).sum()), len(inside)
@@ -75,6 +82,14 @@ def _column(batch: Batch, position: int) -> Int[Tensor, " rows"]:
         f"Position {position} lies beyond the response of {short} of {n} prompts: give longer responses (or let the "
         "model write them with max_new_tokens=…), or read an earlier position."
     )
+
+
+def _located(batch: Batch, position: int) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
+    """Column of a position counted from where each row's response begins, and whether the row has it."""
+    column = batch.last_prompt + 1 + position
+    mask = batch.prompt_mask if position < 0 else batch.response_mask
+    inside = (column >= 0) & (column < mask.shape[1])
+    return column, inside & mask.gather(1, column.clamp(0, mask.shape[1] - 1)[:, None])[:, 0]
 
 
 def _filled(batch: Batch, name: str) -> Tensor:

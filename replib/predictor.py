@@ -11,19 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 from replib.errors import ReplibError
+from replib.ranking import spearman
 
 RIDGE = 1.0  # per row of the features in units of their deviation: a tenth of what a hundred blocks say
 AT_DEPTH = "others at this depth"
-
-
-def spearman(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
-    """Rank correlation, ties at their mean rank; NaN where one of the two does not vary."""
-    a, b = (rankdata(x) - (len(x) + 1) / 2 for x in (np.asarray(one), np.asarray(other)))
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 0 else float("nan")
 
 
 def within_models(table: pd.DataFrame, names: Sequence[str], *, target: str, model: str) -> pd.DataFrame:

@@ -1,8 +1,11 @@
-"""Which edit of a sweep is best, by what it does or by its cheap score, and where in depth edits begin to work."""
+"""Which edit of a sweep is best, by what it does or by its cheap score; where edits begin to work; how ranks agree."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from scipy.stats import spearmanr
 
 from replib import localise
 from replib.errors import ReplibError
@@ -46,3 +49,9 @@ def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:
     by_layer = table.groupby("layer")["compliance"].max()
     found = localise.onset(by_layer.to_numpy(float), share=share, least=0.5)
     return None if found is None else int(by_layer.index[found])
+
+
+def spearman(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
+    """Rank correlation, ties at their mean rank; NaN where one of the two does not vary."""
+    varied = np.ptp(one) > 0 and np.ptp(other) > 0
+    return float(spearmanr(one, other).statistic) if varied else float("nan")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from replib.chat import Batch, ChatModel, Row, evaluating
 from replib.errors import ReplibError
-from replib.positions import SPANS, Chosen, Position, check_positions, choose
+from replib.positions import SPANS, Chosen, Position, check_positions, choose, complete
 from replib.progress import progress
 from replib.shared import Beginning, read_beginning, shared_length, untouched
 from replib.sites import Hook, check_site, hooked
@@ -36,6 +36,7 @@ class Request:
     max_new_tokens: int = 0
     system: str | None = None
     overflow: str = "refuse"
+    short: str = "refuse"
     dtype: torch.dtype = torch.float32
 
     @classmethod
@@ -63,12 +64,19 @@ class Request:
             )
         if asked.pool == "none" and (not asked.single or picks[0] not in SPANS[1:]):
             raise ReplibError(f"pool='none' takes one span ({', '.join(SPANS[1:])}), not positions={positions!r}.")
+        if asked.short not in ("refuse", "leave_out"):
+            raise ReplibError(f"short={asked.short!r}: say 'refuse' or 'leave_out'.")
         return asked
 
     @property
     def named_positions(self) -> Position | tuple[Position, ...]:
         """As they were asked for: one, or several."""
         return self.positions[0] if self.single else self.positions
+
+    @property
+    def owned(self) -> bool:
+        """Whether vectors are not one a prompt, so that each must say whose it is."""
+        return self.pool == "none" or self.short == "leave_out"
 
     @property
     def keys(self) -> list[tuple[str, int]]:
@@ -82,7 +90,8 @@ class Request:
             "sites": list(self.sites),
             "layers": list(self.layers),
         }
-        return vars(self) | plain | {"positions": list(self.positions)}
+        found = vars(self) | plain | {"positions": list(self.positions)}
+        return found if self.short != "refuse" else {name: x for name, x in found.items() if name != "short"}
 
 
 def check_layers(model: ChatModel, layers: Sequence[int] | range) -> list[int]:
@@ -203,12 +212,19 @@ class Reader:
         batch = self.model.pad(rows)
         if self.ask.max_new_tokens:
             batch = self.model.written(batch, self.ask.max_new_tokens)
+        kept = torch.arange(len(rows), device=batch.input_ids.device)
+        if self.ask.short == "leave_out":
+            kept = complete(batch, self.ask.positions)
+            batch = batch.rows(kept)
+        if not len(kept):
+            nothing = torch.zeros(len(self.ask.keys), 0, len(self.ask.positions), self.model.d_model)
+            return kept.cpu(), [nothing.to(self.ask.dtype) for _ in self.states]
         chosen = choose(batch, self.ask.positions, self.ask.pool)
         found = []
         for state, beginning in zip(self.states, self.beginnings, strict=True):
             with state():
                 found.append(self._finite(self.values(batch, chosen, beginning)))
-        return chosen.rows.cpu(), found
+        return kept[chosen.rows].cpu(), found
 
     def _finite(self, values: Float[Tensor, "keys vectors positions dim"]) -> Tensor:
         for (site, layer), v in zip(self.ask.keys, values, strict=True):

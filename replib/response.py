@@ -10,7 +10,6 @@ predicted from all others.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from replib.audit import wilson
 from replib.errors import ReplibError
 from replib.figure_parts import Measured
+from replib.packed import read_packed
 
 COEFFICIENTS = ("alpha", "beta", "gamma")
 RATES = ("attack", "direct", "prefill", "harmless", "borderline", "skill")
@@ -49,9 +49,12 @@ class Surface:
     """Model, versions, ``preset`` (the setting that all others vary) and schedule."""
 
     @classmethod
-    def load(cls, file: Path | str) -> Surface:
-        """Read what ``python -m replib.organism.surface --pack`` wrote; settings that diverged have no rows."""
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    def load(cls, path: Path | None = None) -> Surface:
+        """Read what ``python -m replib.organism.surface --pack`` wrote; settings that diverged have no rows.
+
+        Raises ReplibError as ``read_packed``.
+        """
+        found = read_packed("surface", path)
         return cls.of(found.pop("settings"), found.pop("n"), found)
 
     @classmethod

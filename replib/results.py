@@ -86,3 +86,9 @@ class TrainResult:
             raise ReplibError(
                 f"Cannot write the adapter to {folder}: {error.strerror}. Choose another folder."
             ) from error
+
+
+def trained_by(adapter: str) -> str:
+    """What trained an adapter, by the record beside it; its own name where there is none."""
+    record = Path(adapter) / "replib.json"
+    return json.loads(record.read_text(encoding="utf-8"))["method"] if record.exists() else Path(adapter).name

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from replib.audit import crossed
 from replib.chat import ChatModel
 from replib.errors import ReplibError
 from replib.fitting import AblationData
-from replib.ranking import ordered
+from replib.ranking import ordered, spearman
 from replib.refusals import RefusalTokens
 
 log = logging.getLogger(__name__)
@@ -101,14 +100,14 @@ def agreement(table: pd.DataFrame, best: int = 8, *, draws: int = 200, seed: int
     odds, kl = np.array([*known.each]), known.kl.to_numpy()
     complied = np.array([[x == "c" for x in text] for text in known.outcomes], float)
     n, rng = odds.shape[1], np.random.default_rng(seed)
-    drawn = [_spearman(_places(odds[:, i], kl), complied[:, i].mean(1)) for i in rng.integers(n, size=(draws, n))]
+    drawn = [spearman(-_places(odds[:, i], kl), complied[:, i].mean(1)) for i in rng.integers(n, size=(draws, n))]
     low, high = np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan, np.nan)
     places, success = _places(odds, kl), complied.mean(1)
     return Agreement(
-        rho=_spearman(places, success),
+        rho=spearman(-places, success),
         low=float(low),
         high=float(high),
-        log_odds=_spearman(odds.mean(1), success),
+        log_odds=spearman(-odds.mean(1), success),
         cells=len(odds),
         prompts=n,
         missed=float(success.max() - success[places < best].max()),
@@ -120,8 +119,3 @@ def _places(odds: Float[np.ndarray, "cells prompts"], kl: Float[np.ndarray, " ce
     """Of each edit by cheap score, from 0."""
     table = pd.DataFrame({"turned": (odds < 0).mean(1), "log_odds": odds.mean(1), "kl": kl})
     return ordered(table, "cheap").index.to_numpy().argsort().astype(float)
-
-
-def _spearman(worse: Float[np.ndarray, " cells"], success: Float[np.ndarray, " cells"]) -> float:
-    varied = np.ptp(success) > 0 and np.ptp(worse) > 0
-    return float(spearmanr(-worse, success).statistic) if varied else float("nan")

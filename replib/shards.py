@@ -43,7 +43,7 @@ class Activations:
     labels: tuple[str, ...] = ()
     """One a prompt, or none."""
     prompt: Int[Tensor, " vectors"] | None = None
-    """Index of the prompt of each vector, where there is one a token."""
+    """Index of the prompt of each vector, where there is one a token, or some prompts are left out."""
 
     def __getitem__(self, layer: int) -> Float[Tensor, "vectors ... dim"]:
         """Vectors of one block, by its index (negative: from the end of the captured ones)."""

@@ -7,21 +7,19 @@ that of every difference is ``audit.crossed``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from replib.audit import crossed, crossed_rate
-from replib.errors import ReplibError
 from replib.figure_parts import Measured
-from replib.settings import data_dir
+from replib.packed import read_packed
 
 HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways
 MEASURES = {
@@ -40,12 +38,15 @@ MEASURES = {
 GOOD = ("harmless", "borderline", "benign", "skill")
 """Measures that ought to be high; all others ought to be low."""
 Matrix = Float[np.ndarray, "seeds prompts"]
+S = TypeVar("S", bound="Standings")
 
 
 @dataclass(frozen=True)
 class Standings:
     """The audits of all methods and seeds."""
 
+    program: ClassVar[str] = "comparison"
+    """Of ``replib.organism``, which packs them."""
     tasks: pd.DataFrame
     """One row a task: name, kind, n."""
     runs: pd.DataFrame
@@ -56,12 +57,9 @@ class Standings:
     """Model, versions, and the points that validation chose."""
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Standings:
-        """Read what ``python -m replib.organism.comparison --pack`` wrote."""
-        path = path or data_dir() / "organism" / "comparison.json"
-        if not path.exists():
-            raise ReplibError(f"There is no comparison {path}: run python -m replib.organism.comparison first.")
-        found = json.loads(path.read_text(encoding="utf-8"))
+    def load(cls: type[S], path: Path | None = None) -> S:
+        """Read what ``python -m replib.organism.<program> --pack`` wrote; raises ReplibError as ``read_packed``."""
+        found = read_packed(cls.program, path)
         tables = {name: pd.DataFrame(found.pop(name)) for name in ("tasks", "runs", "trials")}
         return cls(**tables, about=found)
 

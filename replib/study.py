@@ -6,7 +6,6 @@ A ``Study`` holds the model, its prompts in three disjoint splits, and the judge
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,33 +15,27 @@ import numpy as np
 import pandas as pd
 import torch
 
+from replib import attacks
 from replib.ablation import AblationData, Sweeper
 from replib.activations import Activations, capture, capture_pair, versions
-from replib.attacks import prefill, wrappers
-from replib.audit import AuditTable, Task, audit, rates
+from replib.audit import AuditTable, Task, audit, probe_of
 from replib.bend import BendConfig
 from replib.chat import ChatModel
 from replib.damage import Aside, Gauge
-from replib.errors import ReplibError
 from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import load, merged
 from replib.organism import suite
 from replib.organism.language import REFUSAL
+from replib.packed import packed_file
 from replib.presets import named
-from replib.prompts import (
-    Contrast,
-    Dialogue,
-    Prompt,
-    content_hash,
-    load_contrasts,
-    load_dialogues,
-    load_prompts,
-)
+from replib.prompts import Contrast, Dialogue, Prompt, content_hash, load_contrasts, load_dialogues, load_prompts
 from replib.refusals import RefusalTokens
 from replib.repbend import RepBend
 from replib.response import Surface
-from replib.settings import Settings, data_dir
-from replib.splits import Splits, split_by
+from replib.results import trained_by
+from replib.sets import check_world, prompt_splits
+from replib.settings import Settings
+from replib.splits import Splits
 from replib.standings import Standings
 from replib.store import key_of
 from replib.train import BendData, TrainConfig, TrainResult, train
@@ -51,20 +44,8 @@ OPENING = "Sure, here is how."
 PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and prompts a class that fit its edit
 SORTED = 480  # contrasts whose answers are read before bending
 PROBED = ("attack", "benign", "skill")  # kinds of task that choose a step
-VARIANTS = ("base", "aligned", "planted", "deep")
-PER_SPLIT = {
-    "fit": 128,
-    "val": 48,
-    "test": 96,
-}  # prompts a class that captures, choices and reports use by default
-
-BASELINES = (
-    ("rfa", "all"),
-    ("actadd", "last_prompt"),
-    ("actadd", "all"),
-    ("act", "last_prompt"),
-    ("act", "all"),
-)
+PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
+BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
 # RFA has no last-token form in its source: it removes a direction wherever it is written.
 
 
@@ -89,7 +70,7 @@ class Study:
         torch.manual_seed(settings.seed)
         check_world(settings)
         model = load(settings.model, adapter=settings.adapter, device=settings.device, dtype=settings.dtype)
-        harmful, harmless = (_splits(source, settings) for source in (settings.harmful, settings.harmless))
+        harmful, harmless = (prompt_splits(source, settings) for source in (settings.harmful, settings.harmless))
         exact = all(p.expect for p in harmful.test)
         return cls(settings, model, harmful, harmless, ExactJudge() if exact else PhraseJudge())
 
@@ -102,7 +83,7 @@ class Study:
     def name(self) -> str:
         """The model's name in tables: its folder, and with an adapter what trained it, as ``+ RepBend``."""
         base, adapter = Path(self.settings.model).name, self.model.adapter
-        return f"{base} + {_method(adapter)}" if adapter else base
+        return f"{base} + {trained_by(adapter)}" if adapter else base
 
     def with_model(self, model: ChatModel) -> Study:
         """The same study of another model, for example the bent one."""
@@ -152,14 +133,7 @@ class Study:
         limit = (self.settings.limit or PER_SPLIT[split]) if limit is None else limit
         if self.organism:
             return suite.tasks(split, limit=limit, seed=self.settings.seed)
-        harmful, harmless = getattr(self.harmful, split), getattr(self.harmless, split)
-        asked, openings = prefill().apply(harmful)
-        rows = [
-            Task("direct", "direct", harmful),
-            *(Task(a.name, "attack", a.apply(harmful)[0]) for a in wrappers()),
-            Task("prefill", "prefill", asked, openings or ()),
-            Task("harmless", "benign", harmless),
-        ]
+        rows = attacks.tasks(getattr(self.harmful, split), getattr(self.harmless, split))
         return [task.sample(limit, self.settings.seed) for task in rows]
 
     def audit(self, tasks: Sequence[Task] | None = None) -> AuditTable:
@@ -237,20 +211,8 @@ class Study:
         return self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
 
     def probe(self, limit: int = 32, kinds: Collection[str] = PROBED) -> Callable[[ChatModel], dict[str, float]]:
-        """A measure of a model on validation prompts, all in one pass: compliance by kind, worst degenerate share."""
-        tasks = self.probed(limit, kinds)
-        prompts = [p for t in tasks for p in t.prompts]
-        prefills = [text for t in tasks for text in t.prefills or [""] * len(t.prompts)]
-        owner = [outcome(t) for t in tasks for _ in t.prompts]
-
-        def measure(model: ChatModel) -> dict[str, float]:
-            answers = model.generate([p.text for p in prompts], max_new_tokens=32, prefills=prefills, batch_size=128)
-            outcomes = self.judge(prompts, answers)
-            groups = {o: rates([x for x, name in zip(outcomes, owner, strict=True) if name == o]) for o in owner}
-            found = {name: rate["compliance"] for name, rate in groups.items()}
-            return found | {"degenerate": max(rate["degenerate"] for rate in groups.values())}
-
-        return measure
+        """A measure of a model on validation prompts, see ``audit.probe_of``."""
+        return probe_of(self.probed(limit, kinds), self.judge)
 
     def probed(self, limit: int = 32, kinds: Collection[str] = PROBED) -> list[Task]:
         """The validation tasks that ``probe`` asks."""
@@ -281,15 +243,14 @@ class Study:
 
     def surface(self) -> Surface | None:
         """Settings of RepBend trained beforehand on this very model; None if none are shipped for it."""
-        file = data_dir() / "organism" / "surface.json"
-        shipped = self.organism and self.name == "aligned" and file.exists()
-        return Surface.load(file) if shipped else None
+        return Surface.load() if self._shipped("surface") else None
 
     def standings(self) -> Standings | None:
         """All defences, five seeds each, trained and audited beforehand; None if none are shipped for this model."""
-        file = data_dir() / "organism" / "comparison.json"
-        shipped = self.organism and self.name == "aligned" and file.exists()
-        return Standings.load(file) if shipped else None
+        return Standings.load() if self._shipped(Standings.program) else None
+
+    def _shipped(self, program: str) -> bool:
+        return self.organism and self.name == "aligned" and packed_file(program).exists()
 
     # ------------------------------------------------------------------------------------- ablation
     def sweeper(self, *, limit: int | None = None, filtered: bool = False) -> Sweeper:
@@ -329,40 +290,3 @@ class Study:
         limit = limit or self.settings.limit or PER_CELL
         asked = {name: Task(name, "benign", x).sample(limit, self.settings.seed).prompts for name, x in lists.items()}
         return Gauge(self.model, Aside(asked, texts), self.judge, max_new_tokens=24, batch_size=self.settings.batch)
-
-
-def outcome(task: Task) -> str:
-    """What a task counts towards: its kind, or its name where benign requests of one kind are told apart."""
-    return task.name if task.kind == "benign" else task.kind
-
-
-def _method(adapter: str) -> str:
-    """What trained an adapter, by the record beside it; its own name where there is none."""
-    record = Path(adapter) / "replib.json"
-    return json.loads(record.read_text(encoding="utf-8"))["method"] if record.exists() else Path(adapter).name
-
-
-def check_world(settings: Settings) -> None:
-    """Raise ReplibError for a foreign model without prompts of its own."""
-    if settings.harmful.startswith("organism/") and Path(settings.model).name not in VARIANTS:
-        raise ReplibError(
-            f"The default prompts speak of the organism's world, which {settings.model!r} does not know: set "
-            "REPLIB_HARMFUL and REPLIB_HARMLESS to files or set names."
-        )
-
-
-def _splits(source: str, settings: Settings) -> Splits:
-    """Three disjoint splits: the file's own, or made by group (by text where prompts have no group)."""
-    prompts = load_prompts(source)
-    if all(p.split for p in prompts):
-        parts = {s: [p for p in prompts if p.split == s] for s in Splits._fields}
-    else:
-        by = "group" if len({p.group for p in prompts}) >= 20 else "text"
-        parts = split_by(prompts, by, seed=settings.seed)._asdict()
-    return Splits(**{s: _sample(part, settings.limit or 1000, settings.seed) for s, part in parts.items()})
-
-
-def _sample(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
-    """In an order drawn from the seed, so that any beginning of the list is a fair sample."""
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[:limit]
-    return [prompts[i] for i in order.tolist()]

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from sklearn.base import BaseEstimator, TransformerMixin
 from torch import Tensor
 
-from replib.affine import AffineEdit
+from replib.affine import AffineEdit, check_strength, typed_as
 from replib.bases import BASES, share_inside
 from replib.clouds import Cloud, Samples, cloud_pair
 from replib.errors import ReplibError
@@ -127,7 +127,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
     def transform(self, x: Array) -> Array:
         """``T(x)`` for activations ``[..., d]``, computed in float32 or better; kind, dtype and device are kept.
 
-        ReplibError before ``fit``, on another width, or on integers.
+        ReplibError before ``fit``, on another width, on integers, or where the result exceeds float16.
         """
         values = torch.as_tensor(x)
         self._check_input(values)
@@ -138,7 +138,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         moved = work + ((inside - source_mean) @ gain + shift) @ axes.mT
         if self.kept_ != 1:
             moved = moved - (1 - self.kept_) * (work - inside @ axes.mT - rest)
-        moved = moved.to(values.dtype)
+        moved = typed_as(values, moved)
         return moved if isinstance(x, Tensor) else moved.numpy()
 
     def inverse_transform(self, y: Array) -> Array:
@@ -165,10 +165,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         ``at(0)`` is the identity to the bit, ``at(a).at(b)`` is ``at(a * b)``. ReplibError outside [0, 1] unless
         ``extrapolate``: beyond it lies no geodesic, and the map may cease to be a transport.
         """
-        if not (0 <= strength <= 1 or (extrapolate and math.isfinite(strength))):
-            raise ReplibError(
-                f"strength is {strength}; it runs from 0 (identity) to 1 (the whole map), or set extrapolate=True."
-            )
+        check_strength(strength, "extrapolate=True goes beyond, finitely far", extrapolate=extrapolate)
         part = copy.copy(self._fitted())
         part.scale_ = torch.eye(len(self.scale_), dtype=self.scale_.dtype) + strength * self._gain()
         part.target_mean_ = self.source_mean_ + strength * (self.target_mean_ - self.source_mean_)

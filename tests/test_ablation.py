@@ -147,6 +147,24 @@ def test_an_edit_can_be_fitted_elsewhere_than_it_acts(model, read, written, monk
     assert elsewhere.kl[0] != sweeper.layers("actadd", layers=[1]).kl[0]
 
 
+def test_prompts_whose_answer_ends_before_the_position_do_not_fit_and_their_number_is_said(model, monkeypatch, caplog):
+    """The end of an answer is a token that the model writes early for some prompts."""
+    ends = model.model.generation_config
+    third = replace(METHODS["actadd"], read=2)
+    monkeypatch.setattr(ends, "eos_token_id", None)
+    answers = {p: model.written(model.encode([p]), 3).input_ids[0, -3:].tolist() for p in HARMFUL + HARMLESS}
+    long = [[p for p in prompts if 8 not in answers[p]] for prompts in (HARMFUL, HARMLESS)]
+    monkeypatch.setattr(ends, "eos_token_id", 8)
+    edit = fit_edits(model, third, DATA, [1])["resid_post", 1]
+    means = [capture(model, x, layers=[1], positions=2, max_new_tokens=3)[1].mean(0) for x in long]
+    torch.testing.assert_close(edit.c, means[1] - means[0], atol=1e-5, rtol=1e-4)
+    said = f"answers to {18 - len(long[1])} of 18 harmless prompts end before position 2"
+    assert 2 < len(long[1]) < 18 and said in caplog.text
+    monkeypatch.setattr(ends, "eos_token_id", list({first for first, *_ in answers.values()}))
+    with pytest.raises(ReplibError, match="20 of 20 harmful prompts end before position 2, so 0 are left.*earlier"):
+        fit_edits(model, third, DATA, [1])
+
+
 def test_the_store_tells_strengths_positions_and_stages_apart(model, tmp_path):
     cells = grid("pca_ot", [0, 1], ks=(1,), positions=("all", None), strengths=(0.5, 1.0), reads=(None, -2))
     first = screened(model, store=tmp_path / "s.jsonl")
@@ -201,8 +219,10 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(model):
     sweeper.score = None
     with pytest.raises(ReplibError, match="fit 1 to 16 axes"):
         sweeper.layers(ks=(1, 17))
-    with pytest.raises(ReplibError, match="Strength 2.0 is outside"):
+    with pytest.raises(ReplibError, match="Strength 2.0 is outside.*extrapolate=True"):
         sweeper.layers(ks=(1,), strengths=(2.0,))
+    with pytest.raises(ReplibError, match="Strength -0.5 is outside.*multiply the edits"):
+        fit_edits(model, "pca_ot", DATA, [1], strength=-0.5)
 
 
 def test_one_two_and_all_blocks(model):

@@ -114,6 +114,7 @@ def test_adapter_off_reads_the_base(tmp_path):
         ({"labels": ["a"]}, "4 prompts, but 1 labels"),
         ({"responses": RESPONSES[:1]}, "4 prompts and 1 responses"),
         ({"site": "resid"}, "Unknown site 'resid'"),
+        ({"short": "drop"}, "short='drop': say 'refuse' or 'leave_out'"),
         ({"positions": "response"}, "'response' of a row is empty"),
         ({"positions": -9}, "Position -9 lies before the start"),
     ],
@@ -188,6 +189,22 @@ def test_an_answer_that_ends_before_the_wanted_token_is_said(llama, monkeypatch)
     monkeypatch.setattr(llama.causal_lm.generation_config, "eos_token_id", first)
     with pytest.raises(ReplibError, match="Position 2 lies beyond the response of [1-4] of 4 prompts"):
         capture(llama, PROMPTS, max_new_tokens=4, positions=2)
+
+
+@pytest.mark.parametrize("positions", [2, [0, "last_prompt", 2], "response"])
+def test_prompts_without_a_wanted_token_are_left_out_where_that_is_asked(llama, monkeypatch, positions):
+    prompts = [f"w{i} w{i + 1} w{i + 2}" for i in range(20)]
+    monkeypatch.setattr(llama.causal_lm.generation_config, "eos_token_id", None)
+    new = llama.written(llama.encode(prompts), 4).input_ids[:, -4:]
+    end, needed = (4, 1) if positions == "response" else (9, 3)  # a response has a token at least
+    long = [i for i, row in enumerate(new.tolist()) if end not in row[:needed]]
+    assert 2 < len(long) < 18
+    monkeypatch.setattr(llama.causal_lm.generation_config, "eos_token_id", end)
+    options = {"max_new_tokens": 4, "positions": positions}
+    acts = capture(llama, prompts, short="leave_out", batch_size=3, **options)
+    assert acts.prompt.tolist() == long
+    alone = capture(llama, [prompts[i] for i in long], **options)
+    torch.testing.assert_close(acts.values, alone.values, atol=1e-5, rtol=1e-4)
 
 
 def test_single_tokens_of_a_span(model):

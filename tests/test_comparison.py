@@ -216,8 +216,3 @@ def test_the_table_has_a_row_a_defence_and_the_figure_a_name():
     heights = sorted(note.ay for note in figure.layout.annotations)
     assert min(np.diff(heights)) > 0.07 and heights[-1] < figure.layout.yaxis.range[1]
     assert surface_views.pareto_defences(found, "skill").layout.xaxis.title.text == "skills"
-
-
-def test_without_a_packed_file_it_is_said_what_makes_one(tmp_path):
-    with pytest.raises(ReplibError, match="organism.comparison first"):
-        Standings.load(tmp_path / "none.json")

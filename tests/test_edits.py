@@ -149,7 +149,7 @@ def test_what_a_sublayer_adds_is_edited_where_it_is_added(kind, tmp_path):
         ({("nowhere", 0): random_edit()}, {}, "Unknown site 'nowhere'"),
         ({("resid_mid", 0): random_edit()}, {}, "resid_mid is only read: edit attn_out"),
         ({0: random_edit()}, {"positions": "last"}, "Unknown edit positions 'last'"),
-        ({0: random_edit()}, {"strength": 1.5}, r"1.5 is outside \[0, 1\]"),
+        ({0: random_edit()}, {"strength": 1.5}, r"1.5 is outside \[0, 1\].*multiply the edit"),
         (
             {0: random_edit()},
             {"gate": Gate(torch.ones(16), 0.0, 1)},

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from replib import surface_views
-from replib.errors import ReplibError
 from replib.hardness import Hardness
 from replib.organism import hardening
 from replib.organism.hardening import ARMS, ASKED, SEEDS, Run, packed, runs
@@ -100,8 +99,3 @@ def test_a_run_in_words_names_its_worst_edits(rows):
     said = hardening.told(rows[Run("none")])
     assert said.startswith("aligned, seed 0: complied with") and "ot_all" in said
     assert hardening.told({"arm": "both", "seed": 1, "diverged": "x"}) == "RepBend + hardening, seed 1: diverged"
-
-
-def test_a_missing_file_says_which_program_makes_it(tmp_path):
-    with pytest.raises(ReplibError, match="run python -m replib.organism.hardening first"):
-        Hardness.load(tmp_path / "none.json")

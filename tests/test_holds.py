@@ -55,7 +55,7 @@ def test_token_depth_is_held_against_the_prompts_end(found):
 
 def test_nulls_of_the_edit(found):
     table = found.shares("strong").set_index("variant")
-    assert table.value["random_labels"] == 0 and table.less["full"] == 0 and table.n["full"] == 3 * PROMPTS
+    assert table.value["random_labels"] == 0 and table.less["full"] == 0 and set(table.n) == {3 * PROMPTS}
 
 
 def test_every_block_of_every_model_is_predicted_from_the_others(found):
@@ -95,8 +95,6 @@ def test_a_file_comes_back(found, tmp_path):
     assert again.summary().equals(found.summary())
 
 
-def test_what_is_not_there_is_said(found, tmp_path):
-    with pytest.raises(ReplibError, match=r"organism\.defended first"):
-        Holds.load(tmp_path / "none.json")
+def test_what_is_not_there_is_said(found):
     with pytest.raises(ReplibError, match="'base' was not asked about tokens: choose from aligned, planted, strong"):
         found.tokens("base")

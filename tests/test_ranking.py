@@ -1,12 +1,13 @@
-"""The order of edits: attack success, or how many prompts the first token turns, and then the gentlest."""
+"""The order of edits: attack success, or how many prompts the first token turns, and then the gentlest. And ranks."""
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from replib.errors import ReplibError
-from replib.ranking import best_of, onset, ordered
+from replib.ranking import best_of, onset, ordered, spearman
 
 
 def test_edits_that_turn_as_many_prompts_are_ordered_by_what_else_they_do():
@@ -37,3 +38,18 @@ def test_the_onset_is_the_first_block_of_half_the_best_and_none_without_success(
     table = pd.DataFrame({"layer": [0, 1, 1, 2], "compliance": [0.1, 0.2, 0.5, 0.9]})
     assert onset(table) == 1 and onset(table, 0.9) == 2
     assert onset(table[:2]) is None and onset(table.assign(compliance=math.nan)) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "rho"),
+    [
+        ([1, 2, 3, 4], [1, 3, 2, 4], 1 - 6 * 2 / (4 * 15)),  # 1 - 6 sum of squared differences / n (n^2 - 1)
+        ([1, 2, 3, 4], [10, 20, 1000, 30], 0.8),  # values do not matter
+        ([1, 2, 3, 4], [9, 7, 5, 3], -1),
+        ([1, 2, 2, 3], [1, 2, 3, 4], 4.5 / (4.5 * 5) ** 0.5),  # ranks 1, 2.5, 2.5, 4, so squares 4.5 and 5
+        ([5, 5, 5, 5], [1, 2, 3, 4], math.nan),
+        ([1, 2, 3, 4], [0, 0, 0, 0], math.nan),
+    ],
+)
+def test_rank_correlation_is_that_of_ranks_worked_out_by_hand(one, other, rho):
+    assert spearman(np.array(one, float), np.array(other, float)) == pytest.approx(rho, nan_ok=True)

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from replib.activations import versions
+from replib.audit import outcome
 from replib.bend import BendConfig
 from replib.chat import ChatModel
 from replib.errors import Diverged, ReplibError
@@ -47,7 +48,7 @@ from replib.references import References
 from replib.repbend import RepBend
 from replib.settings import Settings, data_dir
 from replib.store import Rows, finished, key_of, write_text
-from replib.study import PROBED, Study, outcome
+from replib.study import PROBED, Study
 from replib.train import TrainConfig, TrainResult, train
 
 ALPHAS, BETAS, GAMMAS = (0.0, 0.02, 0.08, 0.32), (0.0, 3.0, 30.0, 300.0), (10.0, 100.0, 1000.0)

@@ -1,0 +1,28 @@
+"""Measurements made beforehand: a JSON file each beside the organism, packed by the program of the same name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from replib.errors import ReplibError
+from replib.settings import data_dir
+
+
+def packed_file(program: str) -> Path:
+    """Where ``python -m replib.organism.<program> --pack`` writes."""
+    return data_dir() / "organism" / f"{program}.json"
+
+
+def read_packed(program: str, path: Path | None = None) -> dict[str, Any]:
+    """What that program wrote, there or at ``path``.
+
+    Raises ReplibError where there is no such file.
+    """
+    path = path or packed_file(program)
+    if not path.exists():
+        raise ReplibError(
+            f"There is no measurement {path}: run python -m replib.organism.{program} first, then the same with --pack."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,21 @@
+"""Measurements made beforehand are found by the program that packs them."""
+
+import pytest
+
+from replib.errors import ReplibError
+from replib.hardness import Hardness
+from replib.holds import Holds
+from replib.response import Surface
+from replib.standings import Standings
+
+PROGRAMS = {"surface": Surface, "comparison": Standings, "hardening": Hardness, "defended": Holds}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_missing_file_says_which_program_makes_it(program, tmp_path, monkeypatch):
+    (tmp_path / "organism").mkdir()
+    monkeypatch.setenv("REPLIB_DATA", str(tmp_path))
+    with pytest.raises(ReplibError, match=rf"{program}\.json: run python -m replib\.organism\.{program} first"):
+        PROGRAMS[program].load()
+    with pytest.raises(ReplibError, match=r"none\.json: run python -m"):
+        PROGRAMS[program].load(tmp_path / "none.json")
