@@ -17,7 +17,7 @@ from replib.ranking import spearman
 
 COLUMNS = 4
 Panels = Mapping[str, Mapping[str, Measured]]
-MODELS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#4D7C0F", "#737373")
+MODELS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#4D7C0F")
 
 
 def gap_profiles(panels: Panels, *, part: str = "mean", title: str = "") -> go.Figure:
@@ -122,7 +122,7 @@ def token_depths(rows: Mapping[str, pd.DataFrame], *, title: str = "") -> go.Fig
     bar = colour_bar("complied", tickformat=".0%")
     figure.update_layout(coloraxis={"cmin": 0, "cmax": 1, "colorscale": "Oranges", "colorbar": bar})
     figure.update_xaxes(tickangle=-40, ticks="").update_yaxes(autorange="reversed", showgrid=False, ticks="")
-    note = f"per cent; fitted at the prompt's last token, at a token of the answer, or both; {cases(measured)}"
+    note = f"per cent; fitted at the prompt's end, on the answer, or both; {cases(measured)}"
     return dress(figure, title or "How many tokens deep refusal is", note, height=240 + 30 * len(rows))
 
 

@@ -6,7 +6,7 @@ The most successful of many edits is chosen on the prompts that it is reported o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -17,9 +17,11 @@ from torch import Tensor
 from replib.activations import capture
 from replib.adversary import READS
 from replib.asked import Asked
+from replib.audit import wilson
 from replib.chat import ChatModel
 from replib.edits import Edited
 from replib.errors import ReplibError
+from replib.figure_parts import Measured
 from replib.judges import Judge
 from replib.methods import METHODS, SiteEdits, fit_edit
 from replib.progress import progress
@@ -159,6 +161,19 @@ class Siege:
 def success(letters: str) -> float:
     """Share of the prompts that were complied with."""
     return letters.count("c") / len(letters)
+
+
+def by_block(found: Mapping[Cell, str]) -> dict[str, Measured]:
+    """Success of each way by block, by its title, each block at its best K; intervals are Wilson's, 95 %."""
+    curves = {}
+    for name in dict.fromkeys(cell.assault for cell in found):
+        blocks = sorted({cell.layer for cell in found if cell.assault == name})
+        each = [[text for cell, text in found.items() if cell[:2] == (name, block)] for block in blocks]
+        best = [max(texts, key=success) for texts in each]
+        low, high = zip(*(wilson(text.count("c"), len(text)) for text in best), strict=True)
+        n = [len(text) for text in best]
+        curves[ASSAULTS[name].title] = Measured([success(t) for t in best], low=low, high=high, n=n, at=blocks)
+    return curves
 
 
 def besieged(study: Study, limit: int = 16, layers: Sequence[int] = ()) -> Callable[[ChatModel], dict[str, float]]:

@@ -145,17 +145,26 @@ def token_table(model: ChatModel, prompt: str, last: int = 8) -> pd.DataFrame:
     return table.tail(last).T
 
 
+TERMS: dict[str, dict[str, str]] = {
+    "distance moved": {"safe": "safe", "unsafe": "unsafe"},
+    "residual norm": {"safe_norm": "safe answers", "unsafe_norm": "unsafe answers"},
+    "KL (nats a token)": {"kl": "benign answers", "retain_kl": "benign answers"},
+    "mean cosine": {"cosine": "unsafe prompts"},
+    "cross-entropy (nats a token)": {"hardening": "refusals under edits"},
+}
+"""Panels of a training, and what each term of its log is called there."""
+
+
 def training(result: TrainResult) -> go.Figure:
-    """Terms, distances, norms and validation probe of a RepBend run, with the chosen step marked."""
+    """Terms, norms and validation probe of a run, with the chosen step marked; terms it does not have are left out."""
     history = result.history.set_index("step")
     probes = result.probes.set_index("step").reindex(history.index.union([0]))
     history = history.reindex(probes.index)
     panels: dict[str, dict[str, Any]] = {
-        "distance moved": {"safe": history["safe"], "unsafe": history["unsafe"]},
-        "residual norm": {"safe answers": history["safe_norm"], "unsafe answers": history["unsafe_norm"]},
-        "KL (nats a token)": {"benign answers": history["kl"]},
-        "mean cosine": {"unsafe prompts": history["cosine"]},
-    }
+        title: {name: history[term] for term, name in names.items() if term in history}
+        for title, names in TERMS.items()
+        if set(names) & set(history)
+    } or {"loss": {"loss": history["loss"]}}
     if len(probes.columns):
         panels["validation rate"] = {name: probes[name] for name in probes.columns}
     return figures.training_curves(panels, steps=probes.index.to_numpy(), chosen=result.step)

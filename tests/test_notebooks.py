@@ -1,4 +1,4 @@
-"""The six notebooks, run as a user runs them: on models and files that were not made here, and on the organism."""
+"""The notebooks, run as a user runs them: on models and files that were not made here, and on the organism."""
 
 import re
 import shutil
@@ -26,9 +26,10 @@ def shown(path):
 
 
 # ------------------------------------------------------------------------------------------- as they lie there
-def test_there_are_six_in_order():
+def test_they_are_there_in_order():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_meet_the_model", "02_look_inside", "03_bend", "04_what_moved", "05_ablate", "06_audit",
+        "07_harden",
     ]  # fmt: skip
 
 

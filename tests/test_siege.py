@@ -5,6 +5,7 @@ import tiny
 import torch
 
 from replib.activations import capture
+from replib.audit import wilson
 from replib.edits import applied
 from replib.errors import ReplibError
 from replib.judges import Outcome, spelled
@@ -12,7 +13,7 @@ from replib.methods import fit_edit
 from replib.models import load
 from replib.prompts import Prompt
 from replib.settings import Settings
-from replib.siege import ASSAULTS, Cell, Siege, success
+from replib.siege import ASSAULTS, Cell, Siege, by_block, success
 from replib.splits import Splits
 from replib.study import Study
 
@@ -72,6 +73,15 @@ def test_nothing_is_left_of_the_edits(model, siege):
     before = model.forward(batch)
     siege.outcomes(siege.cells(("rfa", "ot_all"), ks=(0, 1)))
     assert torch.equal(model.forward(batch), before)
+
+
+def test_a_curve_is_of_the_best_k_of_each_block_with_its_interval():
+    found = {Cell("ot_all", 0, 1): "crrr", Cell("ot_all", 0, 2): "ccrr", Cell("ot_all", 2, 1): "rrrr"}
+    curve = by_block(found | {Cell("rfa", 1, 0): "cccc"})
+    assert list(curve) == ["PCA-OT, all tokens", "RFA, everywhere"]
+    first = curve["PCA-OT, all tokens"]
+    assert list(first.at) == [0, 2] and list(first.value) == [0.5, 0.0] and list(first.n) == [4, 4]
+    assert (first.low[0], first.high[0]) == wilson(2, 4)
 
 
 def test_success_is_the_share_that_complied():
