@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -67,6 +67,15 @@ class Arsenal:
             raise ReplibError(f"late={self.late} times is not at all: give 1 for as often as the others, or more.")
         if not 0 < min(self.ks) <= max(self.ks) < self.prompts:
             raise ReplibError(f"{self.prompts} prompts a class cannot fit K of {self.ks}: K is above 0 and below them.")
+
+    def within(self, rows: int) -> Arsenal:
+        """The same, for that many rows a class at most: fewer fit an edit, and have fewer components.
+
+        Raises ReplibError where not even one component can be fitted.
+        """
+        if rows >= self.prompts:
+            return self
+        return replace(self, prompts=rows, ks=tuple(k for k in self.ks if k < rows) or (1,))
 
     def blocks(self, depth: int) -> list[int]:
         """What a block is drawn from, in a model of so many."""

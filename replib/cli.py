@@ -61,6 +61,7 @@ SWEEP: Kinds = {
 OPTIONS = {
     "bend": COEFFICIENTS,
     "defend": SCHEDULE,
+    "harden": SCHEDULE | {"inner": one_of("repbend", "retention")},
     "capture": CAPTURE,
     "sweep": SWEEP,
     "tune": {"trials": at_least(1)},
@@ -81,6 +82,7 @@ HELP = {
     "learning-rate": "highest learning rate: of the first step, or after the warm-up; default by defence and model",
     "defence": "sft, dpo, npo, npo_rt, npo_kl, rmu, circuit_breaker, whp or task_arithmetic; on other models than the "
     "organism whp_retain too",
+    "inner": "what hardening is trained beside: repbend (the default), or retention, which holds the model in place",
     "save-every": "steps between checkpoints, from which the same command goes on; default 25, 0 for none",
     "trials": "trainings that the search holds in the end, default 20; those that are there are kept",
     "prompts": "a set or a file instead of the harmful and the harmless set; its own labels are kept",
@@ -182,6 +184,7 @@ def _parser() -> ArgumentParser:
         ("audit", _verb, "attack a model and judge what it answers, as one table"),
         ("bend", _verb, "train a RepBend adapter"),
         ("defend", _verb, "train a defence that RepBend is compared with"),
+        ("harden", _verb, "train refusals that hold while edits act on the model"),
         ("tune", _verb, "search alpha, beta and gamma: a training a trial, resumable"),
         ("sweep", _verb, "ablate refusal layer by layer, against the baselines"),
         ("report", _report, "write the HTML report of notebooks already run"),

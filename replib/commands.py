@@ -12,6 +12,7 @@ import torch
 from replib.activations import capture_to, finish_capture
 from replib.cells import check_names, grid
 from replib.defend import defend, suited
+from replib.harden import harden, inner_of, schedule
 from replib.models import load
 from replib.positions import Position, check_positions
 from replib.presets import named
@@ -89,6 +90,27 @@ def run_defend(
     objective, config = suited(study, defence)
     config = replace(config, **_given(steps=steps, learning_rate=learning_rate, save_every=save_every))
     return Path(str(defend(study, defence, Rival(objective, config)).model.adapter))
+
+
+def run_harden(
+    settings: Settings,
+    *,
+    inner: str = "repbend",
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    save_every: int | None = None,
+) -> Path:
+    """``replib harden``: train refusals that hold under edits fitted on the model in training (``replib.harden``).
+
+    Stopped or killed, the same command goes on.
+
+    Raises:
+        ReplibError: an inner objective of another name.
+    """
+    study = Study.open(replace(settings, device=own_device(settings.device)))
+    chosen = _given(steps=steps, learning_rate=learning_rate, save_every=save_every)
+    config = replace(schedule(study), **chosen)
+    return Path(str(harden(study, inner_of(study, inner), config=config).model.adapter))
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from replib.objective import Objective
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.results import TrainResult
+from replib.scope import check_choice
 from replib.siege import besieged
 from replib.store import key_of
 from replib.study import Study
@@ -31,15 +32,38 @@ HARDENING = Hardening(
         strength=(0.8, 1.0),
     ),
 )
-RETENTION = Retention(Keep(kl=200.0))
 TRAIN = TrainConfig(
     steps=110, retain=40, contrasts=8, dropout=0.0, learning_rate=3e-3, schedule="linear", probe_every=22, save_every=22
 )
+RETENTION = Retention(Keep(kl=200.0))
+"""Holds the model in place and does nothing else."""
+ELSEWHERE = replace(TRAIN, learning_rate=1e-4, retain=4, contrasts=4)
+"""For other models, as ``presets.SHORT_TRAIN``: a rate of 3e-3 suits one of 4 million parameters."""
+
+
+def inner_of(study: Study, name: str) -> Objective:
+    """What hardening is trained beside: ``repbend`` with the values for this model, or ``retention``.
+
+    Raises:
+        ReplibError: another name.
+    """
+    check_choice("inner", name, ("repbend", "retention"))
+    return RepBend(study.preset()[0]) if name == "repbend" else RETENTION
+
+
+def schedule(study: Study) -> TrainConfig:
+    """Length and rate for this model, with the study's seed."""
+    return replace(TRAIN if study.organism else ELSEWHERE, seed=study.settings.seed)
 
 
 def hardened(study: Study, inner: Objective = RETENTION, hardening: Hardening = HARDENING) -> Hardened:
-    """The objective for a study: its contrasts are refused, its harmless dialogues are what edits aim at."""
+    """The objective for a study: its contrasts are refused, its harmless dialogues are what edits aim at.
+
+    Where there are few of either, all of them fit the edits, and components are as many as they allow.
+    """
     harmless = [d for d in study.bend_data.retain if d.label in ("", "harmless")]
+    arsenal = hardening.arsenal.within(min(len(study.contrasts), len(harmless)))
+    hardening = replace(hardening, arsenal=arsenal)
     return Hardened(inner, study.contrasts, harmless, hardening, study.settings.seed)
 
 
@@ -50,18 +74,24 @@ def rows_for(study: Study, objective: Objective) -> BendData | DefenceData:
 
 
 def harden(
-    study: Study, inner: Objective = RETENTION, hardening: Hardening = HARDENING, config: TrainConfig = TRAIN
+    study: Study,
+    inner: Objective = RETENTION,
+    hardening: Hardening = HARDENING,
+    config: TrainConfig | None = None,
 ) -> TrainResult:
     """Train a hardened objective, or read the adapter that the same call trained before.
 
     Args:
         study: whose model is hardened; it is used up, as in ``Study.bend``.
-        inner: what is trained beside it; the default holds the model in place and does nothing else.
+        inner: what is trained beside it, see ``inner_of``.
         hardening: how edits and refusals are drawn.
-        config: length and rate; its seed is the study's. Validation chooses the step, and the share of the
-            change in weights that is kept: see ``siege.besieged`` and ``interpolated``.
+        config: length and rate; None is ``schedule(study)``. Validation chooses the step, and the share of the change
+            in weights that is kept: see ``siege.besieged`` and ``interpolated``.
+
+    Raises:
+        ReplibError: too few prompts to fit an edit on; what the trainer refuses.
     """
-    objective, config = hardened(study, inner, hardening), replace(config, seed=study.settings.seed)
+    objective, config = hardened(study, inner, hardening), config or schedule(study)
     key = key_of(objective.about(study.model.n_layers), asdict(config), study.model.provenance())
     folder = study.settings.out / "harden" / f"{Path(study.settings.model).name}-{key}"
 

@@ -26,6 +26,9 @@ LABELS = ("harmful", "harmless")
 PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
 Pair = tuple[Activations, Activations]  # harmful, harmless
 
+ANSWERED = "KL on own answers, all tokens (nats)"
+DISTINCT = ["method", "layer", "k", "positions"]
+
 
 def _cloud(pair: Pair, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Both classes on the two principal axes of one block: points [n, 2] and explained shares [2]."""
@@ -235,18 +238,20 @@ def _changed(strength: float, read: Any) -> list[str]:
     return [*([] if strength == 1 else [f"strength {strength:g}"]), *where]
 
 
-def tradeoff(best: pd.DataFrame, title: str) -> go.Figure:
-    """Attack success of edits against what they do to harmless prompts (first-token KL)."""
+def tradeoff(best: pd.DataFrame, damage: pd.DataFrame, title: str) -> go.Figure:
+    """Attack success of edits against what they do to harmless requests: exact KL over the model's own answers.
+
+    ``damage``: ``Sweeper.damage`` of these very edits, in this order.
+    """
     if best.empty:
         raise ReplibError("There are no edits to compare: run a sweep first.")
-    success = Measured(
-        best.compliance.to_numpy(), low=best.low.to_numpy(), high=best.high.to_numpy(), n=best.n.to_numpy()
-    )
-    cost = Measured(best.kl.to_numpy(), n=best.n_kl.to_numpy())
+    success, cost = best.reset_index(drop=True), damage[damage.metric == ANSWERED].reset_index(drop=True)
+    if not success[DISTINCT].equals(cost[DISTINCT]):
+        raise ReplibError("The damage is of other edits: measure it of cells_of(best), in that order.")
     return figures.tradeoff(
-        success,
-        cost,
+        Measured(success.compliance, low=success.low, high=success.high, n=success.n),
+        Measured(cost.change, low=cost.change_low, high=cost.change_high, n=cost.n),
         names=[edit_name(*x) for x in zip(best.method, best.positions, strict=True)],
-        unit="KL on harmless prompts (nats, first token)",
+        unit="KL on harmless requests (nats a token, own answers)",
         title=title,
     )

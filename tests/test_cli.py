@@ -60,7 +60,7 @@ def verb(monkeypatch):
     """Stands where the analyses are and records how it is called."""
     calls = []
     module = ModuleType("verb")
-    for name in ("run_audit", "run_bend", "run_capture", "run_defend", "run_sweep", "run_tune"):
+    for name in ("run_audit", "run_bend", "run_capture", "run_defend", "run_harden", "run_sweep", "run_tune"):
         setattr(
             module,
             name,
@@ -70,7 +70,7 @@ def verb(monkeypatch):
     return SimpleNamespace(calls=calls, module=module)
 
 
-@pytest.mark.parametrize("name", ["audit", "bend", "capture", "sweep", "tune"])
+@pytest.mark.parametrize("name", ["audit", "bend", "capture", "harden", "sweep", "tune"])
 def test_verbs_receive_the_options_and_say_where_the_result_is(name, verb, capsys):
     options = "--model m --adapter a --harmful h.csv --harmless n.csv --out o --seed 3 --limit 9".split()
     assert cli.main([name, *options]) == 0
@@ -87,6 +87,14 @@ def test_bend_passes_only_the_coefficients_that_were_given(verb):
 def test_defend_is_told_which_defence_and_what_was_changed(verb):
     cli.main(["defend", "npo_kl", "--steps", "7", "--learning-rate", "1e-4"])
     assert verb.calls[0][1] == {"defence": "npo_kl", "steps": 7, "learning_rate": 1e-4}
+
+
+def test_harden_is_told_what_is_trained_beside_it(verb, capsys):
+    cli.main(["harden", "--inner", "retention", "--steps", "7"])
+    assert verb.calls[0][1] == {"inner": "retention", "steps": 7}
+    with pytest.raises(SystemExit):
+        cli.main(["harden", "--inner", "sft"])
+    assert "repbend" in capsys.readouterr().err
 
 
 def test_sweep_reads_methods_ranks_strengths_and_positions(verb):
