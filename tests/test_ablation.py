@@ -160,6 +160,8 @@ def test_prompts_whose_answer_ends_before_the_position_do_not_fit_and_their_numb
     torch.testing.assert_close(edit.c, means[1] - means[0], atol=1e-5, rtol=1e-4)
     said = f"answers to {18 - len(long[1])} of 18 harmless prompts end before position 2"
     assert 2 < len(long[1]) < 18 and said in caplog.text
+    row = screened(model).table([Cell("actadd", (1,), 0, "all", read=2)]).iloc[0]
+    assert (row.n_harmful, row.n_harmless) == tuple(map(len, long))
     monkeypatch.setattr(ends, "eos_token_id", list({first for first, *_ in answers.values()}))
     with pytest.raises(ReplibError, match="20 of 20 harmful prompts end before position 2, so 0 are left.*earlier"):
         fit_edits(model, third, DATA, [1])
