@@ -75,7 +75,7 @@ def rows_for(study: Study, objective: Objective) -> BendData | DefenceData:
 
 def harden(
     study: Study,
-    inner: Objective = RETENTION,
+    inner: Objective | None = None,
     hardening: Hardening = HARDENING,
     config: TrainConfig | None = None,
 ) -> TrainResult:
@@ -83,7 +83,7 @@ def harden(
 
     Args:
         study: whose model is hardened; it is used up, as in ``Study.bend``.
-        inner: what is trained beside it, see ``inner_of``.
+        inner: what is trained beside it; None is RepBend, see ``inner_of``.
         hardening: how edits and refusals are drawn.
         config: length and rate; None is ``schedule(study)``. Validation chooses the step, and the share of the change
             in weights that is kept: see ``siege.besieged`` and ``interpolated``.
@@ -91,7 +91,8 @@ def harden(
     Raises:
         ReplibError: too few prompts to fit an edit on; what the trainer refuses.
     """
-    objective, config = hardened(study, inner, hardening), config or schedule(study)
+    objective = hardened(study, inner or inner_of(study, "repbend"), hardening)
+    config = config or schedule(study)
     key = key_of(objective.about(study.model.n_layers), asdict(config), study.model.provenance())
     folder = study.settings.out / "harden" / f"{Path(study.settings.model).name}-{key}"
 

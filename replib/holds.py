@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from replib.figure_parts import Measured
 from replib.gap import Features
 from replib.localise import errors, onset, steepest
 from replib.minimum import holding
-from replib.packed import read_packed
+from replib.packed import Packed, read_packed
 from replib.paired import letters
 from replib.predictor import leave_one_out, scores, within_models
 
@@ -33,9 +33,10 @@ Matrix = np.ndarray  # [seeds, prompts], rates
 
 
 @dataclass(frozen=True)
-class Holds:
+class Holds(Packed):
     """Answers of all subjects."""
 
+    program: ClassVar[str] = "defended"
     subjects: Sequence[Mapping[str, Any]]
     """One a model: name, title, seed, and an answer for every question it was asked."""
     about: Mapping[str, Any]
@@ -44,7 +45,7 @@ class Holds:
     @classmethod
     def load(cls, path: Path | None = None) -> Holds:
         """Read what ``python -m replib.organism.defended --pack`` wrote; raises ReplibError as ``read_packed``."""
-        found = read_packed("defended", path)
+        found = read_packed(cls.program, path)
         return cls(found.pop("subjects"), found)
 
     def names(self, question: str) -> list[str]:

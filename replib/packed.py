@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from replib.errors import ReplibError
 from replib.settings import data_dir
+
+
+class Packed:
+    """What one program measured."""
+
+    program: ClassVar[str]
+    """Of ``replib.organism``."""
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Any:
+        """Read what it packed, by default where it writes; raises ReplibError as ``read_packed``."""
+        raise NotImplementedError(cls)
 
 
 def packed_file(program: str) -> Path:

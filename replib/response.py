@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from replib.audit import wilson
 from replib.errors import ReplibError
 from replib.figure_parts import Measured
-from replib.packed import read_packed
+from replib.packed import Packed, read_packed
 
 COEFFICIENTS = ("alpha", "beta", "gamma")
 RATES = ("attack", "direct", "prefill", "harmless", "borderline", "skill")
@@ -37,9 +37,10 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Surface:
+class Surface(Packed):
     """Settings that were trained, with what validation prompts showed at every probed step."""
 
+    program: ClassVar[str] = "surface"
     table: pd.DataFrame
     """A row a setting and probed step: setting (its number), alpha, beta, gamma, layers, steps, seed, kept (the step
     that the probe chose), step, the rates, degenerate, and the training terms up to that step."""
@@ -54,7 +55,7 @@ class Surface:
 
         Raises ReplibError as ``read_packed``.
         """
-        found = read_packed("surface", path)
+        found = read_packed(cls.program, path)
         return cls.of(found.pop("settings"), found.pop("n"), found)
 
     @classmethod

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from replib.audit import crossed, crossed_rate
 from replib.figure_parts import Measured
-from replib.packed import read_packed
+from replib.packed import Packed, read_packed
 
 HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways
 MEASURES = {
@@ -42,7 +42,7 @@ S = TypeVar("S", bound="Standings")
 
 
 @dataclass(frozen=True)
-class Standings:
+class Standings(Packed):
     """The audits of all methods and seeds."""
 
     program: ClassVar[str] = "comparison"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,17 +27,15 @@ from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import load, merged
 from replib.organism import suite
 from replib.organism.language import REFUSAL
-from replib.packed import packed_file
+from replib.packed import Packed, packed_file
 from replib.presets import named
 from replib.prompts import Contrast, Dialogue, Prompt, content_hash, load_contrasts, load_dialogues, load_prompts
 from replib.refusals import RefusalTokens
 from replib.repbend import RepBend
-from replib.response import Surface
 from replib.results import trained_by
 from replib.sets import check_world, prompt_splits
 from replib.settings import Settings
 from replib.splits import Splits
-from replib.standings import Standings
 from replib.store import key_of
 from replib.train import BendData, TrainConfig, TrainResult, train
 
@@ -45,6 +44,7 @@ PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and p
 SORTED = 480  # contrasts whose answers are read before bending
 PROBED = ("attack", "benign", "skill")  # kinds of task that choose a step
 PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
+M = TypeVar("M", bound=Packed)
 BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
 # RFA has no last-token form in its source: it removes a direction wherever it is written.
 
@@ -241,16 +241,10 @@ class Study:
         bent, base = (acts.values for acts in pair)
         return ((bent - base).norm(dim=-1) / base.norm(dim=-1)).mean(dim=1).numpy()
 
-    def surface(self) -> Surface | None:
-        """Settings of RepBend trained beforehand on this very model; None if none are shipped for it."""
-        return Surface.load() if self._shipped("surface") else None
-
-    def standings(self) -> Standings | None:
-        """All defences, five seeds each, trained and audited beforehand; None if none are shipped for this model."""
-        return Standings.load() if self._shipped(Standings.program) else None
-
-    def _shipped(self, program: str) -> bool:
-        return self.organism and self.name == "aligned" and packed_file(program).exists()
+    def shipped(self, kind: type[M]) -> M | None:
+        """What was measured beforehand on this very model, a ``packed.Packed`` of some kind; None if nothing was."""
+        there = self.organism and self.name == "aligned" and packed_file(kind.program).exists()
+        return kind.load() if there else None
 
     # ------------------------------------------------------------------------------------- ablation
     def sweeper(self, *, limit: int | None = None, filtered: bool = False) -> Sweeper:

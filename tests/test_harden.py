@@ -62,7 +62,7 @@ def test_it_is_kept_with_its_share_and_read_again(settings, monkeypatch):
     batch = again.model.encode(["w1 w2"])
     with torch.no_grad():
         torch.testing.assert_close(again.model.forward(batch), first.model.forward(batch))
-    harden(Study.open(settings), inner_of(Study.open(settings), "repbend"), SMALL, config)
+    harden(Study.open(settings), inner_of(Study.open(settings), "retention"), SMALL, config)
     assert len(made) == 2
 
 

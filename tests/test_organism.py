@@ -16,7 +16,7 @@ from replib.organism.surface import ALPHAS, BETAS, GAMMAS, Setting, design
 from replib.organism.world import FAMILIES, HARMFUL_FAMILIES, PER_FAMILY, artefacts, select
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.prompts import load_contrasts, load_dialogues, load_prompts
-from replib.response import Response
+from replib.response import Response, Surface
 from replib.settings import Settings, data_dir
 from replib.study import Study
 
@@ -182,7 +182,7 @@ def test_the_design_of_the_surface_is_a_grid_with_sweeps_windows_lengths_and_see
 
 @pytest.mark.skipif(not (FOLDER / "surface.json").exists(), reason="the surface is not packed")
 def test_the_surface_holds_trained_settings_of_this_very_model():
-    surface, model = Study.open(Settings()).surface(), load("aligned")
+    surface, model = Study.open(Settings()).shipped(Surface), load("aligned")
     assert (FOLDER / "surface.json").stat().st_size <= 2e6
     assert surface.table.setting.nunique() >= 60
     assert surface.about["about"]["fingerprint"] == model.provenance()["fingerprint"]
