@@ -188,8 +188,9 @@ class Sweeper:
         first, answers = self.scored.run(edits, length=None if ANSWERS in stages else 1)
         if FIRST in stages:
             neutral = self.neutral.run(edits)[0]
-            for row, logits, moved in zip(rows, first, neutral, strict=True):
+            for cell, row, logits, moved in zip(cells, rows, first, neutral, strict=True):
                 row[FIRST] = self.screen.row(logits, positions) | self._moved(moved, positions)
+                row[FIRST] |= self.fitter.counts[cell.recipe]
         if ANSWERS in stages:
             for row, texts in zip(rows, answers, strict=True):
                 outcomes = self.judge(self.data.scored, texts)
@@ -242,11 +243,11 @@ def sweep_layers(
     Options are those of ``Sweeper.layers``: ``ks``, ``layers``, ``positions``, ``strengths``, ``read``, ``best``.
 
     Returns:
-        One row a cell: model, method, layers, k, positions, strength, read, depth of the model, prompts a class given
-        to fit it (the log says how many answers are too short to be read there); the cheap score: ``log_odds`` with its
-        interval, each prompt's, the share of prompts ``turned`` (below 0), and the share of refusals that its tokens
-        cover; ``kl`` (nats, first answer token, harmless prompts); n, attack success (``compliance``) with its Wilson
-        95 % interval, refusal and degenerate shares, and a letter an answer (``outcomes``). What was not generated, or
-        does not exist, is NaN.
+        One row a cell: model, method, layers, k, positions, strength, read, depth of the model, prompts a class that
+        fitted it (fewer than were given, where answers end too early); the cheap score: ``log_odds`` with its interval,
+        each prompt's, the share of prompts ``turned`` (below 0), and the share of refusals that its tokens cover;
+        ``kl`` (nats, first answer token, harmless prompts); n, attack success (``compliance``) with its Wilson 95 %
+        interval, refusal and degenerate shares, and a letter an answer (``outcomes``). What was not generated, or does
+        not exist, is NaN.
     """
     return Sweeper(model, data, judge).layers(method, **options)

@@ -91,8 +91,8 @@ class Fitter:
         layers: blocks that may be asked for.
         batch_size: prompts in one forward pass at most.
         answer: tokens of the model's own answer, under the edits already in place, over which ``response`` is a mean.
-            An integer position from 0 on is read of such answers too. Prompts whose answer ends before it do not fit;
-            how many is logged.
+            An integer position from 0 on is read of such answers too. Prompts whose answer ends before it do not fit:
+            that is logged, and ``counts`` holds those that do.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Fitter:
         self.batch_size, self.answer = batch_size, answer
         self._read: dict[tuple[Position, str], Pair] = {}
         self._under: tuple[Recipe | None, Pair | None] = (None, None)  # of edited models only the latest
+        self.counts: dict[Recipe, dict[str, int]] = {}  # prompts a class behind the last block of each fit
 
     def on(self, data: AblationData) -> Fitter:
         """The same for other prompts."""
@@ -121,6 +122,7 @@ class Fitter:
         active = edits and recipe.method.sequential
         pair = self._edited(earlier, edits) if active else self.activations(recipe.method)
         source, target = (x[layer] for x in pair)
+        self.counts[recipe] = {"n_harmful": len(source), "n_harmless": len(target)}
         found = fit_edit(recipe.method, source, target, layer, k=recipe.k, depth=self.model.n_layers)
         return edits | {key: edit * recipe.strength for key, edit in found.items()}
 

@@ -19,7 +19,7 @@ from replib.methods import METHODS
 from replib.models import load
 from replib.prompts import Prompt
 from replib.ranking import ordered
-from replib.refusals import RefusalTokens, first_logits
+from replib.refusals import RefusalTokens, first_logits, survivors
 from replib.screen import Screen
 from replib.sweep_price import sweep_price
 
@@ -160,6 +160,8 @@ def test_prompts_whose_answer_ends_before_the_position_do_not_fit_and_their_numb
     torch.testing.assert_close(edit.c, means[1] - means[0], atol=1e-5, rtol=1e-4)
     said = f"answers to {18 - len(long[1])} of 18 harmless prompts end before position 2"
     assert 2 < len(long[1]) < 18 and said in caplog.text
+    row = screened(model).table([Cell("actadd", (1,), 0, "all", read=2)]).iloc[0]
+    assert (row.n_harmful, row.n_harmless) == tuple(map(len, long))
     monkeypatch.setattr(ends, "eos_token_id", list({first for first, *_ in answers.values()}))
     with pytest.raises(ReplibError, match="20 of 20 harmful prompts end before position 2, so 0 are left.*earlier"):
         fit_edits(model, third, DATA, [1])
@@ -235,6 +237,21 @@ def test_both_classes_are_needed_and_fitted_prompts_are_not_scored():
         AblationData(HARMFUL, [], DATA.scored, DATA.neutral)
     with pytest.raises(ReplibError, match="1 scored prompts were used to fit"):
         AblationData(HARMFUL, HARMLESS, [Prompt(HARMFUL[3])], DATA.neutral)
+
+
+def test_prompts_that_the_model_treats_as_their_class_should_be_fit_and_are_counted(model):
+    likely = first_logits(model, HARMFUL + HARMLESS).softmax(-1).mean(0)
+    order = likely.argsort()
+    some, none = (
+        RefusalTokens(tuple(ids.tolist()), (), 1.0, 0.0, 1, 1)
+        for ids in (order[likely[order].cumsum(0) < 0.5], order[:1])
+    )
+    kept = DATA.kept(model, some)
+    left = survivors(model, HARMFUL, HARMLESS, some)
+    assert (kept.harmful, kept.harmless) == (left.harmful, left.harmless)
+    assert kept.counts() == {"n_harmful": len(kept.harmful), "n_harmless": len(kept.harmless)} != DATA.counts()
+    with pytest.raises(ReplibError, match="0 of 20 harmful prompts are refused"):
+        DATA.kept(model, none)
 
 
 def test_a_block_that_does_not_exist(model):

@@ -145,6 +145,15 @@ def test_nan_activations_name_the_first_broken_layer(tmp_path):
         capture(model, PROMPTS)
 
 
+def test_float16_that_overflows_is_said(tmp_path):
+    model = load(tiny.save_model(tmp_path), dtype="float16")
+    with torch.no_grad():
+        for weights in model.blocks[1].mlp.parameters():
+            weights.fill_(6e4)
+    with pytest.raises(ReplibError, match="infinite from layer 1 on .*float16 overflows"):
+        capture(model, PROMPTS)
+
+
 def test_span_names_cover_the_masks(llama):
     batch = llama.encode(PROMPTS, RESPONSES)
     assert torch.equal(span(batch, "prompt") | span(batch, "response"), span(batch, "all"))

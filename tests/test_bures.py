@@ -126,7 +126,7 @@ def test_null_repeats_with_its_seed_and_does_not_turn_with_the_space():
     assert bures_wasserstein_null(x + 5, y + 5).p_value == bures_wasserstein_null(x, y).p_value
 
 
-def test_too_few_samples_are_refused():
+def test_too_few_samples_and_unlike_widths_are_refused():
     with pytest.raises(ReplibError, match="at least two prompts"):
         bures_wasserstein(normal(1, 3), normal(5, 3))
     with pytest.raises(ReplibError, match="needs 4 a class"):
@@ -135,3 +135,5 @@ def test_too_few_samples_are_refused():
         bures_wasserstein_null(normal(3, 3), normal(5, 3))
     with pytest.raises(ReplibError, match="0 permutations"):
         bures_wasserstein_null(normal(5, 3), normal(5, 3), permutations=0)
+    with pytest.raises(ReplibError, match="widths 3 and 4; capture both at one site"):
+        bures_wasserstein_debiased(normal(5, 3), normal(5, 4))

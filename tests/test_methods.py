@@ -145,6 +145,14 @@ def test_act_is_least_squares_between_sorted_samples(clouds):
         assert edit.c[j].item() == pytest.approx(bias, abs=1e-4)
 
 
+def test_act_meets_unequal_numbers_on_their_quantiles():
+    """Samples that are spread evenly have the same quantiles at any number: the line between them is exact."""
+    even = lambda n, low, high: torch.linspace(low, high, n, dtype=torch.float64)[:, None]  # noqa: E731
+    for n, m in ((40, 30), (30, 40)):
+        edit = act(even(n, 0, 1).flip(0), even(m, 2, 8), 0)
+        assert (1 + edit.s.item(), edit.c.item()) == pytest.approx((6, 2), rel=1e-6)
+
+
 def test_act_of_one_coordinate_is_near_exact_transport(clouds):
     """For sorted samples of equal size the optimal coupling pairs ranks; the line is its best affine fit."""
     a, b = clouds[0][:30, :1], clouds[1][:, :1]
@@ -211,7 +219,10 @@ def test_order_of_prompts_scale_and_rotation_do_not_matter(clouds, method):
     ("call", "reason"),
     [
         (lambda a, b: fit_edit("magic", a, b, 0), "Unknown method 'magic'.*pca_ot"),
-        (lambda a, b: fit_edit("pca_ot", a[:3], b, 0, k=8), "8"),
+        (
+            lambda a, b: fit_edit("pca_ot", a[:3], b, 0, k=8),
+            "3 prompts in a class cannot fit 8 axes; add prompts",
+        ),
         (lambda a, b: fit_edit("pca_ot", a[:0], b, 0), "not empty"),
         (lambda a, b: fit_edit("harmless_split", a, b[:3], 0), "3 harmless prompts do not give two halves"),
         (lambda a, b: fit_edit("rfa", a, a, 0, depth=1), "one mean"),
@@ -221,6 +232,17 @@ def test_order_of_prompts_scale_and_rotation_do_not_matter(clouds, method):
 def test_bad_fits_are_named(clouds, call, reason):
     with pytest.raises(ReplibError, match=reason):
         call(*clouds)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_duplicates_a_constant_coordinate_and_unequal_numbers_are_ordinary(clouds, method):
+    harmful, harmless = torch.cat([clouds[0], clouds[0][:12]]), clouds[1].clone()
+    harmful[:, 5] = harmless[:, 5] = 7.0
+    (edit,) = {id(e): e for e in fit_edit(method, harmful, harmless, 0, k=8, depth=1).values()}.values()
+    moved = edit(harmful)
+    assert moved.isfinite().all() and not torch.equal(moved, harmful)
+    if method != "random_subspace":  # which is drawn in all coordinates
+        torch.testing.assert_close(moved[:, 5], harmful[:, 5], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
