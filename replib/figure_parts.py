@@ -234,23 +234,3 @@ def whiskers(measured: Measured, place: int | slice | NDArray[np.intp], colour: 
         return {}
     value, low, high = (np.atleast_1d(numbers(part)[place]) for part in (measured.value, measured.low, measured.high))
     return {"array": high - value, "arrayminus": value - low, "color": colour, "thickness": 1.5, "width": 3}
-
-
-def shared_labels(x: Values, y: Values, names: Sequence[str], near: float = 0.05) -> list[str]:
-    """A label a point; points that lie on each other (within a share of each axis) share one.
-
-    It stands at the one of them that is closest to the middle, towards which labels are written.
-    """
-    reach, middle = near * max(float(np.nanmax(x) - np.nanmin(x)), 1e-9), float(np.nanmean(x))
-    groups: list[list[int]] = []
-    for place in range(len(names)):
-        close = [g for g in groups if abs(x[g[0]] - x[place]) <= reach and abs(y[g[0]] - y[place]) <= near]
-        if close:
-            close[0].append(place)
-        else:
-            groups.append([place])
-    labels = [""] * len(names)
-    for group in groups:
-        inner = min(group, key=lambda place: abs(x[place] - middle))
-        labels[inner] = "<br>".join(names[place] for place in group)
-    return labels

@@ -27,15 +27,15 @@ from replib.figure_parts import (
     numbers,
     present,
     rate_cells,
-    shared_labels,
     whiskers,
 )
-from replib.figure_style import AMBER, DASHES, GRID, INK, cell, colour_bar, dress, safe, styled
+from replib.figure_style import AMBER, DASHES, GRID, INK, SYMBOLS, cell, colour_bar, dress, safe, styled
 
 Place = int | float
 # Light throughout, so that dark writing can be read in every cell; a sure block is saturated.
 CONFIDENCE = ("#41B6C4", "#7FCDBB", "#C7E9B4", "#EDF8B1", "#FFFFE5")
 MOST_BANDS = 3  # more bands on each other are mud
+BETWEEN = 64  # pixels between the panels of a column: a title, ticks and their unit
 NARROW = 16  # blocks whose rates can be read in half of the width
 FRAME, FRAMED = {"color": INK, "width": 1.5, "dash": "dot"}, "framed: 40–60 % of the depth"
 MARKS = ("#EBD9A8", "#CFE3F5", "#E3D5EC")
@@ -211,7 +211,8 @@ def sweep_heatmap(
     columns, written = 1 if depth > NARROW else min(2, len(panels)), depth <= 2 * NARROW
     rows = -(-len(panels) // columns)
     names = [safe(name) for name in panels]
-    figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=0.5 / (rows + 1))
+    inner = rows * (26 + 27 * len(ks)) + (rows - 1) * BETWEEN
+    figure = make_subplots(rows, columns, subplot_titles=names, vertical_spacing=BETWEEN / inner)
     for place, (name, panel) in enumerate(panels.items()):
         at = {"row": place // columns + 1, "col": place % columns + 1}
         figure.add_trace(rate_cells(as_measured(panel), ks, written=written), **at)
@@ -229,7 +230,7 @@ def sweep_heatmap(
     blank = any(np.isnan(numbers(as_measured(panel).value)).any() for panel in panels.values())
     told = (written, "numbers in per cent"), (windows, FRAMED), (blank, "grey: not measured")
     note = "; ".join(filter(None, [cases(map(as_measured, panels.values())), *(text for said, text in told if said)]))
-    return dress(figure, title, note, height=110 + rows * (80 + 27 * len(ks)))
+    return dress(figure, title, note, height=inner + 160)
 
 
 def training_curves(
@@ -294,21 +295,18 @@ def tradeoff(success: Measured, cost: Measured, *, names: Sequence[str], unit: s
     """Draw attack success against its cost, a named point an edit or defence; `unit` titles the cost axis."""
     need(names, "tradeoff", "points")
     figure, x, y = go.Figure(), numbers(cost.value), numbers(success.value)
-    labels = shared_labels(x, y, list(map(safe, names)))
-    for place, (name, _, colour, _) in enumerate(styled(dict.fromkeys(map(str, names)).items())):
+    for place, (name, _, colour, used) in enumerate(styled(dict.fromkeys(map(str, names)).items())):
         hover = f"{safe(name)}<br>attack success {success.words()[place]}<br>{safe(unit)} {cost.words()[place]}"
         figure.add_scatter(
             x=x[[place]],
             y=y[[place]],
             error_x=whiskers(cost, place, colour),
             error_y=whiskers(success, place, colour),
-            mode="markers+text",
-            text=[labels[place]],
-            textposition=("bottom" if y[place] > 0.5 else "top") + (" left" if x[place] > np.nanmean(x) else " right"),
-            marker={"size": 11, "color": colour},
+            mode="markers",
+            name=safe(name),
+            marker={"size": 11, "color": colour, "symbol": SYMBOLS[used % len(SYMBOLS)]},
             hovertemplate=hover + "<extra></extra>",
             cliponaxis=False,
-            showlegend=False,
         )
     figure.update_xaxes(title_text=safe(unit), rangemode="tozero")
     figure.update_yaxes(title_text="attack success", title_standoff=12, tickformat=".0%", range=[-0.06, 1.1])

@@ -238,7 +238,8 @@ def test_an_edit_has_its_colour_in_every_figure():
     assert [trace.marker.color for trace in points.data] == [colours[name] for name in names[::-1]]
 
 
-def test_points_that_lie_on_each_other_share_a_label_and_no_name_is_lost():
-    point = Measured([1.0, 0.1, 1.0, 0.98])
-    figure = figures.tradeoff(point, Measured([0.0, 2.0, 0.01, 0.02]), names=["a", "b", "c", "d"], unit="KL")
-    assert [trace.text[0] for trace in figure.data] == ["", "b", "", "a<br>c<br>d"]
+def test_points_that_lie_on_each_other_are_told_apart_in_the_legend():
+    point, names = Measured([1.0, 0.1, 1.0, 1.0]), ["PCA-OT, all", "b", "PCA-OT, last prompt", "d"]
+    figure = figures.tradeoff(point, Measured([0.0, 2.0, 0.0, 0.02]), names=names, unit="KL")
+    assert [trace.name for trace in figure.data] == names
+    assert len({(t.marker.color, t.marker.symbol) for t in figure.data}) == 4
