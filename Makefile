@@ -22,7 +22,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 
 demo:  ## run the notebooks on the model organism and write an offline HTML report
-	@echo "Demo: installs replib into $(VENV) (2 to 6 minutes, once), runs the notebooks (about 6 minutes on 2 cores), writes runs/report.html."
+	@echo "Demo: installs replib into $(VENV) (2 to 6 minutes, once), runs the notebooks (about 8 minutes on 2 cores), writes runs/report.html."
 	@$(MAKE) -s --no-print-directory $(DEMO_READY)
 	@$(BIN)/replib demo
 

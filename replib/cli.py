@@ -136,7 +136,7 @@ def _demo(_: Namespace, settings: Settings) -> None:
     paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
     if not paths:
         raise ReplibError(f"{ROOT} holds no notebooks/*.ipynb: run the demo from a checkout of replib.")
-    cost = "about 6 minutes on 2 cores, less where work is kept"
+    cost = "about 8 minutes on 2 cores, less where work is kept"
     print(f"Running {len(paths)} notebooks on {settings.model}: {cost}.", flush=True)
     _export(_execute(paths, settings, {}), settings)
 
