@@ -13,6 +13,7 @@ import pandas as pd
 
 from replib.audit import crossed, crossed_rate
 from replib.figure_parts import Measured
+from replib.paired import letters
 from replib.siege import ASSAULTS, GOAL
 from replib.standings import Matrix, Standings
 
@@ -21,7 +22,7 @@ KEPT = ("harmless", "borderline", "skill")
 
 @dataclass(frozen=True)
 class Hardness(Standings):
-    """The audits of all arms and seeds; ``runs`` also has ``complied``: assault -> K -> successes by block."""
+    """The audits of all arms and seeds; ``runs`` also has ``blocks``: assault -> answers of the best K by block."""
 
     program: ClassVar[str] = "hardening"
 
@@ -65,10 +66,11 @@ class Hardness(Standings):
         return ", ".join(map(str, ASSAULTS[assault].ks))
 
     def by_block(self, assault: str) -> dict[str, Measured]:
-        """Success at each block with the best K, by title: the mean of the seeds, and the least and most of them."""
-        n = int(self.tasks.set_index("name").n[assault])
+        """Success at each block with the best K of each seed, by title, with intervals over seeds and prompts."""
         found = {}
         for title, runs in self.runs.groupby("title", sort=False):
-            rates = np.array([np.max(list(c[assault].values()), axis=0) for c in runs.complied]) / n
-            found[str(title)] = Measured(rates.mean(0), low=rates.min(0), high=rates.max(0), n=n * len(rates))
+            complied = np.array([letters(run[assault]) for run in runs.blocks], float)  # [seeds, blocks, prompts]
+            low, high = zip(*(crossed_rate(each) for each in complied.swapaxes(0, 1)), strict=True)
+            n = len(complied) * complied.shape[2]
+            found[str(title)] = Measured(complied.mean((0, 2)), low=low, high=high, n=n)
         return found

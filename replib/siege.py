@@ -163,16 +163,21 @@ def success(letters: str) -> float:
     return letters.count("c") / len(letters)
 
 
+def worst_by_block(found: Mapping[Cell, str]) -> list[str]:
+    """Outcomes under the most successful edit of each block, from the first block on."""
+    blocks = sorted({cell.layer for cell in found})
+    return [max((text for cell, text in found.items() if cell.layer == i), key=success) for i in blocks]
+
+
 def by_block(found: Mapping[Cell, str]) -> dict[str, Measured]:
     """Success of each way by block, by its title, each block at its best K; intervals are Wilson's, 95 %."""
     curves = {}
     for name in dict.fromkeys(cell.assault for cell in found):
-        blocks = sorted({cell.layer for cell in found if cell.assault == name})
-        each = [[text for cell, text in found.items() if cell[:2] == (name, block)] for block in blocks]
-        best = [max(texts, key=success) for texts in each]
+        own = {cell: text for cell, text in found.items() if cell.assault == name}
+        best, at = worst_by_block(own), sorted({cell.layer for cell in own})
         low, high = zip(*(wilson(text.count("c"), len(text)) for text in best), strict=True)
         n = [len(text) for text in best]
-        curves[ASSAULTS[name].title] = Measured([success(t) for t in best], low=low, high=high, n=n, at=blocks)
+        curves[ASSAULTS[name].title] = Measured([success(t) for t in best], low=low, high=high, n=n, at=at)
     return curves
 
 

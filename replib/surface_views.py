@@ -80,7 +80,7 @@ def hardening_frontier(found: Hardness) -> go.Figure:
 
 def hardening_blocks(found: Hardness, assault: str = "ot_all") -> go.Figure:
     """Success of one way to edit refusal away by block, each block at its best K, a curve a defence."""
-    title = f"{ASSAULTS[assault].title}: attack success by block, K the best of {found.ks(assault)}; band: all seeds"
+    title = f"{ASSAULTS[assault].title}: success by block, best of K = {found.ks(assault)}"
     return figures.layer_lines(found.by_block(assault), "attack success", title=title)
 
 

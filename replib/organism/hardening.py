@@ -35,7 +35,7 @@ from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.settings import Settings, data_dir
-from replib.siege import ASSAULTS, Cell, Siege, besieged, success
+from replib.siege import ASSAULTS, Cell, Siege, besieged, success, worst_by_block
 from replib.store import Rows, finished, key_of, write_text
 from replib.train import train
 
@@ -187,16 +187,14 @@ def pack(bench: HardeningBench) -> Path:
 
 
 def packed(run: Run, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """One run: answers to all tasks and under the worst edit of each assault; of the other edits how many complied."""
+    """One run: answers to all tasks, under the worst edit of each assault, and under the worst of each block."""
     edits = {Cell(a, layer, k): letters for a, layer, k, letters in row["edits"]}
     worst = {a: max((c for c in edits if c.assault == a), key=lambda c: edits[c].count("c")) for a in ASSAULTS}
-    counts: dict[str, dict[int, list[int]]] = {a: {} for a in ASSAULTS}
-    for cell, letters in edits.items():
-        counts[cell.assault].setdefault(cell.k, []).append(letters.count("c"))
+    blocks = {a: worst_by_block({c: text for c, text in edits.items() if c.assault == a}) for a in ASSAULTS}
     cost = {name: trained.get(name, 0) for name in ("seconds", "parameters", "step", "share")}
     named = {"method": run.arm, "title": ARMS[run.arm].title, "seed": run.seed} | cost
     answers = row["answers"] | {a: edits[cell] for a, cell in worst.items()}
-    return named | {"answers": answers, "worst": {a: list(c[1:]) for a, c in worst.items()}, "complied": counts}
+    return named | {"answers": answers, "worst": {a: list(c[1:]) for a, c in worst.items()}, "blocks": blocks}
 
 
 def main() -> None:
