@@ -166,7 +166,7 @@ def _dressed(figure: go.Figure, panels: Mapping[str, object], title: str, note: 
 
 def _coloured(curves: Mapping[str, Measured]) -> list[tuple[str, Measured, str, str]]:
     """Curves with colour and dash; what is compared with is grey."""
-    own, compared = cycle([(VERMILLION, DASHES[0]), (BLUE, DASHES[0])]), (GREY, DASHES[1])
+    own, compared = cycle((colour, DASHES[0]) for colour in (VERMILLION, BLUE, *MODELS[3:])), (GREY, DASHES[1])
     grey = ("undefended", "transferred")
     return [(name, curve, *(compared if name.startswith(grey) else next(own))) for name, curve in curves.items()]
 

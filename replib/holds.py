@@ -182,7 +182,7 @@ class Holds(Packed):
         if name in self.names("tokens"):
             table = self.tokens(name)
             best = table.loc[table.chosen.idxmax()]
-            row |= {"deeper": f"{100 * best.value:.0f} [{100 * best.low:.0f}, {100 * best.high:.0f}]", "at": best.kind}
+            row |= {"deeper": _percent(best.value, best.low, best.high), "at": best.kind}
         return row | {"median strength": float(np.median(least)), "never": _cell(np.isinf(least))}
 
 
@@ -197,5 +197,8 @@ def _measured(matrices: Sequence[Matrix]) -> Measured:
 
 
 def _cell(values: Matrix) -> str:
-    low, high = crossed_rate(values.astype(float))
-    return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+    return _percent(values.mean(), *crossed_rate(values.astype(float)))
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.0f}\xa0[{100 * low:.0f},\xa0{100 * high:.0f}]"

@@ -150,7 +150,7 @@ TERMS: dict[str, dict[str, str]] = {
     "residual norm": {"safe_norm": "safe answers", "unsafe_norm": "unsafe answers"},
     "KL (nats a token)": {"kl": "benign answers", "retain_kl": "benign answers"},
     "mean cosine": {"cosine": "unsafe prompts"},
-    "cross-entropy (nats a token)": {"hardening": "refusals under edits"},
+    "loss (nats a token)": {"hardening": "refusals under edits"},
 }
 """Panels of a training, and what each term of its log is called there."""
 
