@@ -82,9 +82,9 @@ def test_gaps_are_means_over_seeds_beside_their_null(found):
 def test_in_short(found):
     table = found.summary()
     assert list(table.index) == ["Aligned", "Planted", "Strong"] and table.seeds.tolist() == [1, 1, 3]
-    assert (table["at"] == "prompt + token 1").all() and table["no edit"].str.startswith("0 ").all()
+    assert (table["at"] == "prompt + token 1").all() and table["no edit"].str.startswith("0\xa0[").all()
     strong = complied([s["blocks"]["refitted"][4] for s in found.subjects if s["name"] == "strong"])
-    assert table.refitted["Strong"].startswith(f"{100 * strong.mean():.0f} [")
+    assert table.refitted["Strong"].startswith(f"{100 * strong.mean():.0f}\xa0[")
 
 
 def test_a_file_comes_back(found, tmp_path):
