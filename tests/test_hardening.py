@@ -91,7 +91,7 @@ def test_the_gradient_flows_through_the_edited_pass(chat):
         objective = hardened()
         objective.adversary.sample = lambda rows, n: rows[:4]
         objective._head = iter(heads).__next__
-        found = gradients(chat, objective._refused(chat, [Drawn({1: edit}, where)]))
+        found = gradients(chat, objective._refused(chat, [Drawn({("resid_post", 1): edit}, where)]))
         batch, _ = refusals(chat, rows, heads)
         last = torch.zeros_like(batch.prompt_mask).scatter(1, batch.last_prompt[:, None], True)
         whole = batch.prompt_mask | batch.response_mask
