@@ -29,7 +29,7 @@ demo:  ## run the notebooks on the model organism and write an offline HTML repo
 test:  ## run the tests
 	@echo "Tests: installs replib into $(VENV) (2 to 6 minutes, once), runs pytest (under 8 minutes on 2 cores)."
 	@$(MAKE) -s --no-print-directory $(TEST_READY)
-	@$(BIN)/python -m pytest -n 2 $(SLOW)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(SLOW)
 
 lab: $(DEMO_READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

@@ -226,7 +226,7 @@ def faulty(self, *rest):
 shards.Shards.write = faulty
 raise SystemExit(cli.main())
 """
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def environment(fault=""):

@@ -24,7 +24,10 @@ from replib.repbend import RepBend
 from replib.train import DefenceTrainer, Steps, arguments, attach
 
 CONFIGS = Path(replib.__file__).parent / "configs"
-PYTHON, TORCHRUN = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+PYTHON, TORCHRUN = (
+    [sys.executable],
+    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+)
 
 
 def launched(name):
