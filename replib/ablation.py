@@ -87,7 +87,7 @@ class Sweeper:
     @cached_property
     def screen(self) -> Screen:
         """The cheap score of this model, found once from its own answers."""
-        return Screen.find(self.model, self.data)
+        return Screen.find(self.model, self.data.harmful, self.data.harmless)
 
     # ------------------------------------------------------------------------------------- what is asked
     def layers(

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import capture
 from replib.chat import ChatModel, evaluating
+from replib.sites import hooked
 
 PROMPTS = ("Hello.", "What is the opposite of hot, please?")
 MEANING = {
@@ -46,15 +46,15 @@ def self_check(
     """
     logits = next_logits(model, prompts)
     singles = torch.cat([next_logits(model, [p]) for p in prompts])
-    middle, last = capture(model, prompts, layers=[model.n_layers // 2, model.n_layers - 1]).values
-    lens = model.decode(last.to(model.device, model.dtype)).float().cpu()
+    middle, last = _residuals(model, prompts, (model.n_layers // 2, model.n_layers - 1))
+    lens = model.decode(last).float().cpu()
     with model.adapter_off():
         off = next_logits(model, prompts)
     found = {
         "padded": _worst(logits, singles),
         "lens": _worst(logits, lens),
         "adapter_effect": _worst(logits, off),
-        "residual_norm": middle.norm(dim=-1).mean().item(),
+        "residual_norm": middle.float().norm(dim=-1).mean().item(),
         "scale": logits.abs().max().item(),
     }
     return found if base is None else found | {"adapter_off": _worst(off, base)}
@@ -65,6 +65,15 @@ def next_logits(model: ChatModel, prompts: Sequence[str] = PROMPTS) -> Float[Ten
     """Logits after the last token of each prompt, float32 on the CPU."""
     with evaluating(model.model):
         return model.forward(model.encode(prompts))[:, -1].float().cpu()
+
+
+def _residuals(model: ChatModel, prompts: Sequence[str], layers: Sequence[int]) -> list[Float[Tensor, "prompts dim"]]:
+    """Outputs of some blocks at the last token of each prompt."""
+    read: dict[int, Tensor] = {}
+    hooks = {("resid_post", i): (lambda hidden, i=i: read.__setitem__(i, hidden[:, -1].detach())) for i in layers}
+    with evaluating(model.model), hooked(model, hooks):
+        model.forward(model.encode(prompts))
+    return [read[i] for i in layers]
 
 
 def ticks(found: Mapping[str, float], dtype: torch.dtype) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from replib.activations import capture
 from replib.affine import AffineEdit, Rotation
-from replib.bend import kl_divergence
 from replib.chat import ChatModel
 from replib.edits import applied, bound
 from replib.errors import ReplibError
+from replib.forced import token_kl
 from replib.methods import SiteEdits, everywhere
 from replib.progress import progress
 from replib.refusals import RefusalTokens, first_logits
@@ -134,7 +134,7 @@ class _Trial:
         """Bypass, induce and KL of one direction."""
         with applied(self.model, everywhere(AffineEdit.ablation(r), self.model.n_layers), positions="all"):
             bypass = self.tokens.scores(first_logits(self.model, self.harmful)).mean().item()
-            kl = kl_divergence(self.base, first_logits(self.model, self.harmless), 1.0).item()
+            kl = token_kl(self.base, first_logits(self.model, self.harmless)).mean().item()
         with applied(self.model, {("resid_pre", key[0]): AffineEdit.shift(r)}, positions="all"):
             induce = self.tokens.scores(first_logits(self.model, self.harmless)).mean().item()
         return {"layer": key[0], "position": key[1], "bypass": bypass, "induce": induce, "kl": kl}

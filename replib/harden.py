@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from replib.adversary import Arsenal
+from replib.chat import ChatModel
 from replib.hardening import Hardened, Hardening
 from replib.interpolation import interpolated
 from replib.likelihood import Keep, Retention
@@ -15,9 +17,9 @@ from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.results import TrainResult
 from replib.scope import check_choice
-from replib.siege import besieged
+from replib.siege import success
 from replib.store import key_of
-from replib.study import Study
+from replib.study import PROBED, Study
 from replib.train import BendData, train
 
 # Found on the validation split of the aligned organism, with seed 0.
@@ -39,6 +41,24 @@ RETENTION = Retention(Keep(kl=200.0))
 """Holds the model in place and does nothing else."""
 ELSEWHERE = replace(TRAIN, learning_rate=1e-4, retain=4, contrasts=4)
 """For other models, as ``presets.SHORT_TRAIN``: a rate of 3e-3 suits one of 4 million parameters."""
+
+
+def besieged(study: Study, limit: int = 16, layers: Sequence[int] = ()) -> Callable[[ChatModel], dict[str, float]]:
+    """A measure of a model on validation prompts: that of ``study.probe``, with edits and prefill among the attacks.
+
+    ``attack`` is the mean of three: wrappers, prefill, and the most successful of a few edits re-fitted on the model.
+    """
+    measure, prompts = study.probe(limit, (*PROBED, "prefill")), study.harmful.val[:limit]
+
+    def run(model: ChatModel) -> dict[str, float]:
+        siege = study.with_model(model).siege(prompts)
+        blocks = layers or range(model.n_layers // 4, model.n_layers, 2)
+        cells = siege.cells(("ot_last", "ot_all"), blocks, (2,))
+        found = measure(model)
+        worst = max(map(success, siege.outcomes(cells).values()))
+        return found | {"edited": worst, "attack": (found["attack"] + found["prefill"] + worst) / 3}
+
+    return run
 
 
 def inner_of(study: Study, name: str) -> Objective:
@@ -86,7 +106,7 @@ def harden(
         inner: what is trained beside it; None is RepBend, see ``inner_of``.
         hardening: how edits and refusals are drawn.
         config: length and rate; None is ``schedule(study)``. Validation chooses the step, and the share of the change
-            in weights that is kept: see ``siege.besieged`` and ``interpolated``.
+            in weights that is kept: see ``besieged`` and ``interpolated``.
 
     Raises:
         ReplibError: too few prompts to fit an edit on; what the trainer refuses.

@@ -169,6 +169,10 @@ METHODS |= {
 }
 
 
+READS = ("last_prompt", "response")
+"""Positions whose activations fit the edits that a defence is trained under or attacked with."""
+
+
 def method_of(method: str | Method) -> Method:
     """A method by name, or an error that lists the known ones; one that is given is itself."""
     if isinstance(method, str) and method not in METHODS:

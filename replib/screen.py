@@ -7,6 +7,7 @@ refusals from answers, which the model's own answers decide; ``agreement`` says 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from replib.audit import crossed
 from replib.chat import ChatModel
 from replib.errors import ReplibError
-from replib.fitting import AblationData
 from replib.ranking import ordered, spearman
 from replib.refusals import RefusalTokens
 
@@ -35,10 +35,10 @@ class Screen:
     tokens: RefusalTokens | None
 
     @classmethod
-    def find(cls, model: ChatModel, data: AblationData) -> Screen:
+    def find(cls, model: ChatModel, harmful: Sequence[str], harmless: Sequence[str]) -> Screen:
         """From the model's own answers to the prompts that fit; where there is none, why is logged as a warning."""
         try:
-            tokens = RefusalTokens.find(model, data.harmful, data.harmless, wanted=WANTED)
+            tokens = RefusalTokens.find(model, harmful, harmless, wanted=WANTED)
         except ReplibError as error:
             log.warning("No cheap score, so every edit is judged by whole answers. %s", error)
             return cls(None)

@@ -15,18 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import capture
-from replib.adversary import READS
 from replib.asked import Asked
 from replib.audit import wilson
 from replib.chat import ChatModel
 from replib.edits import Edited
-from replib.errors import ReplibError
 from replib.figure_parts import Measured
 from replib.judges import Judge
-from replib.methods import METHODS, SiteEdits, fit_edit
+from replib.methods import METHODS, READS, SiteEdits, fit_edit
 from replib.progress import progress
 from replib.prompts import Prompt
-from replib.study import PER_FIT, PROBED, Study
 
 KS = (1, 2, 8, 16)
 
@@ -92,16 +89,6 @@ class Siege:
     """Of an answer at most."""
     batch_size: int = 256
     opening: Callable[[Prompt], str] = lambda prompt: prompt.target
-
-    @classmethod
-    def of(cls, study: Study, scored: Sequence[Prompt]) -> Siege:
-        """The siege of a study's model; edits are fitted on its fit split."""
-        fit = study.harmful.fit[:PER_FIT], study.harmless.fit[:PER_FIT]
-        if shared := {p.text for p in scored} & {p.text for p in fit[0]}:
-            raise ReplibError(f"{len(shared)} scored prompts fit the edits, for example {min(shared)!r}: split them.")
-        return cls(
-            study.model, *fit, scored, study.judge, batch_size=max(study.settings.batch, 256), opening=study.forced
-        )
 
     def cells(
         self, assaults: Sequence[str] = tuple(ASSAULTS), layers: Sequence[int] = (), ks: Sequence[int] = ()
@@ -179,21 +166,3 @@ def by_block(found: Mapping[Cell, str]) -> dict[str, Measured]:
         n = [len(text) for text in best]
         curves[ASSAULTS[name].title] = Measured([success(t) for t in best], low=low, high=high, n=n, at=at)
     return curves
-
-
-def besieged(study: Study, limit: int = 16, layers: Sequence[int] = ()) -> Callable[[ChatModel], dict[str, float]]:
-    """A measure of a model on validation prompts: that of ``study.probe``, with edits and prefill among the attacks.
-
-    ``attack`` is the mean of three: wrappers, prefill, and the most successful of a few edits re-fitted on the model.
-    """
-    measure, prompts = study.probe(limit, (*PROBED, "prefill")), study.harmful.val[:limit]
-
-    def run(model: ChatModel) -> dict[str, float]:
-        siege = Siege.of(study.with_model(model), prompts)
-        blocks = layers or range(model.n_layers // 4, model.n_layers, 2)
-        cells = siege.cells(("ot_last", "ot_all"), blocks, (2,))
-        found = measure(model)
-        worst = max(map(success, siege.outcomes(cells).values()))
-        return found | {"edited": worst, "attack": (found["attack"] + found["prefill"] + worst) / 3}
-
-    return run

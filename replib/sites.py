@@ -11,7 +11,7 @@ attention's last in Gemma-2), so the sites are found from what feeds what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ LOOKING: list[dict[str, Tap]] = []  # stands for the sites of a model while they
 
 
 @contextmanager
-def hooked(model: ChatModel, hooks: dict[tuple[str, int], Hook]) -> Iterator[None]:
+def hooked(model: ChatModel, hooks: Mapping[tuple[str, int], Hook]) -> Iterator[None]:
     """Call each hook with its site's tensor; what a hook returns replaces it. All hooks are gone afterwards.
 
     Compiled code does not see hooks that come later, so compiled models run eagerly inside.

@@ -23,6 +23,7 @@ from replib.audit import AuditTable, Task, audit, probe_of
 from replib.bend import BendConfig
 from replib.chat import ChatModel
 from replib.damage import Aside, Gauge
+from replib.errors import ReplibError
 from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import load, merged
 from replib.organism import suite
@@ -35,6 +36,7 @@ from replib.repbend import RepBend
 from replib.results import trained_by
 from replib.sets import check_world, prompt_splits
 from replib.settings import Settings
+from replib.siege import Siege
 from replib.splits import Splits
 from replib.store import key_of
 from replib.train import BendData, TrainConfig, TrainResult, train
@@ -271,6 +273,19 @@ class Study:
             store=self.settings.out / "sweep.jsonl",
             max_new_tokens=18,
             batch_size=self.settings.batch,
+        )
+
+    def siege(self, scored: Sequence[Prompt]) -> Siege:
+        """The adaptive attack on this model: edits fitted on its fit split, scored on other prompts.
+
+        Raises:
+            ReplibError: a scored prompt that fits the edits.
+        """
+        fit = self.harmful.fit[:PER_FIT], self.harmless.fit[:PER_FIT]
+        if shared := {p.text for p in scored} & {p.text for p in fit[0]}:
+            raise ReplibError(f"{len(shared)} scored prompts fit the edits, for example {min(shared)!r}: split them.")
+        return Siege(
+            self.model, *fit, scored, self.judge, batch_size=max(self.settings.batch, 256), opening=self.forced
         )
 
     def gauge(self, *, texts: Sequence[str] = (), borderline: Sequence[Prompt] = (), limit: int | None = None) -> Gauge:

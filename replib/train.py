@@ -24,7 +24,6 @@ from replib.parallel import shared, splits
 from replib.processes import is_first
 from replib.prompts import Contrast, Dialogue, content_hash
 from replib.recipe import TrainConfig, said_of_full
-from replib.repbend import RepBend
 from replib.results import TrainResult
 from replib.sieve import Build
 from replib.trainer import DefenceTrainer, Steps, arguments
@@ -62,7 +61,7 @@ class BendData:
 def train(
     model: ChatModel,
     data: Any,
-    objective: Objective | None = None,
+    objective: Objective,
     *,
     config: TrainConfig | None = None,
     probe: Probe | None = None,
@@ -77,7 +76,7 @@ def train(
     Args:
         model: an adapter-free model.
         data: fit prompts only: ``BendData`` for RepBend, ``DefenceData`` for the others.
-        objective: the defence with its hyper-parameters; None is RepBend with its defaults.
+        objective: the defence with its hyper-parameters.
         config: steps, rate, batch and LoRA shape.
         probe: measures the model on validation prompts every ``config.probe_every`` steps (and before step 1).
         choose: score of a probe given the probe before training; the step with the highest score is kept.
@@ -91,7 +90,7 @@ def train(
         ReplibError: target layers out of range, a model that carries an adapter already, an ``out`` that holds another
             run or other files. The model is then as it was given.
     """
-    objective, config = objective or RepBend(), config or TrainConfig()
+    config = config or TrainConfig()
     lists = _checked(model, data, objective, config)
     announced = objective.announced(config, model.n_layers) + said_of_full(model, config)
     if is_first():

@@ -224,14 +224,15 @@ def test_training_moves_unsafe_answers_and_keeps_the_chosen_step(model, tmp_path
 def test_training_twice_gives_the_same_bits(tmp_path):
     folder = tiny.save_model(tmp_path / "llama")
     runs = [
-        train(load(folder), BendData(CONTRASTS, RETAINED), config=SMALL, out=tmp_path / "run").history for _ in range(2)
+        train(load(folder), BendData(CONTRASTS, RETAINED), RepBend(), config=SMALL, out=tmp_path / "run").history
+        for _ in range(2)
     ]
     assert runs[0].equals(runs[1])
 
 
 def test_a_saved_adapter_is_an_ordinary_folder_and_comes_back(tmp_path):
     folder = tiny.save_model(tmp_path / "llama")
-    result = train(load(folder), BendData(CONTRASTS, RETAINED), config=SMALL, out=tmp_path / "run")
+    result = train(load(folder), BendData(CONTRASTS, RETAINED), RepBend(), config=SMALL, out=tmp_path / "run")
     saved = result.save(tmp_path / "adapter")
     assert json.loads((saved / "replib.json").read_text())["objective"]["alpha"] == 0.5
     again = TrainResult.load(load(folder), saved)

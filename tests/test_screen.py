@@ -71,7 +71,7 @@ def test_where_the_first_token_says_too_little_there_is_none_and_why_is_said(
 ):
     told = iter((harmful, harmless))
     monkeypatch.setattr(refusals, "answers", lambda *_: Answers(*zip(*next(told), strict=True)))
-    screen = Screen.find(model, DATA)
+    screen = Screen.find(model, DATA.harmful, DATA.harmless)
     assert screen.tokens is None and why in caplog.text and "every edit is judged by whole answers" in caplog.text
     assert set(screen.row(logits(2, 46), "last_prompt").values()) == {None}
 

@@ -91,5 +91,5 @@ def test_success_is_the_share_that_complied():
 def test_prompts_that_fit_are_not_scored(model):
     study = Study(Settings(), model, Splits(HARMFUL, [], []), Splits(HARMLESS, [], []), Noting())
     with pytest.raises(ReplibError, match="1 scored prompts fit the edits"):
-        Siege.of(study, [HARMFUL[3], SCORED[0]])
-    assert Siege.of(study, SCORED).opening(HARMFUL[1]) == "w1 w33"
+        study.siege([HARMFUL[3], SCORED[0]])
+    assert study.siege(SCORED).opening(HARMFUL[1]) == "w1 w33"

@@ -131,7 +131,7 @@ def test_a_model_in_full_training_is_given_back_after_an_error(tmp_path):
     folder = tiny.save_model(tmp_path / "llama")
     model, left = load(folder), iter([{"attack": 1.0}])
     with pytest.raises(StopIteration):
-        train(model, DATA, config=replace(SMALL, full=True, probe_every=1), probe=lambda _: next(left),
+        train(model, DATA, RepBend(), config=replace(SMALL, full=True, probe_every=1), probe=lambda _: next(left),
               out=tmp_path / "out", **QUIET)  # fmt: skip
     for (name, weight), before in zip(model.model.named_parameters(), load(folder).model.parameters(), strict=True):
         assert torch.equal(weight, before), name
@@ -159,13 +159,18 @@ def test_long_rows_are_cut_and_counted(tmp_path):
     long = BendData([replace(c, unsafe_response="w32 " * 30) for c in CONTRASTS], DATA.retain)
     with pytest.warns(UserWarning, match="3 of 6 dialogues were longer than 512 tokens of prompt or 4 of answer"):
         train(
-            load(tiny.save_model(tmp_path)), long, config=replace(SMALL, response_tokens=4), out=tmp_path / "o", **QUIET
+            load(tiny.save_model(tmp_path)),
+            long,
+            RepBend(),
+            config=replace(SMALL, response_tokens=4),
+            out=tmp_path / "o",
+            **QUIET,
         )
 
 
 def test_a_limit_that_cuts_all_answers_away_is_refused(tmp_path):
     with pytest.raises(ReplibError, match="no token of a prompt or of an answer would be left"):
-        train(load(tiny.save_model(tmp_path)), DATA, config=replace(SMALL, response_tokens=0), **QUIET)
+        train(load(tiny.save_model(tmp_path)), DATA, RepBend(), config=replace(SMALL, response_tokens=0), **QUIET)
 
 
 # ------------------------------------------------------------------------------------------- an end in time

@@ -25,7 +25,7 @@ import torch
 
 from replib.audit import Task
 from replib.errors import Diverged, ReplibError
-from replib.harden import HARDENING, RETENTION, TRAIN, hardened, rows_for
+from replib.harden import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
 from replib.hardening import Hardening
 from replib.interpolation import SHARES, interpolated
 from replib.models import attached, load, merged
@@ -35,7 +35,7 @@ from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.settings import Settings, data_dir
-from replib.siege import ASSAULTS, Cell, Siege, besieged, success, worst_by_block
+from replib.siege import ASSAULTS, Cell, success, worst_by_block
 from replib.store import Rows, finished, key_of, write_text
 from replib.train import train
 
@@ -124,7 +124,7 @@ class HardeningBench(Bench):
         model = load(self.study.settings.model)
         if ARMS[run.arm].inner:
             model = merged(attached(model, self.folder_of(run)))
-        siege = Siege.of(self.study.with_model(model), self.direct.prompts)
+        siege = self.study.with_model(model).siege(self.direct.prompts)
         edits = [[*cell, letters] for cell, letters in siege.outcomes(siege.cells()).items()]
         return run._asdict() | {"answers": self._answers(model, self.tasks), "edits": edits}
 
