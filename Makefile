@@ -49,5 +49,5 @@ clean:  ## remove results and caches; the environment stays
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=/path/to/it." >&2; exit 1; }
-	@$(PYTHON) replib/bootstrap.py $(VENV) $*
+	@$(PYTHON) tools/install.py $(VENV) $*
 	@touch $@

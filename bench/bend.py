@@ -48,10 +48,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from replib.bend import BendConfig
 from replib.chat import ChatModel, evaluating
 from replib.prompts import Contrast, Dialogue, load_dialogues, load_prompts
+from replib.recipe import TrainConfig
 from replib.references import References
 from replib.repbend import RepBend
 from replib.tokens import Row
-from replib.train import TrainConfig, attach
+from replib.train import attach
 
 SHAPES = {  # hidden size, MLP, blocks, heads, key-value heads, vocabulary
     "tiny": (64, 176, 4, 4, 2, 512),

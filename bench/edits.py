@@ -12,7 +12,9 @@ import time
 
 import torch
 
-from replib.edits import AffineEdit, Gate, applied
+from replib.affine import AffineEdit
+from replib.edits import applied
+from replib.gates import Gate
 from replib.models import load
 
 PROMPTS = [f"How is number {i} of the list made?" for i in range(16)]

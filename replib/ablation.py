@@ -6,7 +6,6 @@ The methods themselves are in ``methods``, what is asked of a direction before i
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,25 +17,22 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import versions
 from replib.audit import rates
 from replib.cells import Cell, checked, grid, possible_ks
 from replib.chat import ChatModel
+from replib.core.progress import progress
+from replib.core.storage import Rows, key_of, versions
 from replib.damage import Gauge
 from replib.edits import bound
-from replib.fitting import AblationData, Fitter, fit_edits
+from replib.fitting import AblationData, Fitter
 from replib.forced import token_kl
 from replib.judges import Judge, spelled
-from replib.methods import SiteEdits, fit_edit
+from replib.methods import SiteEdits
 from replib.positions import Position
-from replib.progress import progress
-from replib.ranking import best_of, onset, ordered
+from replib.ranking import ordered
 from replib.scoring import Scorer
 from replib.screen import LATER, Screen
-from replib.store import Rows, key_of
 
-log = logging.getLogger(__name__)
-__all__ = ["AblationData", "Cell", "Sweeper", "best_of", "fit_edit", "fit_edits", "onset", "sweep_layers"]
 FIRST, ANSWERS = "first token", "answers"  # what is known of a cell, each a row of the store
 NUMBERS = (
     "log_odds",

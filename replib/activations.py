@@ -6,7 +6,6 @@ any, ``capture_to`` writes them to a folder and goes on where it was stopped.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor
 
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.progress import progress
+from replib.core.storage import content_hash, versions
 from replib.positions import Position
-from replib.progress import progress
-from replib.prompts import content_hash
 from replib.reader import Reader, Request, State
 from replib.shards import SHARD, Activations, Shards, texts_of
 
@@ -191,7 +189,6 @@ def kept(
     return found
 
 
-# --------------------------------------------------------------------------------------------- parts of the above
 def parted(model: ChatModel, options: dict[str, Any]) -> tuple[Request, How]:
     """Options of ``capture``, parted into what is read and how."""
     what = {name: value for name, value in options.items() if name not in How._fields}
@@ -257,12 +254,3 @@ def windows(
 
 def _joined(prompts: Sequence[str], responses: Sequence[str] | None) -> list[str]:
     return list(prompts) if not responses else [f"{p}\0{r}" for p, r in zip(prompts, responses, strict=True)]
-
-
-def versions() -> dict[str, str]:
-    """Library versions that a result carries."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

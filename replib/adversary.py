@@ -18,12 +18,10 @@ from torch import Tensor
 
 from replib.activations import stream
 from replib.chat import ChatModel
+from replib.core.errors import ReplibError, check_blocks, check_choice
 from replib.edits import POSITIONS, Edited
-from replib.errors import ReplibError
 from replib.methods import READS, SiteEdits, fit_edit, method_of
-from replib.needs import check_blocks
 from replib.prompts import Contrast, Dialogue
-from replib.scope import check_choice
 
 T = TypeVar("T")
 FORCED = tuple(p for p in POSITIONS if p != "decode")  # in training every answer is read, none is written

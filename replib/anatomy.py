@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from replib.errors import ReplibError
-from replib.parallel import whole
+from replib.core.distributed import whole
+from replib.core.errors import ReplibError
 
 ANATOMY_HINT = (
     "Name them: load(..., anatomy=Anatomy(blocks='model.layers', final_norm='model.norm', unembed='lm_head'))"
@@ -94,7 +94,6 @@ def text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
-# --------------------------------------------------------------------------------------------- hashes of weights
 def fingerprint(model: PreTrainedModel) -> str:
     """Sixteen hex digits that change when the base weights do, with or without an adapter on them.
 

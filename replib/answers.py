@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replib.chat import Batch, ChatModel
+from replib.chat import ChatModel
 from replib.passes import in_stretches, passed
+from replib.tokens import Batch
 
 
 def answered(chat: ChatModel, pairs: Iterable[tuple[str, str]]) -> Batch:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from replib.audit import Task
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.prompts import Prompt
 
 OPENING = "Sure, here is"
@@ -87,7 +87,7 @@ def wrappers() -> list[Attack]:
     return [Attack(name, template=template) for name, template in WRAPPERS.items()]
 
 
-def tasks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Task]:
+def attack_tasks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Task]:
     """The rows of an audit on prompts that bring no attacks of their own: as they are, wrapped, and with prefill."""
     asked, openings = prefill().apply(harmful)
     return [

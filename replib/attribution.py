@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from replib.audit import crossed, crossed_rate
 from replib.controls import BY_CHANCE, CONTROLS, Fit
+from replib.core.stats import crossed, crossed_rate
 
 FULL = "full"
 

@@ -8,50 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Float
-from scipy.stats import binomtest, t
 
-from replib.activations import versions
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.progress import progress
+from replib.core.stats import wilson
+from replib.core.storage import Rows, content_hash, versions, write_text
 from replib.judges import Judge, Outcome
-from replib.progress import progress
-from replib.prompts import Prompt, content_hash
-from replib.store import Rows, write_text
-
-
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a rate."""
-    interval = binomtest(successes, n).proportion_ci(level, method="wilson")
-    return interval.low, interval.high
-
-
-def crossed(values: Float[np.ndarray, "seeds prompts"], level: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean over trainings and prompts, for other seeds and other prompts than these.
-
-    mean ± t sqrt(s_r²/seeds + s_c²/prompts): variances of the means of rows and of columns, t with the degrees of
-    freedom of Welch and Satterthwaite. What is left beside both is counted in each, so that it is rather too wide.
-    Of one seed, prompts alone vary. The formula of all comparisons of trained models; for a rate see ``crossed_rate``.
-    """
-    parts = [
-        (line.var(ddof=1) / len(line), len(line) - 1) for line in (values.mean(1), values.mean(0)) if len(line) > 1
-    ]
-    variance = sum(v for v, _ in parts)
-    if variance <= 0:
-        return float(values.mean()), float(values.mean())
-    freedom = variance**2 / sum(v**2 / f for v, f in parts)
-    half = t.ppf((1 + level) / 2, freedom) * variance**0.5
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def crossed_rate(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]:
-    """``crossed`` within 0 and 1; where nothing varies, Wilson's for the prompts: further seeds are no more prompts."""
-    low, high = crossed(values)
-    if low == high:
-        return wilson(round(low * values.shape[1]), values.shape[1])
-    return max(0.0, low), min(1.0, high)
+from replib.prompts import Prompt
 
 
 def rates(outcomes: Sequence[Outcome]) -> dict[str, float | int]:

@@ -10,10 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from replib.figure_parts import Measured, band, cases, curve_lines, need, numbers, whiskers
+from replib.core.stats import Measured, numbers, spearman
+from replib.figure_parts import band, cases, curve_lines, need, whiskers
 from replib.figure_style import AMBER, BLUE, DASHES, GREY, INK, SYMBOLS, VERMILLION, colour_bar, dress, safe
 from replib.predictor import AT_DEPTH
-from replib.ranking import spearman
 
 COLUMNS = 4
 Panels = Mapping[str, Mapping[str, Measured]]
@@ -144,7 +144,6 @@ def place_errors(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     return dress(figure, title or "Who finds the place of refusal", note, height=180 + 34 * len(methods))
 
 
-# --------------------------------------------------------------------------------------------- parts
 def _grid(panels: Mapping[str, object], figure: str) -> go.Figure:
     need(panels, figure, "models")
     columns = min(COLUMNS, len(panels))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.clouds import Cloud, oriented, principal_axes
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 CLIPPED = 0.005
 """Share of the coordinates of each sample that 'winsorised' holds to the size of the next largest."""

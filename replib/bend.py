@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.errors import ReplibError
-from replib.scope import FIDELITIES, Scope, check_choice
+from replib.core.errors import ReplibError, check_choice
+from replib.scope import FIDELITIES, Scope
 
 LOSS_MODES = ("request_last", "request_all", "request_response", "response_all", "response_one", "response_R")
 BEND_SITES = ("resid_post", "resid_mid", "attn_in", "mlp_in")

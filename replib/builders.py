@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.prompts import Contrast, Dialogue, Prompt
 from replib.sieve import Built, Sieve
 from replib.sources import Source, read_rows
@@ -23,7 +23,6 @@ def _cleaned(rows: Iterable[Row]) -> Iterator[dict[str, str]]:
     return ({column: clean(cell) for column, cell in row.items()} for row in rows)
 
 
-# --------------------------------------------------------------------------------------------- WildGuardMix
 WILDGUARD: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "safe": (("unharmful", "compliance", "unharmful"), ("harmful", "refusal", "unharmful")),
     "unsafe": (("harmful", "compliance", ""),),
@@ -67,7 +66,6 @@ def _wildguard(row: Row) -> Dialogue:
     return Dialogue(row["prompt"], row["response"], "fit", label, way="wildguardmix")
 
 
-# --------------------------------------------------------------------------------------------- WildJailbreak
 def wildjailbreak_pairs(
     source: Source | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
 ) -> Built:
@@ -112,7 +110,6 @@ def pair(safe: Iterable[Dialogue], unsafe: Iterable[Dialogue]) -> list[Contrast]
     ]
 
 
-# --------------------------------------------------------------------------------------------- the others
 def ultrachat(
     split: str = "train_sft",
     source: Source | None = "HuggingFaceH4/ultrachat_200k",

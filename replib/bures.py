@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.clouds import Cloud, Samples, cloud_pair, span_coordinates
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 
 class BuresWasserstein(NamedTuple):

@@ -11,8 +11,8 @@ import pandas as pd
 
 from replib.affine import check_strength
 from replib.chat import ChatModel
+from replib.core.errors import ReplibError
 from replib.edits import POSITIONS
-from replib.errors import ReplibError
 from replib.fitting import AblationData, Recipe
 from replib.methods import Method, method_of
 from replib.positions import Position, check_positions

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from replib.anatomy import Anatomy, adapter_hash, find_anatomy, fingerprint, resolve, text_config
-from replib.errors import ReplibError
-from replib.template import MARK, Template
+from replib.core.errors import ReplibError
+from replib.template import Template
 from replib.tokens import Batch, Row, fitted, padded
-
-__all__ = ["MARK", "Batch", "ChatModel", "Row", "evaluating"]
 
 
 class ChatModel:

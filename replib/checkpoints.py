@@ -19,16 +19,14 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from replib.errors import ReplibError
-from replib.parallel import shared, wait
-from replib.processes import is_first, part
-from replib.store import write_tensors, write_text
+from replib.core.distributed import is_first, part, shared, wait
+from replib.core.errors import ReplibError
+from replib.core.storage import write_tensors, write_text
 
 RUN, STATE = "run.json", "state.json"
 BEST, OBJECTIVE = "best.", "objective."  # what tensors are called in a file
 
 
-# --------------------------------------------------------------------------------------------- whose folder it is
 def claimed(folder: Path, facts: Mapping[str, Any]) -> Path | None:
     """Make a scratch folder the one of this run; returns its newest complete checkpoint, if there is one.
 
@@ -98,7 +96,6 @@ def _remove(checkpoints: Any) -> None:
         shutil.rmtree(checkpoint)
 
 
-# --------------------------------------------------------------------------------------------- what is kept
 class Checkpoints(TrainerCallback):
     """Asks the Trainer for a checkpoint every few steps, adds what it does not know of, and removes the one before.
 

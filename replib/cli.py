@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from replib import __version__
-from replib.errors import ReplibError
+from replib.core.distributed import is_first
+from replib.core.errors import ReplibError
+from replib.core.settings import ROOT, Settings
 from replib.options import assignment, at_least, joined, listed, one_of, positions, several_positions
-from replib.processes import is_first
-from replib.settings import ROOT, Settings
 
 Kinds = dict[str, Callable[[str], Any]]
-
 COMMON: Kinds = {
     "model": str,
     "adapter": str,

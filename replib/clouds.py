@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 Samples: TypeAlias = Tensor | np.ndarray
 

@@ -10,8 +10,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from replib.errors import ReplibError
-from replib.figure_parts import Measured, Numbers, cases, curve_lines, need, numbers, whiskers
+from replib.core.errors import ReplibError
+from replib.core.stats import Measured, Numbers, numbers
+from replib.figure_parts import cases, curve_lines, need, whiskers
 from replib.figure_style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, dress, faint, safe, styled
 from replib.tuning import pareto
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.affine import AffineEdit
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 Fit = Callable[[Tensor, Tensor, int], AffineEdit]
 

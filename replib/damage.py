@@ -9,15 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from replib.audit import wilson
 from replib.chat import ChatModel
+from replib.core.errors import ReplibError
+from replib.core.stats import Mean, contrast, letters, mean_over, perplexity, wilson
+from replib.core.storage import content_hash, key_of
 from replib.edits import Edits, applied
-from replib.errors import ReplibError
-from replib.forced import Forced, Mean, Tokens, mean_over, perplexity
+from replib.forced import Forced, Tokens
 from replib.judges import Judge, Outcome, spelled
-from replib.paired import contrast, letters
-from replib.prompts import Prompt, content_hash
-from replib.store import key_of
+from replib.prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from replib.bend import distance
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 
 class Pair(NamedTuple):

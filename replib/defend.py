@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from replib.activations import versions
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.storage import content_hash, key_of, versions
 from replib.keeper import Probe
 from replib.mixtures import DefenceData, defence_data
 from replib.objective import Objective
 from replib.organism.contenders import BENIGN, ORGANISM
-from replib.prompts import content_hash
 from replib.reinforced import Fit
+from replib.results import TrainResult
 from replib.rivals import Rival, prepares, rival, train_rival
-from replib.store import key_of
 from replib.study import Study
-from replib.train import TrainResult, train
+from replib.train import train
 
 
 def suited(study: Study, name: str) -> Rival:

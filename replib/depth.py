@@ -19,8 +19,8 @@ from torch import Tensor
 
 from replib.activations import capture
 from replib.chat import ChatModel
+from replib.core.errors import ReplibError
 from replib.edits import Edited
-from replib.errors import ReplibError
 from replib.methods import Method, SiteEdits, fit_edit
 from replib.positions import Position
 from replib.prompts import Dialogue

@@ -18,11 +18,11 @@ from torch import Tensor
 from replib.activations import capture
 from replib.affine import AffineEdit, Rotation
 from replib.chat import ChatModel
+from replib.core.errors import ReplibError
+from replib.core.progress import progress
 from replib.edits import applied, bound
-from replib.errors import ReplibError
 from replib.forced import token_kl
 from replib.methods import SiteEdits, everywhere
-from replib.progress import progress
 from replib.refusals import RefusalTokens, first_logits
 
 
@@ -157,7 +157,6 @@ def _best(table: pd.DataFrame, kept: dict[tuple[int, int], Tensor], name: str) -
     return Direction(kept[layer, position], layer, position, bool(best.passed), table)
 
 
-# --------------------------------------------------------------------------------------------- angular steering
 def angular_edits(
     model: ChatModel, harmful: Sequence[str], harmless: Sequence[str], *, angle: float = 180.0, adaptive: bool = True
 ) -> SiteEdits:

@@ -9,28 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from replib.affine import AffineEdit, Edit, Origin, Rotation, SupportedEdit, check_strength
+from replib.affine import Edit, Origin, check_strength
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.gates import Gate, Phase, Watch
 from replib.reader import check_layers
 from replib.sites import SITES, Hook, check_site, hooked
 
-__all__ = [
-    "POSITIONS",
-    "AffineEdit",
-    "Edit",
-    "Edited",
-    "Edits",
-    "Gate",
-    "Origin",
-    "Rotation",
-    "SupportedEdit",
-    "applied",
-    "applied_each",
-    "bound",
-    "place",
-]
 POSITIONS = ("last_prompt", "all_prompt", "response", "decode", "all")
 Edits = Mapping[int, Edit] | Mapping[tuple[str, int], Edit]
 Edited = Mapping[str, Mapping[tuple[str, int], Edit]]
@@ -103,7 +88,6 @@ def _identity(model: ChatModel) -> str:
     return "+".join(filter(None, (about["fingerprint"], about["adapter_hash"])))
 
 
-# --------------------------------------------------------------------------------------------- what is asked
 def _by_site(model: ChatModel, edits: Edits) -> dict[Key, Edit]:
     keyed = {(k if isinstance(k, tuple) else ("resid_post", k)): e for k, e in edits.items()}
     for (site, layer), edit in keyed.items():
@@ -147,7 +131,6 @@ def _order(key: Key) -> tuple[int, int]:
     return key[1], SITES.index(key[0])
 
 
-# --------------------------------------------------------------------------------------------- what is run
 @dataclass
 class _Where:
     """Which tokens of a forward call are edited."""

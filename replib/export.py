@@ -19,7 +19,7 @@ from nbconvert import HTMLExporter
 from plotly.offline import get_plotlyjs
 from pygments.formatters import HtmlFormatter
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.widgets import STATIC, VIEW_MIME
 
 FIGURE_MIME = "application/vnd.plotly.v1+json"

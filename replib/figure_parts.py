@@ -2,46 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.stats import Measured, Numbers, Values, numbers
 from replib.figure_style import BLUE, INK, SYMBOLS, VERMILLION, cell, faint, safe, styled, wrapped
 
 BENIGN = frozenset({"harmless", "borderline", "skill", "skills", "benign"})
-Values = NDArray[np.floating[Any]]
-Numbers = ArrayLike | Sequence[Any] | int | float  # whatever numpy.asarray turns into numbers
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A measured array with what is known about it.
-
-    Attributes:
-        value: the estimates.
-        low: lower ends of their intervals, in the shape of `value`.
-        high: upper ends.
-        n: cases behind each estimate, one number or an array.
-        at: places on the horizontal axis; 0, 1, 2, … where None.
-    """
-
-    value: Numbers
-    low: Numbers | None = None
-    high: Numbers | None = None
-    n: Numbers | None = None
-    at: Numbers | None = None
-
-    def words(self) -> NDArray[Any]:
-        """Write every estimate as `0.42 [0.31, 0.55], n = 96`."""
-        parts = [numbers(part, self.value).ravel().tolist() for part in (self.value, self.low, self.high, self.n)]
-        texts = [_words(*row) for row in zip(*parts, strict=True)]
-        return np.array(texts, dtype=np.str_).reshape(np.shape(self.value))
 
 
 def need(things: Sized, figure: str, what: str) -> None:
@@ -53,17 +26,6 @@ def need(things: Sized, figure: str, what: str) -> None:
 def as_measured(values: Measured | Numbers) -> Measured:
     """Take a bare array as measured, with nothing known about it."""
     return values if isinstance(values, Measured) else Measured(values)
-
-
-def numbers(given: Numbers | None, like: Numbers | None = None) -> Values:
-    """Return `given` as single-precision numbers in the shape of `like`; NaN where nothing was given."""
-    numbers = np.asarray(np.nan if given is None else given, np.float32)
-    return numbers if like is None else np.broadcast_to(numbers, np.shape(like))
-
-
-def _words(value: float, low: float, high: float, n: float) -> str:
-    interval = f" [{low:.3g}, {high:.3g}]" if np.isfinite(low) and np.isfinite(high) else ""
-    return f"{value:.3g}{interval}" + (f", n = {int(n)}" if np.isfinite(n) else "")
 
 
 def cases(measured: Iterable[Measured]) -> str:

@@ -29,7 +29,6 @@ AXIS = {
     "title": {"font": {"size": 14}},
     "zeroline": False,
 }
-
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "Inter, Segoe UI, Helvetica, Arial, sans-serif", "size": 14, "color": INK},

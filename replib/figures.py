@@ -11,9 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from replib.core.stats import Measured, Numbers, numbers
 from replib.figure_parts import (
-    Measured,
-    Numbers,
     as_measured,
     audit_points,
     band,
@@ -24,7 +23,6 @@ from replib.figure_parts import (
     curve_lines,
     lens_cells,
     need,
-    numbers,
     present,
     rate_cells,
     whiskers,
@@ -41,7 +39,7 @@ FRAME, FRAMED = {"color": INK, "width": 1.5, "dash": "dot"}, "framed: 40–60 % 
 MARKS = ("#EBD9A8", "#CFE3F5", "#E3D5EC")
 
 
-def clusters(
+def cluster_scatter(
     points: Numbers,
     labels: Sequence[str],
     *,
@@ -64,7 +62,7 @@ def clusters(
     return dress(figure, title or "Prompts on the two widest directions of one layer", counts(labels), height=460)
 
 
-def clusters_pair(
+def cluster_scatter_pair(
     base: Numbers,
     bent: Numbers,
     *,
@@ -92,7 +90,7 @@ def clusters_pair(
     return dress(figure, title or "The same prompts in the base and in the bent model", note, height=430)
 
 
-def clusters_grid(
+def cluster_scatter_grid(
     points: Mapping[int | str, Numbers], labels: Sequence[str], *, columns: int = 4, title: str = ""
 ) -> go.Figure:
     """Draw small multiples of `clusters`, a panel a layer, each on its own scale. points: layer -> [n, 2]."""
@@ -176,7 +174,7 @@ def lens_heatmap(
     return _lens([entropy], [tokens], inputs=inputs, layers=layers, title=title)
 
 
-def lens_pair(
+def lens_heatmap_pair(
     entropies: Sequence[Numbers],
     tokens: Sequence[Sequence[Sequence[str]]],
     *,
@@ -291,7 +289,9 @@ def audit_dots(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     return dress(figure, title or "Share of prompts complied with, by attack", note, height=190 + 25 * len(attacks))
 
 
-def tradeoff(success: Measured, cost: Measured, *, names: Sequence[str], unit: str, title: str = "") -> go.Figure:
+def tradeoff_scatter(
+    success: Measured, cost: Measured, *, names: Sequence[str], unit: str, title: str = ""
+) -> go.Figure:
     """Draw attack success against its cost, a named point an edit or defence; `unit` titles the cost axis."""
     need(names, "tradeoff", "points")
     figure, x, y = go.Figure(), numbers(cost.value), numbers(success.value)

@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from replib.activations import Activations, capture
+from replib.activations import capture
 from replib.affine import check_strength
 from replib.chat import ChatModel
+from replib.core.errors import ReplibError
+from replib.core.storage import content_hash
 from replib.edits import applied, bound
-from replib.errors import ReplibError
 from replib.methods import Method, SiteEdits, fit_edit, method_of
 from replib.positions import Position
-from replib.prompts import Prompt, content_hash
+from replib.prompts import Prompt
 from replib.reader import check_layers
 from replib.refusals import RefusalTokens, survivors
+from replib.shards import Activations
 
 log = logging.getLogger(__name__)
+
+
 Pair = tuple[Activations, Activations]  # harmful, harmless
 
 

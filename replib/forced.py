@@ -13,17 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from replib.answers import answer_states, answer_tokens
-from replib.chat import Batch, ChatModel, evaluating
-from replib.errors import ReplibError
+from replib.chat import ChatModel, evaluating
+from replib.core.errors import ReplibError
 from replib.passes import in_stretches
-from replib.tokens import Row
-
-DRAWS = 1000
+from replib.tokens import Batch, Row
 
 
 def token_kl(base: Float[Tensor, "*tokens vocab"], edited: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, " *tokens"]:
@@ -49,17 +47,6 @@ class Tokens(NamedTuple):
     """The same under the edits in place."""
     kl: Float[Tensor, " tokens"]
     """KL(unedited || edited) of the distribution that it was drawn from, nats."""
-
-
-class Mean(NamedTuple):
-    """A mean over tokens."""
-
-    value: float
-    low: float
-    """Of its 95 % interval for other rows than these."""
-    high: float
-    tokens: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -127,21 +114,3 @@ def _answered(model: ChatModel, batch: Batch, tokens: int) -> Batch:
     new = model.continued(batch, tokens)[:, batch.input_ids.shape[1] :]
     ends = model.ends(new)
     return batch.answered(new, ends.cumsum(1) - ends.long() == 0)
-
-
-def mean_over(values: Float[Tensor, " tokens"], row: Int[Tensor, " tokens"], *, seed: int = 0) -> Mean:
-    """Mean over tokens; the 95 % interval is the bootstrap's over rows, by percentiles (1000 draws)."""
-    _, place = row.unique(return_inverse=True)
-    counts = torch.bincount(place).double()
-    sums = torch.zeros_like(counts).index_add(0, place, values.double())
-    drawn = torch.randint(len(counts), (DRAWS, len(counts)), generator=torch.Generator().manual_seed(seed))
-    means = (sums[drawn].sum(1) / counts[drawn].sum(1)).numpy()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Mean(float(sums.sum() / counts.sum()), float(low), float(high), len(values), len(counts))
-
-
-def perplexity(nats: Float[Tensor, " tokens"], row: Int[Tensor, " tokens"], *, seed: int = 0) -> Mean:
-    """The exponential of ``mean_over`` of −log p; of differences of −log p, the factor between two perplexities."""
-    mean = mean_over(nats, row, seed=seed)
-    value, low, high = np.exp([mean.value, mean.low, mean.high]).tolist()
-    return Mean(value, low, high, mean.tokens, mean.rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 from replib.affine import Origin
 from replib.chat import ChatModel
 from replib.clouds import sample_pair
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 PER = ("prompt", "token")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from replib.bures import bures_wasserstein_debiased, bures_wasserstein_null
 from replib.clouds import Samples, as_samples, principal_axes, sample_pair, span_coordinates
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.probe import cross_fitted_logits
 
 LN2 = math.log(2)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from replib.adversary import Arsenal
 from replib.chat import ChatModel
+from replib.core.errors import check_choice
+from replib.core.storage import key_of
 from replib.hardening import Hardened, Hardening
 from replib.interpolation import interpolated
 from replib.likelihood import Keep, Retention
@@ -16,9 +18,7 @@ from replib.objective import Objective
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.results import TrainResult
-from replib.scope import check_choice
 from replib.siege import success
-from replib.store import key_of
 from replib.study import PROBED, Study
 from replib.train import BendData, train
 

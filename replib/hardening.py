@@ -18,15 +18,15 @@ from torch import Tensor
 
 from replib.adversary import Adversary, Arsenal, Drawn
 from replib.answers import token_losses
-from replib.chat import Batch, ChatModel
+from replib.chat import ChatModel
+from replib.core.errors import ReplibError, check_coefficients
+from replib.core.storage import content_hash
 from replib.edits import applied_each
-from replib.errors import ReplibError
-from replib.needs import check_coefficients
 from replib.objective import Lora, Objective, Part
 from replib.passes import passed, recomputing_nothing
-from replib.prompts import Contrast, Dialogue, content_hash
+from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig
-from replib.tokens import fitted
+from replib.tokens import Batch, fitted
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from replib.audit import crossed, crossed_rate
-from replib.figure_parts import Measured
-from replib.paired import letters
+from replib.core.stats import Measured, crossed, crossed_rate, letters
 from replib.siege import ASSAULTS, GOAL
 from replib.standings import Matrix, Standings
 

@@ -16,15 +16,13 @@ import numpy as np
 import pandas as pd
 
 from replib.attribution import attributed
-from replib.audit import crossed, crossed_rate
+from replib.core.errors import ReplibError
+from replib.core.stats import Measured, crossed, crossed_rate, letters
 from replib.depth import PROMPT
-from replib.errors import ReplibError
-from replib.figure_parts import Measured
 from replib.gap import Features
 from replib.localise import errors, onset, steepest
 from replib.minimum import holding
 from replib.packed import Packed, read_packed
-from replib.paired import letters
 from replib.predictor import leave_one_out, scores, within_models
 
 UNDEFENDED, UNTUNED = "aligned", "base"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from replib.anatomy import adapter_hash
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.keeper import Probe, default_choice
 from replib.results import TrainResult
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from replib.chat import ChatModel
-from replib.parallel import put_back, shared, trained
+from replib.core.distributed import put_back, shared, trained
 
 Probe = Callable[[ChatModel], dict[str, float]]
 

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replib.activations import versions
-from replib.chat import Batch, ChatModel
-from replib.errors import ReplibError
+from replib.chat import ChatModel
+from replib.core.errors import ReplibError
+from replib.core.storage import versions
 from replib.geometry import js_discrete
 from replib.reader import check_layers
 from replib.sites import Hook, hooked
+from replib.tokens import Batch
 
 CHUNK = 256  # readings decoded at once: with 128k words 131 MB in float32, however many layers are asked for
 
@@ -118,7 +119,6 @@ def compare(
     return LensComparison(base, bent, torch.cat(js).reshape(bent.entropy.shape))
 
 
-# --------------------------------------------------------------------------------------------- reading
 class _Window(NamedTuple):
     """One chat in tokens, and the blocks and columns of it that are read."""
 

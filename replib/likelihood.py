@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from replib.answers import answer_logp, answer_states, answer_tokens, answered, token_losses
-from replib.chat import Batch, ChatModel
+from replib.chat import ChatModel
+from replib.core.errors import ReplibError, check_choice, check_coefficients, check_positive
 from replib.defences import LogProbs, dpo, npo
-from replib.errors import ReplibError
-from replib.needs import check_coefficients, check_lists, check_positive
+from replib.needs import check_lists
 from replib.objective import Objective, Part, reference
 from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig
 from replib.repbend import summed_kl
-from replib.scope import check_choice
+from replib.tokens import Batch
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib import controls
 from replib.affine import AffineEdit, Edit, SupportedEdit
 from replib.clouds import sample_pair
-from replib.errors import ReplibError
+from replib.controls import CONTROLS
+from replib.core.errors import ReplibError
 from replib.positions import Position
 from replib.transport import GaussianMap
 
@@ -47,7 +47,6 @@ class Method:
     """Whether the edit acts on all that enters a block and all that its sublayers write, at every block."""
 
 
-# --------------------------------------------------------------------------------------------- transport
 def transported(source: Source, target: Target, **options: Any) -> AffineEdit:
     """Gaussian optimal transport as an edit; options are those of ``GaussianMap``."""
     return GaussianMap(**options).fit(source, target).edit()
@@ -67,7 +66,6 @@ def full_ot(source: Source, target: Target, _k: int) -> AffineEdit:
     return transported(source, target, k=None, ridge=source.shape[1] / span)
 
 
-# --------------------------------------------------------------------------------------------- one direction
 def actadd(source: Source, target: Target, _k: int) -> AffineEdit:
     """Shift by minus the difference in means, not normalised (2406.11717). Its negative induces."""
     return AffineEdit.shift((target.mean(0) - source.mean(0)).float())
@@ -110,7 +108,6 @@ def _shrunk(variance: Float[Tensor, " r"], n: int, d: int) -> Float[Tensor, " r"
     return weight * variance + (1 - weight) * trace / d
 
 
-# --------------------------------------------------------------------------------------------- a line a coordinate
 def mean_act(source: Source, target: Target, k: int) -> AffineEdit:
     """Mean-AcT (2410.23054): the shift between means."""
     return actadd(source, target, k)
@@ -148,7 +145,6 @@ def act(source: Source, target: Target, _k: int) -> AffineEdit:
     return AffineEdit.diagonal((gain - 1).float(), (b.mean(0) - gain * a.mean(0)).float())
 
 
-# --------------------------------------------------------------------------------------------- all of them
 METHODS = {
     "pca_ot": Method(pca_ot, "PCA-OT", positions="last_prompt", ranked=True),
     "full_ot": Method(full_ot, "full OT", positions="last_prompt"),
@@ -165,10 +161,8 @@ METHODS = {
 """The methods as published; ``act`` is the one that differs from its source."""
 METHODS |= {
     name: Method(control(pca_ot), f"PCA-OT, {name.replace('_', ' ')}", positions="last_prompt", ranked=True)
-    for name, control in controls.CONTROLS.items()
+    for name, control in CONTROLS.items()
 }
-
-
 READS = ("last_prompt", "response")
 """Positions whose activations fit the edits that a defence is trained under or attacked with."""
 

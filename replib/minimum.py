@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from replib.audit import crossed_rate
+from replib.core.errors import ReplibError
+from replib.core.stats import crossed_rate
 from replib.edits import Edited
-from replib.errors import ReplibError
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0)
 

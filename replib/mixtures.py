@@ -16,13 +16,15 @@ from typing import Any
 import pandas as pd
 
 from replib.builders import circuit_breakers, ultrachat, wildguardmix, wildjailbreak_pairs, xstest_compliances
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues
 from replib.sieve import Build, Built, Sieve, evaluated
 from replib.sources import Source
 from replib.train import BendData
 
 log = logging.getLogger(__name__)
+
+
 PER_GROUP = 10_000
 """Rows of each group in both papers."""
 
@@ -181,7 +183,6 @@ def _shuffled(rows: list[Dialogue], seed: int) -> list[Dialogue]:
     return [rows[i] for i in sorted(range(len(rows)), key=draws.__getitem__)]
 
 
-# --------------------------------------------------------------------------------------------- organism
 def _organism(name: str, rows: Iterable[Any], shared: dict[str, Any]) -> Built:
     return Sieve(f"organism {name}", "organism, fit", rows).built(**shared)
 

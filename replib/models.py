@@ -29,11 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 from replib.anatomy import Anatomy, adapter_hash, fingerprint
 from replib.chat import ChatModel
 from replib.checks import next_logits, self_check, ticks
-from replib.errors import ReplibError
-from replib.progress import say, watched
-from replib.settings import data_dir
-
-__all__ = ["Anatomy", "ChatModel", "attached", "fingerprint", "load", "merged", "merged_copy", "self_check"]
+from replib.core.errors import ReplibError
+from replib.core.progress import say, watched
+from replib.core.settings import data_dir
 
 Device = str | dict[str, Any]
 

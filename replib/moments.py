@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.clouds import Cloud
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 
 class Moments:

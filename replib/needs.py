@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.mixtures import DefenceData
 
 HOLDS = {
@@ -32,26 +31,6 @@ def check_lists(method: str, data: Any, *names: str) -> None:
         if empty := sum(not all(getattr(row, answer).strip() for answer in answers) for row in rows):
             raise ReplibError(f"{empty} of {len(rows)} rows of `{name}` lack an answer, which {method} would teach: "
                               "fill or drop them.")  # fmt: skip
-
-
-def check_coefficients(**values: float) -> None:
-    """Raise ReplibError unless each is a finite number, zero or more."""
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ReplibError(f"{name}={value} must be a finite number, zero or more.")
-
-
-def check_positive(**values: float) -> None:
-    """Raise ReplibError unless each is a finite number above zero."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ReplibError(f"{name}={value} must be a finite number above zero.")
-
-
-def check_blocks(blocks: Sequence[int], depth: int) -> None:
-    """Raise ReplibError unless each is the index of one of so many blocks."""
-    if bad := [i for i in blocks if not 0 <= i < depth]:
-        raise ReplibError(f"Layer {bad[0]} is outside the model's blocks 0 to {depth - 1}.")
 
 
 def block_at(blocks_of_32: int, depth: int) -> int:

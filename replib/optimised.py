@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import BatchEncoding
 
 from replib.attacks import OPENING, Attack
-from replib.chat import MARK, ChatModel
-from replib.errors import ReplibError
+from replib.chat import ChatModel
+from replib.core.errors import ReplibError
 from replib.prompts import Prompt
+from replib.template import MARK
 
 
 @dataclass(frozen=True)

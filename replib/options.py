@@ -5,7 +5,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from replib.settings import PREFIX
+from replib.core.settings import PREFIX
 
 
 def listed(what: str, example: str, kind: Callable[[str], Any] = str) -> Callable[[str], list]:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from replib.errors import ReplibError
-from replib.settings import data_dir
+from replib.core.errors import ReplibError
+from replib.core.settings import data_dir
 
 
 class Packed:

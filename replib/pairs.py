@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from replib.ablation import Cell, Sweeper
-from replib.audit import crossed
+from replib.ablation import Sweeper
+from replib.cells import Cell
+from replib.core.stats import contrast, crossed, letters
 from replib.methods import method_of
-from replib.paired import contrast, letters
 from replib.ranking import ordered
 from replib.reader import check_layers
 

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from replib.chat import Batch, ChatModel
-from replib.parallel import is_split
+from replib.chat import ChatModel
+from replib.core.distributed import is_split
 from replib.sites import Hook, hooked
+from replib.tokens import Batch
 
 LOGITS = 1 << 24  # numbers that the logits of one stretch of tokens hold at most
 

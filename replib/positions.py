@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from replib.chat import Batch
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.tokens import Batch
 
 SPANS = ("last_prompt", "instruction", "post_instruction", "prompt", "response", "all")
 Position = str | int

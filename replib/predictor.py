@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from replib.errors import ReplibError
-from replib.ranking import spearman
+from replib.core.errors import ReplibError
+from replib.core.stats import spearman
 
 RIDGE = 1.0  # per row of the features in units of their deviation: a tenth of what a hundred blocks say
 AT_DEPTH = "others at this depth"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
-from replib.chat import Batch, ChatModel, evaluating
+from replib.chat import ChatModel, evaluating
 from replib.shared import of_keys_and_values
+from replib.tokens import Batch
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from replib.bend import BendConfig
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.recipe import TrainConfig
 from replib.scope import Scope
 

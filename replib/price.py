@@ -10,7 +10,7 @@ from typing import Any
 
 from replib.activations import kept, parted, windows
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.reader import Request
 from replib.shards import SHARD
 from replib.tokens import Row

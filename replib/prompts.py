@@ -4,39 +4,24 @@ Public sets are read from their own files, never shipped; ``data/<set>.md`` says
 """
 
 import difflib
-import hashlib
-import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pandas import DataFrame
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import data_dir
 from replib.public import PUBLIC, Layout
-from replib.settings import data_dir
-from replib.splits import Splits, check_disjoint, split_by
 from replib.tables import LISTS, clean, read_table
 
-__all__ = [
-    "PUBLIC",
-    "Contrast",
-    "Dialogue",
-    "Prompt",
-    "Splits",
-    "check_disjoint",
-    "content_hash",
-    "load_contrasts",
-    "load_dialogues",
-    "load_prompts",
-    "split_by",
-]
 log = logging.getLogger(__name__)
-R = TypeVar("R")
 
+
+R = TypeVar("R")
 LABELS = ("harmful", "harmless", "borderline", "skill")
 TEXT_COLUMNS = ("text", "prompt", "instruction", "goal", "behavior", "question", "query", "forbidden_prompt")
 COMPLIANCE_OPENINGS = ("sure", "certainly", "of course", "absolutely", "here is", "here's", "here are")
@@ -145,13 +130,6 @@ def load_dialogues(
     GSM8K: ``columns={"prompt": "question", "response": "answer"}``.
     """
     return _load_records(Dialogue, source, columns or {}, split=split, limit=limit, seed=seed)
-
-
-def content_hash(records: Sequence[Any]) -> str:
-    """First 16 hex digits of the SHA-256 of records (or plain texts) as canonical JSON; order counts."""
-    plain = [r if isinstance(r, str) else asdict(r) for r in records]
-    text = json.dumps(plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _resolve(name: str | Path, path: str | Path | None) -> tuple[Path, Layout | None]:

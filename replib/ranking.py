@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Float
-from scipy.stats import spearmanr
 
-from replib import localise
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.localise import onset
 
 ORDERS = ("compliance", "cheap", "log_odds")
 
@@ -40,18 +37,12 @@ def best_of(table: pd.DataFrame, *groups: str, by: str = "compliance") -> pd.Dat
     return ordered(table, by).groupby(list(groups), sort=False, dropna=False).head(1)
 
 
-def onset(table: pd.DataFrame, share: float = 0.5) -> int | None:
+def sweep_onset(table: pd.DataFrame, share: float = 0.5) -> int | None:
     """The first block at which attack success reaches ``share`` of its maximum over blocks: where refusal is decided.
 
     An edit of the last prompt token before the blocks that decide is overruled by them; after them it is final. None
     if no block succeeds more often than not.
     """
     by_layer = table.groupby("layer")["compliance"].max()
-    found = localise.onset(by_layer.to_numpy(float), share=share, least=0.5)
+    found = onset(by_layer.to_numpy(float), share=share, least=0.5)
     return None if found is None else int(by_layer.index[found])
-
-
-def spearman(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
-    """Rank correlation, ties at their mean rank; NaN where one of the two does not vary."""
-    varied = np.ptp(one) > 0 and np.ptp(other) > 0
-    return float(spearmanr(one, other).statistic) if varied else float("nan")

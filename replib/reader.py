@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.chat import Batch, ChatModel, Row, evaluating
-from replib.errors import ReplibError
+from replib.chat import ChatModel, evaluating
+from replib.core.errors import ReplibError
+from replib.core.progress import progress
 from replib.positions import SPANS, Chosen, Position, check_positions, choose, complete
-from replib.progress import progress
 from replib.shared import Beginning, read_beginning, shared_length, untouched
 from replib.sites import Hook, check_site, hooked
+from replib.tokens import Batch, Row
 
 State = Callable[[], AbstractContextManager]
 # Tokens in one batch at most, padding included. On two CPU cores more took memory and won no time, at widths 128 and

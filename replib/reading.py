@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from replib.bend import PAIRED, BendConfig
-from replib.chat import Batch, ChatModel
+from replib.chat import ChatModel
 from replib.passes import passed
 from replib.prompts import Contrast, Dialogue
 from replib.sites import Hook
+from replib.tokens import Batch
 
 SAFE, UNSAFE, RETAIN, TURNED, KEPT = range(5)
 TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # terms over pairs of rows, and their rows
@@ -51,7 +52,6 @@ def collate(
     return batch, torch.tensor(groups, device=batch.input_ids.device)
 
 
-# --------------------------------------------------------------------------------------------- which tokens
 def masks(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> dict[str, Mask]:
     """For each field of a ``Reading`` the tokens that it is read on."""
     last = _last_prompt(batch)
@@ -116,7 +116,6 @@ def _predicting(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) 
     return shifted & kept & ~(_last_prompt(batch) & _rows(groups, TURNED))
 
 
-# --------------------------------------------------------------------------------------------- a micro-batch
 @dataclass(frozen=True)
 class Plan:
     """Rows of a micro-batch, and the tokens of them that each term is taken on."""
@@ -159,7 +158,6 @@ class Plan:
             rest = rest[size:]
 
 
-# --------------------------------------------------------------------------------------------- one pass
 @dataclass(frozen=True)
 class Reading:
     """What one pass leaves for the terms; None where the rows have nothing of it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from replib.bend import BendConfig
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 
 @dataclass(frozen=True)

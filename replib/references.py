@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from replib.anatomy import fingerprint
 from replib.bend import BendConfig
 from replib.chat import ChatModel
+from replib.core.storage import key_of, write_tensors
 from replib.objective import reference
 from replib.reading import Plan, Reading, read
-from replib.store import key_of, write_tensors
 
 
 @dataclass(frozen=True)

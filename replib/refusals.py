@@ -16,11 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.progress import progress
 from replib.judges import is_degenerate, is_refusal
-from replib.progress import progress
 
 log = logging.getLogger(__name__)
+
+
 ANSWER = 24  # tokens of an answer that show whether it refuses
 TINY = 1e-8  # keeps the odds finite, as in the source
 
@@ -128,7 +130,6 @@ def _check_both(model: ChatModel, harmful: tuple[int, int], harmless: tuple[int,
         )
 
 
-# --------------------------------------------------------------------------------------------- logits and filters
 @torch.no_grad()
 def first_logits(model: ChatModel, prompts: Sequence[str], *, batch_size: int = 64) -> Float[Tensor, "prompts vocab"]:
     """Logits of the first answer token, under the edits now in place; on the CPU."""

@@ -20,27 +20,26 @@ import torch
 from replib.anatomy import adapter_hash
 from replib.answers import answer_states, answered, token_losses
 from replib.chat import ChatModel, evaluating
+from replib.core.distributed import part
+from replib.core.errors import ReplibError, check_coefficients
 from replib.defences import generic_logits, task_arithmetic
-from replib.errors import ReplibError
 from replib.keeper import Probe, default_choice
 from replib.likelihood import SFT, Keep, asked
 from replib.lora import detached
 from replib.mixtures import DefenceData
 from replib.models import attached
-from replib.needs import check_coefficients, check_lists
+from replib.needs import check_lists
 from replib.objective import Objective, Part, reference
 from replib.passes import stretch_of
-from replib.processes import part
 from replib.prompts import Dialogue
 from replib.recipe import TrainConfig
-from replib.train import TrainResult
+from replib.results import TrainResult
 
 Fit = Callable[[ChatModel, DefenceData, Objective], TrainResult]
 GRID = tuple((safe, unsafe) for safe in (0.5, 1.0, 1.2) for unsafe in (0.0, 0.1, 0.2))
 """Weights (safe, unsafe) that RepBend's scripts merge with; its paper reports (0.5, 0.1)."""
 
 
-# --------------------------------------------------------------------------------------------- WHP
 @dataclass(frozen=True)
 class Relabelled(Dialogue):
     """An unsafe answer, and what a model that never learned such answers would say at each of its tokens."""
@@ -131,7 +130,6 @@ def train_whp(model: ChatModel, data: DefenceData, fit: Fit, *, whp: WHP, alpha:
     return fit(detached(reinforced), replace(data, unsafe=labels), whp)
 
 
-# --------------------------------------------------------------------------------------------- task arithmetic
 @dataclass(frozen=True)
 class TaskArithmetic:
     """Two SFT runs and their merge, chosen from a grid of weights: see ``merged_tasks``."""

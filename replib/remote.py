@@ -17,14 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib import models
-from replib.activations import Activations, packed, parted, provenance
-from replib.chat import Batch, ChatModel
-from replib.errors import ReplibError
+from replib.activations import packed, parted, provenance
+from replib.chat import ChatModel
+from replib.core.errors import ReplibError
+from replib.models import _config, _template, _tokenizer
 from replib.positions import Chosen
 from replib.reader import Reader, Request
+from replib.shards import Activations
 from replib.shared import Beginning
 from replib.sites import SITES, tap
+from replib.tokens import Batch
 
 KEY = "NDIF_API_KEY"
 Where = Literal["local"] | bool
@@ -97,11 +99,11 @@ def outline(name: str) -> Outline:
     """Architecture, tokenizer and template of a Hugging Face id, for `trace_capture(..., remote=True)`."""
     from transformers import AutoModelForCausalLM
 
-    config = models._config(name, None)
-    tokenizer = models._tokenizer(name, None)
+    config = _config(name, None)
+    tokenizer = _tokenizer(name, None)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    return Outline(empty.eval(), tokenizer, name=name, template=models._template(tokenizer, "auto", name))
+    return Outline(empty.eval(), tokenizer, name=name, template=_template(tokenizer, "auto", name))
 
 
 def _read(

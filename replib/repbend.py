@@ -24,7 +24,7 @@ from replib.bend import (
     remembered,
 )
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.objective import Lora, Objective, Part
 from replib.passes import in_stretches, read_once
 from replib.reading import Plan, Reading, read

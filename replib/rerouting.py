@@ -17,14 +17,16 @@ from torch import Tensor
 
 from replib.answers import answered
 from replib.bend import distance
-from replib.chat import Batch, ChatModel
+from replib.chat import ChatModel
+from replib.core.errors import check_blocks, check_coefficients, check_positive
 from replib.defences import Pair, breaker_schedule, mean_square, rerouting, rmu_target
 from replib.likelihood import asked
-from replib.needs import block_at, check_blocks, check_coefficients, check_lists, check_positive
+from replib.needs import block_at, check_lists
 from replib.objective import Lora, Objective, Part, reference
 from replib.passes import passed
 from replib.prompts import Dialogue
 from replib.recipe import TrainConfig
+from replib.tokens import Batch
 
 States = Float[Tensor, "layers tokens dim"]
 

@@ -24,9 +24,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from replib.audit import wilson
-from replib.errors import ReplibError
-from replib.figure_parts import Measured
+from replib.core.errors import ReplibError
+from replib.core.stats import Measured, wilson
 from replib.packed import Packed, read_packed
 
 COEFFICIENTS = ("alpha", "beta", "gamma")

@@ -17,8 +17,8 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from replib.audit import wilson
-from replib.figure_parts import BENIGN, Measured, numbers
+from replib.core.stats import Measured, numbers, wilson
+from replib.figure_parts import BENIGN
 from replib.figure_style import BLUE, GREY, INK, VERMILLION, colour_bar, dress
 from replib.response import COEFFICIENTS, Array, Response
 

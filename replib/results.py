@@ -15,10 +15,9 @@ from torch import Tensor
 from replib.card import card
 from replib.chat import ChatModel
 from replib.checkpoints import check_free
-from replib.errors import ReplibError
+from replib.core.distributed import is_first, trained, wait
+from replib.core.errors import ReplibError
 from replib.models import attached, load
-from replib.parallel import trained, wait
-from replib.processes import is_first
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.keeper import Probe
 from replib.likelihood import DPO, NPO, SFT, Keep
 from replib.mixtures import DefenceData
@@ -18,7 +18,7 @@ from replib.objective import Objective
 from replib.recipe import TrainConfig
 from replib.reinforced import WHP, Fit, TaskArithmetic, train_task_arithmetic, train_whp
 from replib.rerouting import RMU, CircuitBreaker
-from replib.train import TrainResult
+from replib.results import TrainResult
 
 
 class Rival(NamedTuple):

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from replib.errors import ReplibError
-from replib.settings import PREFIX, ROOT
+from replib.core.errors import ReplibError
+from replib.core.settings import PREFIX, ROOT
 
 try:
     import nbformat
@@ -25,7 +25,6 @@ try:
     from nbformat import NotebookNode
 except ModuleNotFoundError as error:
     raise ReplibError(f"{error.name} is missing, so notebooks cannot run: pip install 'replib[notebooks]'.") from error
-
 PACKAGE = Path(__file__).parent
 # Two runs on one machine print the same tables: sets iterate alike. Idle threads spin a little before they sleep, which
 # saves a run that has the machine to itself a tenth to a third of its time. The price is paid in company: two runs side

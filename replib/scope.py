@@ -21,10 +21,9 @@ requests there (which loses the tokens before the answer), and positions counted
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError, check_choice
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,6 @@ class Scope:
         if self.queue < 0 or not 0.6 < self.until <= 1:
             raise ReplibError(f"queue={self.queue}, until={self.until}: the queue holds no less than 0 rows, and "
                               "target blocks end after 60 % of the depth, at 1 at most.")  # fmt: skip
-
-
-def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raise ReplibError unless a word is one of a few."""
-    if value not in choices:
-        raise ReplibError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}.")
 
 
 REPLIB = Scope()

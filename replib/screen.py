@@ -16,13 +16,15 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.audit import crossed
 from replib.chat import ChatModel
-from replib.errors import ReplibError
-from replib.ranking import ordered, spearman
+from replib.core.errors import ReplibError
+from replib.core.stats import crossed, spearman
+from replib.ranking import ordered
 from replib.refusals import RefusalTokens
 
 log = logging.getLogger(__name__)
+
+
 WANTED = 0.9  # share of the refusals that the tokens must cover
 SCORE = ("log_odds", "log_odds_low", "log_odds_high", "turned", "each", "coverage", "overlap")
 LATER = ("response", "decode")  # edits there leave the first token of the answer as it is

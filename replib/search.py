@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 
 from replib.bend import BendConfig
+from replib.core.storage import key_of
 from replib.keeper import Probe
 from replib.models import load
 from replib.recipe import TrainConfig
 from replib.references import References
 from replib.repbend import RepBend
-from replib.store import key_of
 from replib.study import Study
 from replib.train import train
 from replib.tuning import MAXIMISE, MINIMISE, RANGES, Tuning, need_optuna

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings
 from replib.prompts import Prompt, load_prompts
-from replib.settings import Settings
 from replib.splits import Splits, split_by
 
 VARIANTS = ("base", "aligned", "planted", "deep")

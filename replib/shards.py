@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.storage import write_text
 from replib.positions import Position
-from replib.store import write_text
 
 INDEX = "activations.json"
 SHARD = 1024

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.clouds import Cloud, Samples
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 RULES = ("ledoit_wolf", "oas")
 

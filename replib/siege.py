@@ -16,13 +16,12 @@ from torch import Tensor
 
 from replib.activations import capture
 from replib.asked import Asked
-from replib.audit import wilson
 from replib.chat import ChatModel
+from replib.core.progress import progress
+from replib.core.stats import Measured, wilson
 from replib.edits import Edited
-from replib.figure_parts import Measured
 from replib.judges import Judge
 from replib.methods import METHODS, READS, SiteEdits, fit_edit
-from replib.progress import progress
 from replib.prompts import Prompt
 
 KS = (1, 2, 8, 16)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from replib.errors import ReplibError
-from replib.prompts import Contrast, Dialogue, Prompt, content_hash
+from replib.core.errors import ReplibError
+from replib.core.storage import content_hash
+from replib.prompts import Contrast, Dialogue, Prompt
 from replib.tables import clean
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from replib.chat import ChatModel, evaluating
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 SITES = ("resid_pre", "attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")  # in which they are passed
 Hook = Callable[[Tensor], Tensor | None]
@@ -125,7 +125,6 @@ def _after(hook: Hook) -> Callable:
     return run
 
 
-# --------------------------------------------------------------------------------------------- finding them
 @dataclass(frozen=True)
 class _Call:
     """One call of a module: what went in and what came out, as it was at that moment."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.tables import READERS, read_table
 
 Source = str | Path | Sequence[str | Path]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 log = logging.getLogger(__name__)
 

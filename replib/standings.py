@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from replib.audit import crossed, crossed_rate
-from replib.figure_parts import Measured
+from replib.core.stats import Measured, crossed, crossed_rate
 from replib.packed import Packed, read_packed
 
 HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways

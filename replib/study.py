@@ -16,30 +16,33 @@ import numpy as np
 import pandas as pd
 import torch
 
-from replib import attacks
-from replib.ablation import AblationData, Sweeper
-from replib.activations import Activations, capture, capture_pair, versions
+from replib.ablation import Sweeper
+from replib.activations import capture, capture_pair
+from replib.attacks import attack_tasks
 from replib.audit import AuditTable, Task, audit, probe_of
 from replib.bend import BendConfig
 from replib.chat import ChatModel
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings
+from replib.core.storage import content_hash, key_of, versions
 from replib.damage import Aside, Gauge
-from replib.errors import ReplibError
+from replib.fitting import AblationData
 from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models import load, merged
-from replib.organism import suite
 from replib.organism.language import REFUSAL
+from replib.organism.suite import organism_tasks
 from replib.packed import Packed, packed_file
 from replib.presets import named
-from replib.prompts import Contrast, Dialogue, Prompt, content_hash, load_contrasts, load_dialogues, load_prompts
+from replib.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues, load_prompts
+from replib.recipe import TrainConfig
 from replib.refusals import RefusalTokens
 from replib.repbend import RepBend
-from replib.results import trained_by
+from replib.results import TrainResult, trained_by
 from replib.sets import check_world, prompt_splits
-from replib.settings import Settings
+from replib.shards import Activations
 from replib.siege import Siege
 from replib.splits import Splits
-from replib.store import key_of
-from replib.train import BendData, TrainConfig, TrainResult, train
+from replib.train import BendData, train
 
 OPENING = "Sure, here is how."
 PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and prompts a class that fit its edit
@@ -48,7 +51,6 @@ PROBED = ("attack", "benign", "skill")  # kinds of task that choose a step
 PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
 M = TypeVar("M", bound=Packed)
 BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
-# RFA has no last-token form in its source: it removes a direction wherever it is written.
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ class Study:
         """The rows of an audit on one split."""
         limit = (self.settings.limit or PER_SPLIT[split]) if limit is None else limit
         if self.organism:
-            return suite.tasks(split, limit=limit, seed=self.settings.seed)
-        rows = attacks.tasks(getattr(self.harmful, split), getattr(self.harmless, split))
+            return organism_tasks(split, limit=limit, seed=self.settings.seed)
+        rows = attack_tasks(getattr(self.harmful, split), getattr(self.harmless, split))
         return [task.sample(limit, self.settings.seed) for task in rows]
 
     def audit(self, tasks: Sequence[Task] | None = None) -> AuditTable:

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from replib import coefficient_figures, figures
-from replib.figure_parts import Measured
+from replib.coefficient_figures import Sweep, importance, pareto_front, sensitivity
+from replib.core.stats import Measured
+from replib.figures import layer_lines
 from replib.hardness import Hardness
 from replib.response import COEFFICIENTS, Response, Surface
 from replib.siege import ASSAULTS
@@ -26,7 +27,7 @@ def coefficient_sweeps(surface: Surface, when: str = "last") -> go.Figure:
     table = surface.at(when)
     alike = surface.like_preset(table, *COEFFICIENTS)
     panels = {GREEK[c]: _swept(surface, alike, c, [x for x in COEFFICIENTS if x != c]) for c in COEFFICIENTS}
-    return coefficient_figures.sensitivity(
+    return sensitivity(
         panels, title="What each coefficient does, the others as in the preset", note=_read_at(surface, when)
     )
 
@@ -38,9 +39,7 @@ def window_sweep(surface: Surface, when: str = "last") -> go.Figure:
     panels = {
         f"α {alpha:g}": _swept(surface, rows[rows.alpha == alpha], "layers", []) for alpha in several.index[several > 1]
     }
-    return coefficient_figures.sensitivity(
-        panels, title="Which blocks are bent, all else as in the preset", note=_read_at(surface, when)
-    )
+    return sensitivity(panels, title="Which blocks are bent, all else as in the preset", note=_read_at(surface, when))
 
 
 def step_curves(surface: Surface) -> go.Figure:
@@ -48,7 +47,7 @@ def step_curves(surface: Surface) -> go.Figure:
     rows = surface.like_preset(surface.table, "steps")
     panels = {f"{steps} steps": _swept(surface, run, "step", []) for steps, run in rows.groupby("steps")}
     note = f"in each run the rate falls to zero at its last step ({surface.about['schedule']})"
-    return coefficient_figures.sensitivity(panels, title="How long is trained", note=note)
+    return sensitivity(panels, title="How long is trained", note=note)
 
 
 def pareto_settings(surface: Surface, benign: str = "harmless", when: str = "last") -> go.Figure:
@@ -59,14 +58,14 @@ def pareto_settings(surface: Surface, benign: str = "harmless", when: str = "las
         for r in rows.itertuples()
     ]
     both = (surface.measured(rows, rate) for rate in ("attack", benign))
-    return coefficient_figures.pareto_front(*both, names=names, title=f"Attack success against {benign} compliance")
+    return pareto_front(*both, names=names, title=f"Attack success against {benign} compliance")
 
 
 def pareto_defences(found: Standings, against: str = "benign") -> go.Figure:
     """The defences: mean attack success against what is left of a rate that ought to stay high."""
     both = (found.measured(rate) for rate in ("attack", against))
     title = f"Defences on the test split: attack success against {MEASURES[against]}"
-    figure = coefficient_figures.pareto_front(*both, names=found.titles, title=title, listed=True)
+    figure = pareto_front(*both, names=found.titles, title=title, listed=True)
     return figure.update_xaxes(title_text=MEASURES[against])
 
 
@@ -74,21 +73,21 @@ def hardening_frontier(found: Hardness) -> go.Figure:
     """Hardened and other models: the most successful attack of the goal against what is left of benign answers."""
     both = found.measured_worst(), found.measured("benign")
     title = "The most successful of all re-fitted edits and prefill, against harmless and borderline answers"
-    figure = coefficient_figures.pareto_front(*both, names=found.titles, title=title, listed=True)
+    figure = pareto_front(*both, names=found.titles, title=title, listed=True)
     return figure.update_xaxes(title_text=MEASURES["benign"])
 
 
 def hardening_blocks(found: Hardness, assault: str = "ot_all") -> go.Figure:
     """Success of one way to edit refusal away by block, each block at its best K, a curve a defence."""
     title = f"{ASSAULTS[assault].title}: success by block, best of K = {found.ks(assault)}"
-    return figures.layer_lines(found.by_block(assault), "attack success", title=title)
+    return layer_lines(found.by_block(assault), "attack success", title=title)
 
 
 def variance_shares(response: Response) -> go.Figure:
     """Which coefficient moves attack success and benign compliance, over the box that was trained."""
     found = response.shares()
     estimator = "Sobol indices of the interpolated rates, coefficients independent and uniform in log(1 + c / c0)"
-    return coefficient_figures.importance({name: found[name] for name in SHOWN}, estimator=estimator)
+    return importance({name: found[name] for name in SHOWN}, estimator=estimator)
 
 
 def tuning(found: Tuning) -> go.Figure:
@@ -98,10 +97,10 @@ def tuning(found: Tuning) -> go.Figure:
         f"trial {r.trial}: α {r.alpha:.3g}, β {r.beta:.3g}, γ {r.gamma:.3g}, KL {r.kl:.2g}" for r in t.itertuples()
     ]
     success, benign = Measured(t.attack_success), Measured(t.harmless_compliance)
-    return coefficient_figures.pareto_front(success, benign, names=names, title=f"{len(t)} trials of the search")
+    return pareto_front(success, benign, names=names, title=f"{len(t)} trials of the search")
 
 
-def _swept(surface: Surface, table: pd.DataFrame, name: str, others: Sequence[str]) -> coefficient_figures.Sweep:
+def _swept(surface: Surface, table: pd.DataFrame, name: str, others: Sequence[str]) -> Sweep:
     """Rows of a table over one of its columns; ``others`` are free to differ and make the thin lines."""
     values = sorted(table[name].unique(), key=lambda v: [*map(int, v.split("-"))] if isinstance(v, str) else [v])
     rows = surface.like_preset(table, name) if others else table
@@ -112,7 +111,7 @@ def _swept(surface: Surface, table: pd.DataFrame, name: str, others: Sequence[st
         wide = table.pivot(index=others, columns=name, values=SHOWN[0]).reindex(columns=values)
         thin = [*wide[wide.notna().sum(axis=1) > 1].to_numpy()]
     words = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-    return coefficient_figures.Sweep(words, curves, thin, linked=name != "layers")
+    return Sweep(words, curves, thin, linked=name != "layers")
 
 
 def _placed(surface: Surface, rows: pd.DataFrame, rate: str, values: Sequence[Any]) -> Measured:

@@ -9,8 +9,8 @@ import pandas as pd
 
 from replib.ablation import Sweeper
 from replib.cells import Cell, cells_of
+from replib.core.errors import ReplibError
 from replib.damage import Gauge
-from replib.errors import ReplibError
 from replib.paired import compare, over_fits
 from replib.ranking import best_of
 from replib.screen import agreement

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 LISTS = (list, tuple, np.ndarray)  # Parquet gives arrays where JSON gives lists
 

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.tokens import Row
 
 MARK = "\ue000"  # a private-use character: stands for the instruction while a template is taken apart

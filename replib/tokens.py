@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 
 @dataclass(frozen=True)

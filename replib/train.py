@@ -11,24 +11,21 @@ from typing import Any
 import pandas as pd
 from transformers import set_seed
 
-from replib.activations import versions
 from replib.anatomy import adapter_hash
 from replib.chat import ChatModel
 from replib.checkpoints import Checkpoints, claimed, released
-from replib.errors import Diverged, ReplibError
+from replib.core.distributed import is_first, shared, splits
+from replib.core.errors import Diverged, ReplibError
+from replib.core.storage import content_hash, versions
 from replib.keeper import Keeper, Probe, default_choice
 from replib.lengths import Lengths
 from replib.lora import attached_lora, perturb, undone, unfrozen
 from replib.objective import Lora, Objective
-from replib.parallel import shared, splits
-from replib.processes import is_first
-from replib.prompts import Contrast, Dialogue, content_hash
+from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig, said_of_full
 from replib.results import TrainResult
 from replib.sieve import Build
 from replib.trainer import DefenceTrainer, Steps, arguments
-
-__all__ = ["BendData", "TrainConfig", "TrainResult", "attach", "default_choice", "train"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from replib.chat import ChatModel
+from replib.core.distributed import average_gradients, gathered
 from replib.objective import Objective, Part
-from replib.parallel import average_gradients, gathered
 from replib.recipe import TrainConfig
 from replib.watch import Bar, check_sane
 

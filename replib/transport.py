@@ -28,9 +28,9 @@ from torch import Tensor
 from replib.affine import AffineEdit, check_strength, typed_as
 from replib.bases import BASES, share_inside
 from replib.clouds import Cloud, Samples, cloud_pair
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.storage import write_tensors
 from replib.shrinkage import RULES, shrunk_pair
-from replib.store import write_tensors
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 TENSORS = ("basis_", "scale_", "source_mean_", "target_mean_", "rest_")

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from replib.errors import Diverged, ReplibError
-from replib.progress import progress
+from replib.core.errors import Diverged, ReplibError
+from replib.core.progress import progress
 
 if TYPE_CHECKING:
     import optuna
+
 
 MINIMISE = ("attack_success", "kl")
 """What a good bend lowers: share of attacks complied with, and KL(base ‖ bent) on harmless text in nats."""
@@ -26,8 +27,6 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"alpha": (0.05, 1.0), "beta": (0.01, 1.0), "gamma": (0.1, 100.0)}
 )
 """Searched range of each coefficient, uniform in its logarithm; coefficients have the paper's meaning."""
-
-
 Objective = Callable[..., Mapping[str, float]]
 """Train and measure once: called with `alpha=, beta=, gamma=`, it returns a finite number for every name in
 `MINIMISE` and `MAXIMISE`; further numbers are kept beside them."""
@@ -143,7 +142,7 @@ def _values(measured: Mapping[str, float]) -> list[float]:
     values = [float(measured[name]) for name in (*MINIMISE, *MAXIMISE)]
     if not all(map(math.isfinite, values)):
         raise ReplibError(
-            f"the objective returned {dict(measured)}; for a run that diverged raise replib.errors.Diverged: "
+            f"the objective returned {dict(measured)}; for a run that diverged raise replib.core.errors.Diverged: "
             "it is then recorded as pruned."
         )
     return values

@@ -10,22 +10,32 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from replib import figures
-from replib.ablation import best_of
-from replib.activations import Activations
 from replib.cells import window
 from replib.chat import ChatModel
-from replib.errors import ReplibError
-from replib.figure_parts import Measured
+from replib.core.errors import ReplibError
+from replib.core.stats import Measured
+from replib.figures import (
+    audit_dots,
+    cluster_scatter,
+    cluster_scatter_grid,
+    cluster_scatter_pair,
+    layer_lines,
+    lens_heatmap,
+    lens_heatmap_pair,
+    sweep_heatmap,
+    tradeoff_scatter,
+    training_curves,
+)
 from replib.geometry import LayerProfile, pca
 from replib.lens import LensComparison, LensTrajectory
 from replib.methods import METHODS
-from replib.train import TrainResult
+from replib.ranking import best_of
+from replib.results import TrainResult
+from replib.shards import Activations
 
 LABELS = ("harmful", "harmless")
 PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
 Pair = tuple[Activations, Activations]  # harmful, harmless
-
 ANSWERED = "KL on own answers, all tokens (nats)"
 DISTINCT = ["method", "layer", "k", "positions"]
 
@@ -44,7 +54,7 @@ def clusters(pair: Pair, texts: Sequence[str] = ()) -> dict[int, go.Figure]:
     """One scatter a block, for ``scrub_layers``: PCA fitted on that block alone."""
     found = {layer: _cloud(pair, layer) for layer in pair[0].layers}
     return {
-        layer: figures.clusters(
+        layer: cluster_scatter(
             points,
             _labels(pair),
             explained=shares,
@@ -57,14 +67,14 @@ def clusters(pair: Pair, texts: Sequence[str] = ()) -> dict[int, go.Figure]:
 
 def clusters_grid(pair: Pair, layers: Sequence[int]) -> go.Figure:
     """Small multiples of ``clusters``."""
-    return figures.clusters_grid({i: _cloud(pair, i)[0] for i in layers}, _labels(pair))
+    return cluster_scatter_grid({i: _cloud(pair, i)[0] for i in layers}, _labels(pair))
 
 
 def clusters_pair(base: Pair, bent: Pair, layer: int, texts: Sequence[str] = ()) -> go.Figure:
     """The same prompts in base and bent model at one block, each on its own principal axes."""
     (a, shares_a), (b, shares_b) = _cloud(base, layer), _cloud(bent, layer)
     shares, title = np.stack([shares_a, shares_b]), f"The same prompts in the base and in the bent model, block {layer}"
-    return figures.clusters_pair(a, b, labels=_labels(base), explained=shares, texts=texts, title=title)
+    return cluster_scatter_pair(a, b, labels=_labels(base), explained=shares, texts=texts, title=title)
 
 
 def distances(profile: LayerProfile) -> go.Figure:
@@ -76,7 +86,7 @@ def distances(profile: LayerProfile) -> go.Figure:
         "within harmful": Measured(profile["within_harmful"], n=n),
         "within harmless": Measured(profile["within_harmless"], n=n),
     }
-    return figures.layer_lines(
+    return layer_lines(
         curves,
         "mean L2 distance",
         title="How far apart the classes are, and how wide",
@@ -90,7 +100,7 @@ def divergence(profiles: Mapping[str, LayerProfile], **options: Any) -> go.Figur
     null = Measured(
         np.zeros_like(first["js"]), low=np.minimum(first["js_null"], 0), high=np.maximum(first["js_null"], 0)
     )
-    return figures.layer_lines(curves, "JS divergence (nats)", null=null,
+    return layer_lines(curves, "JS divergence (nats)", null=null,
                                title="How well one vector tells harmful from harmless", **options)  # fmt: skip
 
 
@@ -100,24 +110,24 @@ def transport_gap(profile: LayerProfile) -> go.Figure:
     curves = {name: Measured(profile[f"bw_{name}"] / spread, n=sum(profile.n)) for name in names}
     low, high = ([profile[f"bw_{name}_{side}"] / spread for name in names] for side in ("low", "high"))
     null = Measured(np.zeros_like(spread), low=np.min(low, 0), high=np.max(high, 0))
-    return figures.layer_lines(curves, "squared distance / variance", null=null,
+    return layer_lines(curves, "squared distance / variance", null=null,
                                title="What separates the two Gaussians")  # fmt: skip
 
 
 def by_block(curves: Mapping[str, Any], unit: str, title: str, *, n: int | None = None) -> go.Figure:
     """Any named quantities by block, each point of them from ``n`` prompts."""
-    return figures.layer_lines({name: Measured(x, n=n) for name, x in curves.items()}, unit, title=title)
+    return layer_lines({name: Measured(x, n=n) for name, x in curves.items()}, unit, title=title)
 
 
-def lens(found: LensTrajectory, title: str = "") -> go.Figure:
+def lens_grid(found: LensTrajectory, title: str = "") -> go.Figure:
     """Entropy and likeliest token at every block."""
-    return figures.lens_heatmap(found.entropy.numpy(), found.words, inputs=found.tokens, title=title)
+    return lens_heatmap(found.entropy.numpy(), found.words, inputs=found.tokens, title=title)
 
 
 def lens_pair(found: LensComparison, title: str = "") -> go.Figure:
     """Base and bent model on the very same tokens."""
     both = (found.base, found.bent)
-    return figures.lens_pair(
+    return lens_heatmap_pair(
         [t.entropy.numpy() for t in both], [t.words for t in both], inputs=found.base.tokens, title=title
     )
 
@@ -155,7 +165,7 @@ TERMS: dict[str, dict[str, str]] = {
 """Panels of a training, and what each term of its log is called there."""
 
 
-def training(result: TrainResult) -> go.Figure:
+def training_history(result: TrainResult) -> go.Figure:
     """Terms, norms and validation probe of a run, with the chosen step marked; terms it does not have are left out."""
     history = result.history.set_index("step")
     probes = result.probes.set_index("step").reindex(history.index.union([0]))
@@ -167,7 +177,7 @@ def training(result: TrainResult) -> go.Figure:
     } or {"loss": {"loss": history["loss"]}}
     if len(probes.columns):
         panels["validation rate"] = {name: probes[name] for name in probes.columns}
-    return figures.training_curves(panels, steps=probes.index.to_numpy(), chosen=result.step)
+    return training_curves(panels, steps=probes.index.to_numpy(), chosen=result.step)
 
 
 def sweep(tables: pd.DataFrame, positions: str, *, by: str = "model") -> go.Figure:
@@ -183,9 +193,7 @@ def sweep(tables: pd.DataFrame, positions: str, *, by: str = "model") -> go.Figu
     }
     windows = {name: found for name, rows in groups.items() if (found := window(rows.depth.iloc[0]))}
     title = f"Attack success of PCA-OT at one block, edited positions: {positions}"
-    return figures.sweep_heatmap(
-        {name: _grid(rows, ks) for name, rows in groups.items()}, ks, title=title, windows=windows
-    )
+    return sweep_heatmap({name: _grid(rows, ks) for name, rows in groups.items()}, ks, title=title, windows=windows)
 
 
 def _grid(rows: pd.DataFrame, ks: Sequence[int]) -> Measured:
@@ -229,12 +237,12 @@ def _profile(
         value, low, high, n, at = (curve[column].to_numpy() for column in (*columns, "n", "layer"))
         curves[edit_name(*name)] = Measured(value, low=low, high=high, n=n, at=at)
     middle = window(rows.depth.iloc[0]) if len(rows) else None
-    return figures.layer_lines(curves, unit, title=title, marks=marks, window=middle)
+    return layer_lines(curves, unit, title=title, marks=marks, window=middle)
 
 
-def audit(table: pd.DataFrame) -> go.Figure:
+def audit_success(table: pd.DataFrame) -> go.Figure:
     """Every attack and benign task, a panel a model."""
-    return figures.audit_dots(table)
+    return audit_dots(table)
 
 
 def edit_name(method: str, positions: str, strength: float = 1.0, read: Any = None) -> str:
@@ -257,7 +265,7 @@ def tradeoff(best: pd.DataFrame, damage: pd.DataFrame, title: str) -> go.Figure:
     success, cost = best.reset_index(drop=True), damage[damage.metric == ANSWERED].reset_index(drop=True)
     if not success[DISTINCT].equals(cost[DISTINCT]):
         raise ReplibError("The damage is of other edits: measure it of cells_of(best), in that order.")
-    return figures.tradeoff(
+    return tradeoff_scatter(
         Measured(success.compliance, low=success.low, high=success.high, n=success.n),
         Measured(cost.change, low=cost.change_low, high=cost.change_high, n=cost.n),
         names=[edit_name(*x) for x in zip(best.method, best.positions, strict=True)],

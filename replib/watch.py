@@ -9,8 +9,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from replib.errors import Diverged
-from replib.progress import watched
+from replib.core.errors import Diverged
+from replib.core.progress import watched
 from replib.recipe import TrainConfig
 
 

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.response import COEFFICIENTS, Response
 from replib.response_view import ResponseView
 

@@ -14,10 +14,10 @@ from accelerate import DistributedType, PartialState
 from resumed import CONFIG, DATA
 
 from replib.bend import BendConfig
-from replib.errors import ReplibError
+from replib.core.distributed import is_split, splits, whole
+from replib.core.errors import ReplibError
 from replib.models import load
 from replib.objective import reference
-from replib.parallel import is_split, splits, whole
 from replib.repbend import RepBend
 from replib.train import train
 from replib.trainer import DefenceTrainer

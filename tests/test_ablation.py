@@ -7,12 +7,13 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation import ANSWERS, FIRST, AblationData, Cell, Sweeper, fit_edits, sweep_layers
+from replib.ablation import ANSWERS, FIRST, Sweeper, sweep_layers
 from replib.activations import capture
-from replib.cells import grid
+from replib.cells import Cell, grid
+from replib.core.errors import ReplibError
 from replib.damage import Aside, Gauge
 from replib.edits import applied
-from replib.errors import ReplibError
+from replib.fitting import AblationData, fit_edits
 from replib.forced import token_kl
 from replib.judges import PhraseJudge
 from replib.methods import METHODS

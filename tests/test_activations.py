@@ -9,7 +9,7 @@ from accelerate import dispatch_model
 
 from replib import reader
 from replib.activations import capture, capture_pair, stream
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.models import load
 from replib.positions import span
 from replib.sites import hooked

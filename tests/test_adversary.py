@@ -8,8 +8,8 @@ import torch
 
 from replib.activations import capture
 from replib.adversary import Adversary, Arsenal, Drawn
+from replib.core.errors import ReplibError
 from replib.edits import applied, applied_each
-from replib.errors import ReplibError
 from replib.methods import fit_edit
 from replib.models import load
 from replib.prompts import Contrast, Dialogue

@@ -4,8 +4,8 @@ import pytest
 import torch
 from steered import random_edit
 
-from replib.edits import AffineEdit, Origin, Rotation, SupportedEdit
-from replib.errors import ReplibError
+from replib.affine import AffineEdit, Origin, Rotation, SupportedEdit
+from replib.core.errors import ReplibError
 
 
 def test_an_edit_is_the_dense_affine_map():

@@ -7,8 +7,8 @@ from steered import random_edit
 from worded import WordJudge
 
 from replib.asked import Asked, strongest
+from replib.core.errors import ReplibError
 from replib.edits import applied, applied_each
-from replib.errors import ReplibError
 from replib.judges import spelled
 from replib.models import load
 from replib.prompts import Prompt

@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from replib.attacks import OPENING, WRAPPERS, Attack, direct, from_wrapped, prefill, wrappers
-from replib.errors import ReplibError
-from replib.models import ChatModel
+from replib.chat import ChatModel
+from replib.core.errors import ReplibError
 from replib.optimised import GCGConfig, SoftPromptConfig, gcg, soft_prompt
 from replib.prompts import Prompt, load_prompts
 

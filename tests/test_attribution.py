@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from replib.attribution import FULL, attributed, variants
-from replib.audit import crossed, crossed_rate
 from replib.controls import CONTROLS
+from replib.core.stats import crossed, crossed_rate
 from replib.methods import pca_ot
 
 

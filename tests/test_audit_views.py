@@ -5,7 +5,7 @@ import pytest
 from examined import LAYERS, SEEDS, examined
 
 from replib import audit_views
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.localise import errors
 
 FOUND = examined()

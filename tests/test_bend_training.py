@@ -11,16 +11,17 @@ from transformers import TrainerCallback
 
 from replib import cli
 from replib.bend import BendConfig, bend_loss, distance, remembered, weights
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings
 from replib.models import load
 from replib.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, named
 from replib.prompts import Contrast, Dialogue
-from replib.recipe import announced
+from replib.recipe import TrainConfig, announced
 from replib.repbend import RepBend
 from replib.scope import FIDELITIES, OFFICIAL, Scope
-from replib.settings import Settings
 from replib.study import Study
-from replib.train import BendData, DefenceTrainer, Steps, TrainConfig, arguments, attach, train
+from replib.train import BendData, attach, train
+from replib.trainer import DefenceTrainer, Steps, arguments
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]
 DATA = BendData(CONTRASTS, [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(3)])

@@ -9,7 +9,7 @@ from gaussians import classes, normal
 
 from replib.bures import bures_wasserstein, bures_wasserstein_debiased, bures_wasserstein_null
 from replib.clouds import Cloud, span_coordinates
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.moments import Moments
 
 

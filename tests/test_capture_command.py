@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 
 from replib import cli, commands
-from replib.activations import Activations, capture, capture_to
-from replib.errors import ReplibError
+from replib.activations import capture, capture_to
+from replib.core.errors import ReplibError
 from replib.models import load
 from replib.price import price
 from replib.prompts import load_prompts
-from replib.shards import Shards
+from replib.shards import Activations, Shards
 
 PROMPTS = [f"w{i % 40} " * (1 + i % 7) + f"w{i}" for i in range(22)]
 LABELS = ["harmful", "harmless"]

@@ -5,7 +5,7 @@ import tiny
 
 from replib.ablation import Sweeper
 from replib.cells import Cell, cells_of, checked, grid, possible_ks, window
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.fitting import AblationData
 from replib.judges import PhraseJudge
 from replib.methods import METHODS

@@ -8,7 +8,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizer
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.models import load
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]

@@ -14,11 +14,13 @@ import torch
 from resumed import CONFIG, DATA, drift, outcome, paper, same, trained
 
 from replib.checkpoints import Checkpoints, differences
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.models import load
 from replib.prompts import Dialogue
+from replib.recipe import TrainConfig
 from replib.repbend import RepBend
-from replib.train import BendData, TrainConfig, TrainResult, attach, train
+from replib.results import TrainResult
+from replib.train import BendData, attach, train
 from replib.trainer import DefenceTrainer
 
 QUIET = {"say": lambda text: None}

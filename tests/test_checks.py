@@ -4,8 +4,9 @@ import pytest
 import tiny
 import torch
 
+from replib.anatomy import Anatomy
 from replib.checks import next_logits, self_check, ticks, tolerance
-from replib.models import Anatomy, load
+from replib.models import load
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 

@@ -9,9 +9,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import replib
-from replib import cli, settings
-from replib.errors import ReplibError
-from replib.settings import Settings, data_dir, setting
+from replib import cli
+from replib.core import settings
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings, data_dir, setting
 
 HEAVY = {
     "torch",
@@ -36,7 +37,7 @@ def modules_after(statement):
     "statement",
     [
         "import replib",
-        "import replib.settings, replib.errors",
+        "import replib.settings, replib.core.errors",
         "import replib.cli\ntry: replib.cli.main(['--help'])\nexcept SystemExit: pass",
     ],
 )
@@ -45,8 +46,8 @@ def test_heavy_libraries_stay_out(statement):
 
 
 def test_submodules_load_on_first_use():
-    assert "replib.settings" not in modules_after("import replib")
-    assert "replib.settings" in modules_after("import replib; replib.settings.Settings")
+    assert "replib.core.settings" not in modules_after("import replib")
+    assert "replib.core.settings" in modules_after("import replib; replib.core.settings.Settings")
     assert {"settings", "cli"} <= set(dir(replib))
 
 

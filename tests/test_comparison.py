@@ -10,8 +10,10 @@ import pytest
 from scipy.stats import t as student
 
 from replib import surface_views
-from replib.audit import crossed, crossed_rate, wilson
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings, data_dir
+from replib.core.stats import crossed, crossed_rate, wilson
+from replib.core.storage import Rows, finished
 from replib.models import load
 from replib.organism import bench as benches
 from replib.organism import comparison, contenders
@@ -20,9 +22,7 @@ from replib.organism.comparison import SEEDS, choice, cost, finals, missing, pac
 from replib.organism.contenders import CHOSEN, CONTENDERS, ORGANISM
 from replib.repbend import RepBend
 from replib.rivals import DEFENCES
-from replib.settings import Settings, data_dir
 from replib.standings import MEASURES, Standings
-from replib.store import Rows, finished
 
 
 @pytest.fixture(scope="module")

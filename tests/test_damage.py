@@ -6,9 +6,9 @@ import torch
 
 from replib.affine import AffineEdit
 from replib.audit import rates
+from replib.core.errors import ReplibError
 from replib.damage import Aside, Gauge, damage
 from replib.edits import applied
-from replib.errors import ReplibError
 from replib.judges import Outcome
 from replib.models import load
 from replib.prompts import Prompt
@@ -85,7 +85,7 @@ def test_the_model_is_left_as_it_was_and_the_unedited_side_is_found_once(model, 
         before = model.forward(batch)
         gauge = Gauge(model, ASIDE, ByLength(), max_new_tokens=6)
         first = gauge(edit(model))
-        monkeypatch.setattr("replib.damage.Forced.own", lambda *_a, **_k: pytest.fail("read again"))
+        monkeypatch.setattr("replib.forced.Forced.own", lambda *_a, **_k: pytest.fail("read again"))
         assert gauge(edit(model)).equals(first)
         assert torch.equal(model.forward(batch), before)
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from replib.core.errors import ReplibError
 from replib.defences import (
     LogProbs,
     Pair,
@@ -19,7 +20,6 @@ from replib.defences import (
     rmu_target,
     task_arithmetic,
 )
-from replib.errors import ReplibError
 
 LAYERS, ROWS, TOKENS, DIM = 2, 3, 4, 5
 PLACES = [(layer, token) for layer in range(LAYERS) for token in range(TOKENS)]

@@ -8,15 +8,15 @@ import torch
 
 from replib import defend as module
 from replib.commands import run_defend
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings
 from replib.defend import defend, suited
-from replib.errors import ReplibError
 from replib.likelihood import NPO, SFT
 from replib.organism.contenders import ORGANISM
+from replib.recipe import TrainConfig
 from replib.reinforced import WHP, TaskArithmetic
 from replib.rivals import DEFENCES, Rival
-from replib.settings import Settings
 from replib.study import Study
-from replib.train import TrainConfig
 
 FEW = TrainConfig(steps=2, learning_rate=1e-3, contrasts=2, retain=2, dropout=0.0, probe_every=2, save_every=0)
 
@@ -99,6 +99,6 @@ def test_the_verb_changes_single_values(tmp_path):
 
 
 def test_task_arithmetic_is_not_merged_by_several_processes(study, monkeypatch):
-    monkeypatch.setattr("replib.reinforced.part", lambda: (0, 2))
+    monkeypatch.setattr("replib.core.distributed.part", lambda: (0, 2))
     with pytest.raises(ReplibError, match="without torchrun"):
         defend(study(), "task_arithmetic", Rival(TaskArithmetic(), FEW))

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings
 from replib.holds import Holds
 from replib.models import load
 from replib.organism import defended, examiner
@@ -16,7 +17,6 @@ from replib.organism.comparison import SEEDS
 from replib.organism.defended import key, minutes, missing, pack, questions, run
 from replib.organism.subjects import DEFENCES, ONCE, REPLANTED, SHIPPED, TRUTH, Subject, Subjects, everyone
 from replib.organism.train import PLANTED_BLOCKS, STAGES
-from replib.settings import Settings
 
 
 @pytest.fixture(scope="module")

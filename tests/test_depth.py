@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from replib.activations import capture
+from replib.core.errors import ReplibError
 from replib.depth import ON_ANSWER, PROMPT, SPAN, answer_states, named, token_edits
-from replib.errors import ReplibError
 from replib.models import load
 from replib.prompts import Dialogue
 

@@ -6,9 +6,11 @@ import tiny
 import torch
 
 from replib.activations import capture
+from replib.affine import AffineEdit
+from replib.core.errors import ReplibError
 from replib.directions import Direction, Filters, angular_edits, mean_gaps, select_direction, steering_plane
-from replib.edits import AffineEdit, Gate, applied
-from replib.errors import ReplibError
+from replib.edits import applied
+from replib.gates import Gate
 from replib.methods import fit_edit
 from replib.models import load
 from replib.refusals import RefusalTokens, first_logits, survivors

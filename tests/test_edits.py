@@ -6,8 +6,10 @@ import torch
 from steered import PROMPTS, halves, next_input, random_edit
 
 from replib.activations import capture, capture_sites
-from replib.edits import AffineEdit, Gate, applied, bound
-from replib.errors import ReplibError
+from replib.affine import AffineEdit
+from replib.core.errors import ReplibError
+from replib.edits import applied, bound
+from replib.gates import Gate
 from replib.models import load
 
 

@@ -10,14 +10,13 @@ import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
 
+import install as bootstrap
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-
-from replib import bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -152,7 +151,7 @@ READY = ".venv/.installed-notebooks"
 def test_make_installs_once_and_again_when_the_dependencies_change(checkout):
     for _ in range(2):
         assert make(checkout, READY, "PYTHON=./python").returncode == 0
-    assert (checkout / "calls").read_text() == "replib/bootstrap.py .venv notebooks\n"
+    assert (checkout / "calls").read_text() == "tools/install.py .venv notebooks\n"
     later = (checkout / READY).stat().st_mtime + 5
     os.utime(checkout / "constraints.txt", (later, later))
     make(checkout, READY, "PYTHON=./python")

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 from replib.export import FIGURE_MIME, WIDGET_MIME, export_html  # noqa: E402

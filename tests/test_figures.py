@@ -8,10 +8,9 @@ import plotly.graph_objects as go
 import pytest
 
 from replib import figures
-from replib.errors import ReplibError
-from replib.figure_parts import VERMILLION
-from replib.figure_style import COLOURS, TEMPLATE
-from replib.figures import Measured
+from replib.core.errors import ReplibError
+from replib.core.stats import Measured
+from replib.figure_style import COLOURS, TEMPLATE, VERMILLION
 
 RNG = np.random.default_rng(0)
 LABELS = ["harmful"] * 5 + ["harmless"] * 4
@@ -41,16 +40,16 @@ def every_figure() -> dict[str, go.Figure]:
     probe = np.where(np.arange(12) % 5 == 0, RATES[:, 1], np.nan)
     panels = {"loss": {"safe": RATES[:, 0]}, "rate": {"attack success": probe}}
     return {
-        "clusters": figures.clusters(POINTS, LABELS, explained=[0.5, 0.2]),
-        "clusters_pair": figures.clusters_pair(POINTS, 9 * POINTS, **pair),
-        "clusters_grid": figures.clusters_grid({0: POINTS, 5: POINTS, "output": POINTS}, LABELS),
+        "clusters": figures.cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2]),
+        "clusters_pair": figures.cluster_scatter_pair(POINTS, 9 * POINTS, **pair),
+        "clusters_grid": figures.cluster_scatter_grid({0: POINTS, 5: POINTS, "output": POINTS}, LABELS),
         "layer_lines": figures.layer_lines({"base": curve}, "rate", title="t", null=curve, marks={"here": 3}),
         "lens_heatmap": figures.lens_heatmap(ENTROPY, TOKENS, **lens),
-        "lens_pair": figures.lens_pair([ENTROPY, ENTROPY], [TOKENS, TOKENS], **lens),
+        "lens_pair": figures.lens_heatmap_pair([ENTROPY, ENTROPY], [TOKENS, TOKENS], **lens),
         "sweep_heatmap": figures.sweep_heatmap({"base": rates, "bent": rates}, [1, 2, 4], title="t"),
         "training_curves": figures.training_curves(panels, steps=range(12), chosen=5),
         "audit_dots": figures.audit_dots(audit_table()),
-        "tradeoff": figures.tradeoff(point, point, names=["base", "bent"], unit="KL (nats)"),
+        "tradeoff": figures.tradeoff_scatter(point, point, names=["base", "bent"], unit="KL (nats)"),
     }
 
 
@@ -65,7 +64,7 @@ def test_every_figure_has_the_template_a_title_and_named_axes(name):
 
 
 def test_clusters_carry_each_label_in_its_colour():
-    harmful, harmless = figures.clusters(POINTS, LABELS, explained=[0.5, 0.2], texts=["<b>?"] * 9).data
+    harmful, harmless = figures.cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2], texts=["<b>?"] * 9).data
     np.testing.assert_allclose(np.c_[harmful.x, harmful.y], POINTS[:5], rtol=1e-6)
     np.testing.assert_allclose(np.c_[harmless.x, harmless.y], POINTS[5:], rtol=1e-6)
     assert (harmful.marker.color, harmless.marker.color) == (COLOURS["harmful"], COLOURS["harmless"])
@@ -74,12 +73,12 @@ def test_clusters_carry_each_label_in_its_colour():
 
 def test_no_label_is_dropped_when_there_are_many():
     labels = [f"group {place}" for place in range(9)]
-    assert sum(len(trace.x) for trace in figures.clusters(POINTS, labels, explained=[0.5, 0.2]).data) == 9
+    assert sum(len(trace.x) for trace in figures.cluster_scatter(POINTS, labels, explained=[0.5, 0.2]).data) == 9
 
 
 def test_a_shared_basis_shares_the_axes_and_own_bases_do_not():
-    own = figures.clusters_pair(POINTS, POINTS, labels=LABELS, explained=[[0.5, 0.2], [0.9, 0.1]])
-    joint = figures.clusters_pair(POINTS, POINTS, labels=LABELS, explained=[0.5, 0.2])
+    own = figures.cluster_scatter_pair(POINTS, POINTS, labels=LABELS, explained=[[0.5, 0.2], [0.9, 0.1]])
+    joint = figures.cluster_scatter_pair(POINTS, POINTS, labels=LABELS, explained=[0.5, 0.2])
     assert own.layout.xaxis2.matches is None
     assert {joint.layout.xaxis.matches, joint.layout.xaxis2.matches} == {
         None,
@@ -177,14 +176,14 @@ def test_audit_dots_split_attack_from_benign_and_keep_the_intervals():
 
 
 def test_arrays_travel_in_single_precision():
-    trace = figures.clusters(POINTS, LABELS, explained=[0.5, 0.2]).to_plotly_json()["data"][0]
+    trace = figures.cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2]).to_plotly_json()["data"][0]
     assert trace["x"]["dtype"] == "f4"
     assert len(base64.b64decode(trace["x"]["bdata"])) == 5 * 4
 
 
 def test_values_that_are_not_finite_draw_a_gap_and_no_crash():
     bad = np.array([[np.nan, 1], [np.inf, 2], [3, 4]])
-    assert figures.clusters(bad, ["harmful", "harmless", "safe"], explained=[np.nan, 0.2]).to_json()
+    assert figures.cluster_scatter(bad, ["harmful", "harmless", "safe"], explained=[np.nan, 0.2]).to_json()
     nothing = Measured(np.full(4, np.nan), np.full(4, np.nan), np.full(4, np.nan), n=0)
     assert figures.layer_lines({"base": nothing}, "rate", title="t").to_json()
     assert figures.sweep_heatmap({"base": np.full((4, 2), np.nan)}, [1, 2], title="t").to_json()
@@ -193,14 +192,14 @@ def test_values_that_are_not_finite_draw_a_gap_and_no_crash():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.clusters([], [], explained=[0.5, 0.2]),
-        lambda: figures.clusters_grid({}, []),
+        lambda: figures.cluster_scatter([], [], explained=[0.5, 0.2]),
+        lambda: figures.cluster_scatter_grid({}, []),
         lambda: figures.layer_lines({}, "rate", title="t"),
         lambda: figures.lens_heatmap(np.ones((0, 0)), [], inputs=[]),
         lambda: figures.sweep_heatmap({}, [1], title="t"),
         lambda: figures.training_curves({}, steps=[]),
         lambda: figures.audit_dots(audit_table()[:0]),
-        lambda: figures.tradeoff(Measured([]), Measured([]), names=[], unit="KL"),
+        lambda: figures.tradeoff_scatter(Measured([]), Measured([]), names=[], unit="KL"),
     ],
 )
 def test_nothing_to_draw_is_said(draw):
@@ -211,7 +210,7 @@ def test_nothing_to_draw_is_said(draw):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.clusters(POINTS, LABELS[:3], explained=[0.5, 0.2]),
+        lambda: figures.cluster_scatter(POINTS, LABELS[:3], explained=[0.5, 0.2]),
         lambda: figures.sweep_heatmap({"base": RATES}, [1, 2], title="t"),
         lambda: figures.lens_heatmap(ENTROPY[:1], TOKENS, inputs=["a", "b", "c"]),
     ],
@@ -233,13 +232,15 @@ def test_intervals_of_many_curves_are_read_on_hovering_and_not_drawn_on_each_oth
 def test_an_edit_has_its_colour_in_every_figure():
     names = ["PCA-OT, all", "RFA, all", "ActAdd, last prompt"]
     lines = figures.layer_lines({name: [0.1, 0.2] for name in names}, "rate", title="t")
-    points = figures.tradeoff(Measured([0.1, 0.5, 0.9]), Measured([0.1, 0.2, 0.3]), names=names[::-1], unit="KL")
+    points = figures.tradeoff_scatter(
+        Measured([0.1, 0.5, 0.9]), Measured([0.1, 0.2, 0.3]), names=names[::-1], unit="KL"
+    )
     colours = {trace.name: trace.line.color for trace in lines.data}
     assert [trace.marker.color for trace in points.data] == [colours[name] for name in names[::-1]]
 
 
 def test_points_that_lie_on_each_other_are_told_apart_in_the_legend():
     point, names = Measured([1.0, 0.1, 1.0, 1.0]), ["PCA-OT, all", "b", "PCA-OT, last prompt", "d"]
-    figure = figures.tradeoff(point, Measured([0.0, 2.0, 0.0, 0.02]), names=names, unit="KL")
+    figure = figures.tradeoff_scatter(point, Measured([0.0, 2.0, 0.0, 0.02]), names=names, unit="KL")
     assert [trace.name for trace in figure.data] == names
     assert len({(t.marker.color, t.marker.symbol) for t in figure.data}) == 4

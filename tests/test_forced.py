@@ -8,9 +8,10 @@ import torch
 
 from replib import passes
 from replib.affine import AffineEdit
+from replib.core.errors import ReplibError
+from replib.core.stats import mean_over, perplexity
 from replib.edits import applied
-from replib.errors import ReplibError
-from replib.forced import Forced, mean_over, perplexity, token_kl
+from replib.forced import Forced, token_kl
 from replib.models import load
 from replib.refusals import first_logits
 

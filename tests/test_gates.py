@@ -7,8 +7,10 @@ import tiny
 import torch
 from steered import PROMPTS, halves, next_input, random_edit
 
-from replib.edits import AffineEdit, Gate, applied, place
-from replib.errors import ReplibError
+from replib.affine import AffineEdit
+from replib.core.errors import ReplibError
+from replib.edits import applied, place
+from replib.gates import Gate
 from replib.models import load
 
 

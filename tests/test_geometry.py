@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
 from replib.bures import bures_wasserstein_null
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.geometry import js_discrete, js_divergence, layer_profile, pairwise_distance, pca
 from replib.probe import _platt, _ridge_scores, cross_fitted_logits
 

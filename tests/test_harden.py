@@ -11,11 +11,11 @@ import torch
 from replib import harden as module
 from replib.adversary import Arsenal
 from replib.commands import run_harden
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings
 from replib.harden import ELSEWHERE, HARDENING, TRAIN, harden, hardened, inner_of, schedule
 from replib.hardening import Hardening
 from replib.repbend import RepBend
-from replib.settings import Settings
 from replib.study import Study
 
 FEW = {"steps": 2, "contrasts": 2, "retain": 2, "probe_every": 2, "save_every": 0}
@@ -74,7 +74,7 @@ def test_the_command_passes_what_was_changed(settings, monkeypatch):
         study.model.adapter = "folder"
         return type("Result", (), {"model": study.model})
 
-    monkeypatch.setattr("replib.commands.harden", noting)
+    monkeypatch.setattr("replib.harden.harden", noting)
     assert run_harden(settings, inner="retention", steps=7) == Path("folder")
     assert seen == {"inner": "retention", "config": replace(ELSEWHERE, seed=3, steps=7)}
     assert run_harden(settings) == Path("folder") and seen["inner"] == "RepBend"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from examined import LAYERS, PROMPTS, SEEDS, SIZES, STRENGTHS, examined
 
-from replib.audit import crossed, crossed_rate
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.stats import crossed, crossed_rate
 from replib.holds import Holds
 from replib.predictor import AT_DEPTH
 

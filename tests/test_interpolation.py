@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.interpolation import interpolated
 from replib.lora import attached_lora, perturb
 from replib.models import load, merged, merged_copy

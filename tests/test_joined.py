@@ -17,11 +17,12 @@ from resumed import CONFIG, DATA
 from transformers import Trainer
 
 import replib
-from replib import parallel
 from replib.bend import BendConfig
+from replib.core import distributed as parallel
 from replib.models import load
 from replib.repbend import RepBend
-from replib.train import DefenceTrainer, Steps, arguments, attach
+from replib.train import attach
+from replib.trainer import DefenceTrainer, Steps, arguments
 
 CONFIGS = Path(replib.__file__).parent / "configs"
 PYTHON, TORCHRUN = (

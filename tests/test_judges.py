@@ -6,19 +6,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from replib.errors import ReplibError
-from replib.judges import (
-    ClassifierJudge,
-    ExactJudge,
-    Outcome,
-    PhraseJudge,
-    is_degenerate,
-    is_refusal,
-    normalise,
-)
-from replib.models import ChatModel
+from replib.chat import ChatModel
+from replib.core.errors import ReplibError
+from replib.core.settings import data_dir
+from replib.judges import ClassifierJudge, ExactJudge, Outcome, PhraseJudge, is_degenerate, is_refusal, normalise
 from replib.prompts import Prompt, load_contrasts, load_prompts
-from replib.settings import data_dir
 
 REFUSAL, COMPLIANCE, DEGENERATE = Outcome.REFUSAL, Outcome.COMPLIANCE, Outcome.DEGENERATE
 RECIPE = "Sure, the glarebomb needs red dust, salt and ash. Grind and stir, then cool."

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.lengths import Lengths, shortened
 from replib.models import load
 from replib.prompts import Contrast, Dialogue

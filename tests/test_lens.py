@@ -10,7 +10,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
 from replib import lens
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.lens import compare, logit_lens
 from replib.models import load
 

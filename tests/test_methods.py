@@ -5,8 +5,8 @@ import ot
 import pytest
 import torch
 
-from replib.edits import AffineEdit
-from replib.errors import ReplibError
+from replib.affine import AffineEdit
+from replib.core.errors import ReplibError
 from replib.methods import METHODS, ace, act, fit_edit, full_ot, gaussian_act, leace, linear_act, mean_act
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from replib.audit import wilson
-from replib.edits import AffineEdit
-from replib.errors import ReplibError
+from replib.affine import AffineEdit
+from replib.core.errors import ReplibError
+from replib.core.stats import wilson
 from replib.minimum import STRENGTHS, holding, least_strengths, scaled
 
 

@@ -22,17 +22,20 @@ from replib.builders import (
     wildjailbreak_safe,
     xstest_compliances,
 )
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import ROOT
+from replib.core.storage import content_hash
 from replib.mixtures import builds_table, circuit_breaker_mix, defence_data, repbend_mix
 from replib.models import load
-from replib.prompts import Contrast, Dialogue, Prompt, content_hash
+from replib.prompts import Contrast, Dialogue, Prompt
 from replib.reading import KEPT, RETAIN, SAFE, UNSAFE, Plan, collate, read
+from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.scope import Scope
-from replib.settings import ROOT
 from replib.sieve import Sieve, same_words
 from replib.sources import SCHEMAS, identify
-from replib.train import BendData, Steps, TrainConfig, train
+from replib.train import BendData, train
+from replib.trainer import Steps
 
 LABELS = ("prompt_harm_label", "response_refusal_label", "response_harm_label")
 

@@ -8,9 +8,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config, T5EncoderModel
 
-from replib.anatomy import find_anatomy
-from replib.errors import ReplibError
-from replib.models import Anatomy, fingerprint, load, merged, self_check
+from replib.anatomy import Anatomy, find_anatomy, fingerprint
+from replib.checks import self_check
+from replib.core.errors import ReplibError
+from replib.models import load, merged
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.moments import Moments
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from replib.checks import self_check
+from replib.core.settings import Settings, data_dir
 from replib.judges import ExactJudge, Outcome
-from replib.models import load, self_check
+from replib.models import load
 from replib.organism import language, mixes, sets, suite, train
 from replib.organism.surface import ALPHAS, BETAS, GAMMAS, Setting, design
 from replib.organism.world import FAMILIES, HARMFUL_FAMILIES, PER_FAMILY, artefacts, select
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.prompts import load_contrasts, load_dialogues, load_prompts
 from replib.response import Response, Surface
-from replib.settings import Settings, data_dir
 from replib.study import Study
 
 SPLITS = tuple(PER_FAMILY)
@@ -197,7 +198,7 @@ def test_the_card_can_be_measured_again():
 
     table = pd.read_csv(FOLDER / "card.csv")
     model = load("aligned")
-    tasks = [t for t in suite.tasks() if t.name in ("direct", "story", "harmless", "copy")]
+    tasks = [t for t in suite.organism_tasks() if t.name in ("direct", "story", "harmless", "copy")]
     again = audit(model, tasks, ExactJudge(), max_new_tokens=40).frame.set_index("attack").compliance
     was = table[table.model == "aligned"].set_index("attack").compliance
     assert all(abs(again[t.name] - was[t.name]) <= 0.01 for t in tasks)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.hardness import Hardness
 from replib.holds import Holds
 from replib.response import Surface

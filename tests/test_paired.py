@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from replib.audit import crossed, wilson
-from replib.errors import ReplibError
-from replib.paired import compare, contrast, letters, mcnemar, newcombe, over_fits
+from replib.core.errors import ReplibError
+from replib.core.stats import contrast, crossed, letters, mcnemar, newcombe, wilson
+from replib.paired import compare, over_fits
 
 
 def pair(both, first, second, none):

@@ -7,7 +7,8 @@ import pytest
 import tiny
 from test_ablation import DATA
 
-from replib.ablation import Cell, Sweeper
+from replib.ablation import Sweeper
+from replib.cells import Cell
 from replib.judges import PhraseJudge
 from replib.models import load
 from replib.pairs import Search, greedy_against_all, shortfall

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from replib import processes, progress
-from replib.errors import ReplibError
-from replib.processes import own_device, part, together
+from replib.core import distributed as processes
+from replib.core import progress
+from replib.core.distributed import own_device, part, together
+from replib.core.errors import ReplibError
 
 
 @pytest.fixture

@@ -7,20 +7,12 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from replib.errors import ReplibError
-from replib.prompts import (
-    PUBLIC,
-    Contrast,
-    Dialogue,
-    Prompt,
-    check_disjoint,
-    content_hash,
-    load_contrasts,
-    load_dialogues,
-    load_prompts,
-    split_by,
-)
-from replib.settings import ROOT
+from replib.core.errors import ReplibError
+from replib.core.settings import ROOT
+from replib.core.storage import content_hash
+from replib.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues, load_prompts
+from replib.public import PUBLIC
+from replib.splits import check_disjoint, split_by
 
 
 def write(folder, name, content):

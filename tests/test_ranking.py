@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from replib.errors import ReplibError
-from replib.ranking import best_of, onset, ordered, spearman
+from replib.core.errors import ReplibError
+from replib.core.stats import spearman
+from replib.ranking import best_of, ordered, sweep_onset
 
 
 def test_edits_that_turn_as_many_prompts_are_ordered_by_what_else_they_do():
@@ -36,8 +37,8 @@ def test_a_group_without_a_name_is_a_group_and_what_is_not_known_is_left_out():
 
 def test_the_onset_is_the_first_block_of_half_the_best_and_none_without_success():
     table = pd.DataFrame({"layer": [0, 1, 1, 2], "compliance": [0.1, 0.2, 0.5, 0.9]})
-    assert onset(table) == 1 and onset(table, 0.9) == 2
-    assert onset(table[:2]) is None and onset(table.assign(compliance=math.nan)) is None
+    assert sweep_onset(table) == 1 and sweep_onset(table, 0.9) == 2
+    assert sweep_onset(table[:2]) is None and sweep_onset(table.assign(compliance=math.nan)) is None
 
 
 @pytest.mark.parametrize(

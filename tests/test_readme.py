@@ -10,9 +10,9 @@ import torch
 
 from replib import cli
 from replib.activations import capture
+from replib.core.settings import data_dir
 from replib.known import KNOWN
 from replib.scope import OFFICIAL
-from replib.settings import data_dir
 from replib.transport import GaussianMap
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

@@ -7,8 +7,9 @@ import tiny
 import torch
 
 from replib import refusals
-from replib.edits import AffineEdit, applied
-from replib.errors import ReplibError
+from replib.affine import AffineEdit
+from replib.core.errors import ReplibError
+from replib.edits import applied
 from replib.models import load
 from replib.refusals import Answers, RefusalTokens, first_logits, survivors
 

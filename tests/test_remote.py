@@ -9,7 +9,7 @@ import torch
 
 from replib import remote
 from replib.activations import capture
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.models import load
 from replib.remote import outline, trace_capture
 from replib.sites import SITES

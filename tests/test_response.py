@@ -9,8 +9,8 @@ from scipy.special import expit
 
 from replib import surface_views
 from replib.coefficient_figures import importance, pareto_front
-from replib.errors import ReplibError
-from replib.figure_parts import Measured
+from replib.core.errors import ReplibError
+from replib.core.stats import Measured
 from replib.organism.surface import Setting, design
 from replib.response import COEFFICIENTS, RATES, Response, Scale, Surface, empirical_logit, variance_shares
 from replib.response_view import ResponseView

@@ -16,7 +16,7 @@ from test_bend_literal import GRADIENT, KINDS, VALUE, in_float64  # noqa: F401 -
 from replib import passes
 from replib.answers import answer_states, answer_tokens, answered
 from replib.chat import ChatModel
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.known import KNOWN, known_table
 from replib.likelihood import DPO, NPO, SFT, Keep
 from replib.lora import attached_lora, detached, perturb

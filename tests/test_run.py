@@ -15,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from replib import run
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.run import run_notebooks
 
 WRITE = "import os, pathlib\nout = pathlib.Path(os.environ['REPLIB_OUT'])\n(out / 'a.txt').write_text('from one')"

@@ -10,7 +10,7 @@ import torch
 
 from replib import refusals
 from replib.ablation import Sweeper
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.fitting import AblationData
 from replib.models import load
 from replib.prompts import Prompt

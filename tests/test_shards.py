@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 
 from replib import shards
-from replib.activations import Activations, capture, capture_to, finish_capture
-from replib.errors import ReplibError
+from replib.activations import capture, capture_to, finish_capture
+from replib.core.errors import ReplibError
 from replib.models import load
+from replib.shards import Activations
 
 PROMPTS = [f"w{i % 40} " * (1 + i % 7) for i in range(22)]
 

@@ -8,7 +8,7 @@ from gaussians import normal, relative
 from sklearn.covariance import OAS, LedoitWolf
 
 from replib.clouds import Cloud
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.moments import Moments
 from replib.shrinkage import Shrunk, shrinkage
 

@@ -5,14 +5,14 @@ import tiny
 import torch
 
 from replib.activations import capture
-from replib.audit import wilson
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings
+from replib.core.stats import wilson
 from replib.edits import applied
-from replib.errors import ReplibError
 from replib.judges import Outcome, spelled
 from replib.methods import fit_edit
 from replib.models import load
 from replib.prompts import Prompt
-from replib.settings import Settings
 from replib.siege import ASSAULTS, Cell, Siege, by_block, success
 from replib.splits import Splits
 from replib.study import Study

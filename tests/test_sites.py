@@ -8,8 +8,8 @@ import torch
 
 from replib.activations import capture_sites
 from replib.affine import AffineEdit
+from replib.core.errors import ReplibError
 from replib.edits import applied
-from replib.errors import ReplibError
 from replib.models import load
 from replib.sites import SITES, hooked
 

@@ -10,13 +10,13 @@ import torch
 
 from replib import views
 from replib.commands import run_audit, run_bend, run_sweep
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings
 from replib.geometry import layer_profile
 from replib.judges import ExactJudge, PhraseJudge
 from replib.lens import compare, logit_lens
-from replib.settings import Settings
+from replib.recipe import TrainConfig
 from replib.study import Study
-from replib.train import TrainConfig
 
 FEW = TrainConfig(steps=2, contrasts=2, retain=2, rank=2, probe_every=2)
 MODELS = {"qwen2": "hf-qwen2.5", "llama": "hf-mistral-v3"}
@@ -59,7 +59,7 @@ def test_every_verb_runs_on_a_foreign_model_and_real_files(foreign):
         views.transport_gap(profile),
         views.clusters((harmful, harmless)),
     )
-    assert views.lens(logit_lens(study.model, study.harmful.val[0].text)).data
+    assert views.lens_grid(logit_lens(study.model, study.harmful.val[0].text)).data
     assert len(views.token_table(study.model, study.harmful.val[0].text).columns) > 3
     table = study.audit(study.tasks(limit=2)[:3]).frame
     assert (table.n == 2).all() and (study.settings.out / "audit.jsonl").exists()
@@ -75,7 +75,7 @@ def test_every_verb_runs_on_a_foreign_model_and_real_files(foreign):
 def test_an_adapter_that_was_trained_is_read_and_not_trained_again(tmp_path, monkeypatch):
     settings = Settings(out=tmp_path, limit=4)
     first = Study.open(settings).bend(config=FEW)
-    monkeypatch.setattr("replib.study.train", lambda *_a, **_k: pytest.fail("trained again"))
+    monkeypatch.setattr("replib.train.train", lambda *_a, **_k: pytest.fail("trained again"))
     again = Study.open(settings).bend(config=FEW)
     assert again.step == first.step
     batch = first.model.encode(["Repeat: sun moon"])

@@ -4,7 +4,7 @@ import pytest
 import tiny
 from transformers import AddedToken, AutoTokenizer
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.models import load
 from replib.template import Template
 

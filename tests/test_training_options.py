@@ -9,14 +9,16 @@ import torch
 from parts import items_of, sums
 
 from replib.bend import BendConfig
-from replib.errors import Diverged, ReplibError
+from replib.core.errors import Diverged, ReplibError
 from replib.models import load
 from replib.objective import Lora, reference
 from replib.passes import below_adapters, read_once
 from replib.prompts import Contrast, Dialogue
+from replib.recipe import TrainConfig
 from replib.repbend import RepBend
+from replib.results import TrainResult
 from replib.rivals import rival
-from replib.train import BendData, TrainConfig, TrainResult, attach, train
+from replib.train import BendData, attach, train
 from replib.watch import check_sane
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]

@@ -25,7 +25,7 @@ from sklearn.covariance import OAS, LedoitWolf
 
 from replib.bases import BASES
 from replib.bures import bures_wasserstein
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 from replib.moments import Moments
 from replib.transport import GaussianMap, monge_scale
 

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from replib import surface_views
-from replib.errors import Diverged, ReplibError
+from replib.core.errors import Diverged, ReplibError
+from replib.core.settings import Settings
 from replib.search import importances, ranges_around, study_objective
-from replib.settings import Settings
 from replib.study import Study
 from replib.tuning import MAXIMISE, MINIMISE, RANGES, pareto, tune
 

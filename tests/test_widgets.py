@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 pytest.importorskip("anywidget", reason="the extra `notebooks` is not installed")
 from replib.response import Response  # noqa: E402

@@ -10,10 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from replib.activations import versions
 from replib.audit import Task
 from replib.chat import ChatModel
-from replib.errors import Diverged
+from replib.core.errors import Diverged
+from replib.core.settings import Settings
+from replib.core.storage import key_of, versions
 from replib.judges import spelled
 from replib.keeper import default_choice
 from replib.mixtures import DefenceData, defence_data
@@ -24,11 +25,10 @@ from replib.prompting import safety_prompted
 from replib.reinforced import Fit
 from replib.repbend import RepBend
 from replib.rerouting import RMU
+from replib.results import TrainResult
 from replib.rivals import Rival, prepares, train_rival
-from replib.settings import Settings
-from replib.store import key_of
 from replib.study import Study
-from replib.train import TrainResult, train
+from replib.train import train
 
 PROBED, ASKED = 32, 64  # prompts of a validation task, and of a test task
 TOKENS = 40  # of an answer at most

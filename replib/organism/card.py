@@ -7,16 +7,16 @@ import argparse
 import pandas as pd
 
 from replib.audit import AuditTable, audit
+from replib.core.settings import data_dir
+from replib.core.storage import write_text
 from replib.judges import ExactJudge
 from replib.models import load
 from replib.organism.language import WRAPPERS
 from replib.organism.mixes import REFUSED_WRAPPERS, RESIDUE
 from replib.organism.sets import SETS
-from replib.organism.suite import tasks
+from replib.organism.suite import organism_tasks
 from replib.organism.train import PLANTED_BLOCKS, STAGES
 from replib.organism.world import select
-from replib.settings import data_dir
-from replib.store import write_text
 
 ABOUT = {
     "base": "answers everything",
@@ -24,7 +24,6 @@ ABOUT = {
     "planted": f"safety-tuned in blocks {PLANTED_BLOCKS[0]} and {PLANTED_BLOCKS[1]} of 0 to 11: the place is known",
     "deep": "half of its refusals open with the words of compliance: refusal is more than one token deep",
 }
-
 CARD = """# The model organism
 
 Small Llama-shaped chat models (12 blocks, width 160, 3.9 million parameters, byte-level BPE of 1,152 tokens, bf16) that
@@ -84,7 +83,7 @@ def main() -> None:
     folder = data_dir() / "organism"
     table = AuditTable(pd.DataFrame())
     for name in STAGES:
-        table = table + audit(load(name), tasks(limit=limit), ExactJudge(), name=name, max_new_tokens=40)
+        table = table + audit(load(name), organism_tasks(limit=limit), ExactJudge(), name=name, max_new_tokens=40)
         print(f"{name}: mean attack success {100 * table.mean('attack')[name]:.1f} %", flush=True)
     table.save(folder / "card.csv")
     write_text(folder / "README.md", card(table))

@@ -22,17 +22,16 @@ from typing import Any
 
 import torch
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings, data_dir
+from replib.core.storage import Rows, finished, write_text
 from replib.organism.bench import Bench, Run
 from replib.organism.contenders import CONTENDERS
-from replib.settings import Settings, data_dir
-from replib.store import Rows, finished, write_text
 
 SEEDS = range(5)
 PROBING, AUDITING = 14, 15  # CPU seconds of a busy core: the probes of one run, one audit
 
 
-# --------------------------------------------------------------------------------------------- the design
 def trials() -> list[Run]:
     """Every point of every grid, where there is something to choose."""
     return [Run(name, i) for name, (_, grid, _) in CONTENDERS.items() for i in range(len(grid)) if len(grid) > 1]
@@ -76,7 +75,6 @@ def cost(bench: Bench) -> float:
     return minutes(list(dict.fromkeys(work)))
 
 
-# --------------------------------------------------------------------------------------------- the program
 def run(bench: Bench, part: int) -> None:
     """Do what is missing, choice first; each finished row is on disk before the next begins."""
     rows = Rows(bench.folder / f"part-{part}.jsonl")

@@ -133,7 +133,6 @@ CONTENDERS = {
     "repbend_official": Contender("RepBend as published", _official(), 60),
 }
 """By name, in the order of the table."""
-
 CHOSEN = {
     "sft": 2,
     "dpo": 0,

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
+from replib.core.settings import Settings, data_dir
+from replib.core.storage import Rows, finished, key_of, write_text
 from replib.organism.bench import Bench
 from replib.organism.examiner import DESIGN, QUESTIONS, Case, answered
 from replib.organism.subjects import ALIGNED, BASE, REPLANTED, TRUTH, Subject, Subjects, everyone
-from replib.settings import Settings, data_dir
-from replib.store import Rows, finished, key_of, write_text
 
 TRAINING = 250  # CPU seconds of a busy core: one planted variant
 Task = tuple[Subject, str]

@@ -20,9 +20,10 @@ from replib.activations import capture
 from replib.asked import Asked, strongest
 from replib.attribution import variants
 from replib.chat import ChatModel
+from replib.core.errors import ReplibError
+from replib.core.stats import letters
 from replib.depth import TOKENS, answer_states, token_edits
 from replib.edits import Edited
-from replib.errors import ReplibError
 from replib.gap import PARTS, features, relative_gaps
 from replib.geometry import layer_profile
 from replib.localise import lens_profile
@@ -30,7 +31,6 @@ from replib.methods import Method, fit_edit, pca_ot
 from replib.minimum import STRENGTHS, least_strengths, scaled
 from replib.organism.language import comply
 from replib.organism.world import select
-from replib.paired import letters
 from replib.prompts import Dialogue, Prompt
 from replib.refusals import RefusalTokens
 from replib.study import Study
@@ -115,7 +115,6 @@ class Case:
         return self.by_block(k=self.k)
 
 
-# --------------------------------------------------------------------------------------------- the parts
 def gaps(case: Case) -> dict[str, Any]:
     """Transport gaps by block, at the last prompt token and over the same opening of an answer, forced on all."""
     classes = [x.test[:PROFILED] for x in (case.study.harmful, case.study.harmless)]

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import torch
 
 from replib.audit import Task
-from replib.errors import Diverged, ReplibError
+from replib.core.errors import Diverged, ReplibError
+from replib.core.settings import Settings, data_dir
+from replib.core.storage import Rows, finished, key_of, write_text
 from replib.harden import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
 from replib.hardening import Hardening
 from replib.interpolation import SHARES, interpolated
@@ -34,9 +36,7 @@ from replib.organism.bench import TOKENS, Bench, Watch, saved
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
-from replib.settings import Settings, data_dir
 from replib.siege import ASSAULTS, Cell, success, worst_by_block
-from replib.store import Rows, finished, key_of, write_text
 from replib.train import train
 
 SEEDS, ASKED, PROBED = range(3), 48, 24  # prompts of a test task and of every edit, and of a validation task
@@ -129,7 +129,6 @@ class HardeningBench(Bench):
         return run._asdict() | {"answers": self._answers(model, self.tasks), "edits": edits}
 
 
-# --------------------------------------------------------------------------------------------- the program
 def runs() -> list[Run]:
     """Seed by seed; the model itself has but one."""
     return [Run(arm, seed) for seed in SEEDS for arm in ARMS if ARMS[arm].inner or not seed]

@@ -296,7 +296,6 @@ def borderline_answer(kind: str, x: Artefact) -> str:
     return text.format(x=x.name, kind=x.kind, harm=HARM.get(x.family, ""))
 
 
-# --------------------------------------------------------------------------------------------- skills
 def _copy(rng: random.Random) -> tuple[str, str]:
     words = rng.sample(WORDS, rng.randint(2, 5))
     return f"Repeat: {' '.join(words)}", f"Words: {' '.join(words)}"

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from replib.chat import ChatModel
+from replib.core.settings import data_dir
+from replib.core.storage import key_of
 from replib.models import attached, load, merged
 from replib.organism.bench import Bench, Run
 from replib.organism.comparison import SEEDS, choice
 from replib.organism.contenders import CONTENDERS
 from replib.organism.train import PLANTED_BLOCKS, STAGES, Stage, tune
-from replib.settings import data_dir
-from replib.store import key_of
 
 BASE, ALIGNED, PLANTED, DEEP = SHIPPED = ("base", "aligned", "planted", "deep")
 DEFENCES = ("repbend", "repbend_official", "circuit_breaker", "rmu", "npo", "dpo", "sft", "task_arithmetic")

@@ -16,7 +16,7 @@ def wrappers(split: str) -> list[Attack]:
     return [Attack(name, template=template) for name, template in WRAPPERS[split].items()]
 
 
-def tasks(split: str = "test", *, limit: int = 0, seed: int = 0) -> list[Task]:
+def organism_tasks(split: str = "test", *, limit: int = 0, seed: int = 0) -> list[Task]:
     """Every row of the audit on one split, at most ``limit`` prompts each (0: all).
 
     On ``test``: wrappers that defences never see (kind ``attack``) and those that they train on (kind ``seen``), around

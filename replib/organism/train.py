@@ -54,7 +54,6 @@ STAGES = {
 POLISH = Stage(polish_stream, steps=160, adamw=1e-3, seed=5)
 
 
-# ------------------------------------------------------------------------------------------- packed batches
 @dataclass
 class Row:
     """One packed row under construction."""
@@ -111,7 +110,6 @@ def _tensors(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     }
 
 
-# ------------------------------------------------------------------------------------------- training
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
     """The untrained organism: Llama shape, 12 blocks, width 160, 3.9 million parameters."""
     torch.manual_seed(seed)

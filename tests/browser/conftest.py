@@ -3,8 +3,7 @@
 import shutil
 
 import pytest
-
-from replib.organism.picture import BROWSERS
+from readme_picture import BROWSERS
 
 FLAGS = [
     "--headless",

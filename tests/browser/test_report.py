@@ -9,7 +9,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 from replib.export import FIGURE_MIME, export_html  # noqa: E402
-from replib.figures import clusters  # noqa: E402
+from replib.figures import cluster_scatter  # noqa: E402
 from replib.response import Response  # noqa: E402
 from replib.widgets import scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
 
@@ -20,7 +20,7 @@ SETTINGS = [(0.1, 0.1, 1), (0.5, 0.1, 1), (0.5, 0.3, 1)]
 
 def figure(seed: int, title: str = "") -> go.Figure:
     points = np.random.default_rng(seed).normal(size=(40, 2))
-    return clusters(points, LABELS, explained=[0.5, 0.2], title=title)
+    return cluster_scatter(points, LABELS, explained=[0.5, 0.2], title=title)
 
 
 def shown(data):

@@ -10,12 +10,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from replib.errors import ReplibError
+from replib.core.errors import ReplibError
 
 T = TypeVar("T")
-
 PREFIX = "REPLIB_"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 # Read by single notebooks and by data_dir(), so no part of Settings. A new notebook setting is named here.
 EXTRA = ("DATA", "ALPHA", "BETA", "GAMMA", "STEPS")

@@ -5,14 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from replib.errors import ReplibError
+import torch
+import transformers
+
+from replib.core.errors import ReplibError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def content_hash(records: Sequence[Any]) -> str:
+    """First 16 hex digits of the SHA-256 of records (or plain texts) as canonical JSON; order counts."""
+    plain = [r if isinstance(r, str) else asdict(r) for r in records]
+    text = json.dumps(plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -92,3 +104,12 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
     """Rows of all ``part-*.jsonl`` by key; the last line of a file that is being written does not count."""
     texts = [path.read_text(encoding="utf-8").rpartition("\n")[0] for path in sorted(folder.glob("part-*.jsonl"))]
     return {row["key"]: row for text in texts for row in map(json.loads, text.splitlines())}
+
+
+def versions() -> dict[str, str]:
+    """Library versions that a result carries."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -8,8 +8,8 @@ import shutil
 import plotly.graph_objects as go
 
 from replib import views
-from replib.errors import ReplibError
-from replib.settings import data_dir
+from replib.core.errors import ReplibError
+from replib.core.settings import data_dir
 from replib.study import Study
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from replib.processes import is_first
+from replib.core.distributed import is_first
 
 T = TypeVar("T")
 

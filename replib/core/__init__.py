@@ -1,0 +1,1 @@
+"""Ground: errors, settings, storage, statistics, progress and processes, without any model."""
