@@ -46,12 +46,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from replib.bend import BendConfig
-from replib.chat import ChatModel, evaluating
-from replib.prompts import Contrast, Dialogue, load_dialogues, load_prompts
+from replib.data.prompts import Contrast, Dialogue, load_dialogues, load_prompts
+from replib.models.chat_model import ChatModel, evaluating
+from replib.models.tokens import Row
 from replib.recipe import TrainConfig
 from replib.references import References
 from replib.repbend import RepBend
-from replib.tokens import Row
 from replib.train import attach
 
 SHAPES = {  # hidden size, MLP, blocks, heads, key-value heads, vocabulary

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from replib.activations import capture
-from replib.chat import ChatModel
-from replib.prompts import load_prompts
+from replib.data.prompts import load_prompts
+from replib.models.chat_model import ChatModel
 from replib.reader import Reader
 
 SHAPES = {  # hidden size, MLP, blocks, heads, key-value heads

@@ -12,10 +12,10 @@ import time
 
 import torch
 
-from replib.affine import AffineEdit
 from replib.edits import applied
 from replib.gates import Gate
-from replib.models import load
+from replib.models.load import load
+from replib.transport.affine import AffineEdit
 
 PROMPTS = [f"How is number {i} of the list made?" for i in range(16)]
 

@@ -18,8 +18,8 @@ import test_sites
 import tiny
 
 from replib.activations import capture_sites
-from replib.models import load
-from replib.sites import SITES
+from replib.models.hooks import SITES
+from replib.models.load import load
 
 
 def differences(kind: str) -> dict[str, float]:

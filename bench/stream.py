@@ -23,10 +23,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from replib.activations import capture, stream
-from replib.chat import ChatModel
-from replib.models import load
-from replib.moments import Moments
-from replib.prompts import load_prompts
+from replib.data.prompts import load_prompts
+from replib.models.chat_model import ChatModel
+from replib.models.load import load
+from replib.transport.gaussians import Moments
 
 
 def make_model() -> ChatModel:

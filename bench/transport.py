@@ -27,7 +27,7 @@ import numpy as np
 import ot
 import torch
 
-from replib.transport import GaussianMap, monge_scale
+from replib.transport.gaussian_map import GaussianMap, monge_scale
 
 RIDGE = 1.0
 """A share of the mean variance: what so few samples need in the whole space."""

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from replib.audit import rates
 from replib.cells import Cell, checked, grid, possible_ks
-from replib.chat import ChatModel
 from replib.core.progress import progress
 from replib.core.storage import Rows, key_of, versions
 from replib.damage import Gauge
@@ -28,7 +27,8 @@ from replib.fitting import AblationData, Fitter
 from replib.forced import token_kl
 from replib.judges import Judge, spelled
 from replib.methods import SiteEdits
-from replib.positions import Position
+from replib.models.chat_model import ChatModel
+from replib.models.tokens import Position
 from replib.ranking import ordered
 from replib.scoring import Scorer
 from replib.screen import LATER, Screen

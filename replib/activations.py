@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.core.storage import content_hash, versions
-from replib.positions import Position
+from replib.models.chat_model import ChatModel
+from replib.models.tokens import Position
 from replib.reader import Reader, Request, State
 from replib.shards import SHARD, Activations, Shards, texts_of
 

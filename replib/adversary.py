@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import stream
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError, check_blocks, check_choice
+from replib.data.prompts import Contrast, Dialogue
 from replib.edits import POSITIONS, Edited
 from replib.methods import READS, SiteEdits, fit_edit, method_of
-from replib.prompts import Contrast, Dialogue
+from replib.models.chat_model import ChatModel
 
 T = TypeVar("T")
 FORCED = tuple(p for p in POSITIONS if p != "decode")  # in training every answer is read, none is written

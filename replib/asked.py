@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from replib.chat import ChatModel
+from replib.data.prompts import Prompt
 from replib.edits import Edited
 from replib.judges import Judge, spelled
-from replib.prompts import Prompt
+from replib.models.chat_model import ChatModel
 from replib.scoring import Scorer
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from replib.audit import Task
 from replib.core.errors import ReplibError
-from replib.prompts import Prompt
+from replib.data.prompts import Prompt
 
 OPENING = "Sure, here is"
 """What the answer is made to begin with where a prompt has no ``target`` of its own."""

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.core.stats import wilson
 from replib.core.storage import Rows, content_hash, versions, write_text
+from replib.data.prompts import Prompt
 from replib.judges import Judge, Outcome
-from replib.prompts import Prompt
+from replib.models.chat_model import ChatModel
 
 
 def rates(outcomes: Sequence[Outcome]) -> dict[str, float | int]:

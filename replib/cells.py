@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from replib.affine import check_strength
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.edits import POSITIONS
 from replib.fitting import AblationData, Recipe
 from replib.methods import Method, method_of
-from replib.positions import Position, check_positions
-from replib.reader import check_layers
+from replib.models.chat_model import ChatModel, check_layers
+from replib.models.tokens import Position, check_positions
+from replib.transport.affine import check_strength
 
 KS = (1, 2, 4, 8, 16)
 

@@ -14,17 +14,17 @@ from replib.cells import check_names, grid
 from replib.core.distributed import is_first, own_device, together
 from replib.core.settings import Settings
 from replib.core.storage import write_text
+from replib.data.prompts import Prompt, load_prompts
+from replib.data.splits import check_world
 from replib.defend import defend, suited
 from replib.harden import harden, inner_of, schedule
-from replib.models import load
-from replib.positions import Position, check_positions
+from replib.models.hooks import check_site
+from replib.models.load import load
+from replib.models.tokens import Position, check_positions
 from replib.presets import named
 from replib.price import price
-from replib.prompts import Prompt, load_prompts
 from replib.rivals import Rival
 from replib.search import ranges_around, study_objective
-from replib.sets import check_world
-from replib.sites import check_site
 from replib.study import BASELINES, Study
 from replib.sweep_price import sweep_price
 from replib.sweep_report import SweepReport

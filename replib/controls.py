@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
+from replib.transport.affine import AffineEdit
 
 Fit = Callable[[Tensor, Tensor, int], AffineEdit]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.storage import content_hash, key_of, versions
+from replib.data.mixtures import DefenceData, defence_data
 from replib.keeper import Probe
-from replib.mixtures import DefenceData, defence_data
+from replib.models.chat_model import ChatModel
 from replib.objective import Objective
 from replib.organism.contenders import BENIGN, ORGANISM
 from replib.reinforced import Fit

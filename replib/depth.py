@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import capture
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
+from replib.data.prompts import Dialogue
 from replib.edits import Edited
 from replib.methods import Method, SiteEdits, fit_edit
-from replib.positions import Position
-from replib.prompts import Dialogue
+from replib.models.chat_model import ChatModel
+from replib.models.tokens import Position
 
 TOKENS = (1, 2, 4, 5, 8)  # of an answer, the first is 1
 PROMPT, ON_ANSWER, SPAN = "prompt", "prompt, on the answer", "mean of the answer"

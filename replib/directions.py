@@ -16,14 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import capture
-from replib.affine import AffineEdit, Rotation
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.edits import applied, bound
 from replib.forced import token_kl
 from replib.methods import SiteEdits, everywhere
+from replib.models.chat_model import ChatModel
 from replib.refusals import RefusalTokens, first_logits
+from replib.transport.affine import AffineEdit, Rotation
 
 
 @dataclass(frozen=True)

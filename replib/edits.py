@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from replib.affine import Edit, Origin, check_strength
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.gates import Gate, Phase, Watch
-from replib.reader import check_layers
-from replib.sites import SITES, Hook, check_site, hooked
+from replib.models.chat_model import ChatModel, check_layers
+from replib.models.hooks import SITES, Hook, check_site, hooked
+from replib.transport.affine import Edit, Origin, check_strength
 
 POSITIONS = ("last_prompt", "all_prompt", "response", "decode", "all")
 Edits = Mapping[int, Edit] | Mapping[tuple[str, int], Edit]

@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from replib.activations import capture
-from replib.affine import check_strength
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.storage import content_hash
+from replib.data.prompts import Prompt
 from replib.edits import applied, bound
 from replib.methods import Method, SiteEdits, fit_edit, method_of
-from replib.positions import Position
-from replib.prompts import Prompt
-from replib.reader import check_layers
+from replib.models.chat_model import ChatModel, check_layers
+from replib.models.tokens import Position
 from replib.refusals import RefusalTokens, survivors
 from replib.shards import Activations
+from replib.transport.affine import check_strength
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from replib.answers import answer_states, answer_tokens
-from replib.chat import ChatModel, evaluating
 from replib.core.errors import ReplibError
-from replib.passes import in_stretches
-from replib.tokens import Batch, Row
+from replib.models.chat_model import ChatModel, evaluating
+from replib.models.forward import answer_states, answer_tokens, in_stretches
+from replib.models.tokens import Batch, Row
 
 
 def token_kl(base: Float[Tensor, "*tokens vocab"], edited: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, " *tokens"]:

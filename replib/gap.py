@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.clouds import Samples, sample_pair
 from replib.gates import Gate
 from replib.geometry import LayerProfile
-from replib.transport import GaussianMap
+from replib.transport.gaussian_map import GaussianMap
+from replib.transport.gaussians import Samples, sample_pair
 
 PARTS = ("mean", "covariance")
 

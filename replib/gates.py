@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from replib.affine import Origin
-from replib.chat import ChatModel
-from replib.clouds import sample_pair
 from replib.core.errors import ReplibError
+from replib.models.chat_model import ChatModel
+from replib.transport.affine import Origin
+from replib.transport.gaussians import sample_pair
 
 PER = ("prompt", "token")
 

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from replib.bures import bures_wasserstein_debiased, bures_wasserstein_null
-from replib.clouds import Samples, as_samples, principal_axes, sample_pair, span_coordinates
 from replib.core.errors import ReplibError
 from replib.probe import cross_fitted_logits
+from replib.transport.bures_wasserstein import bures_wasserstein_debiased, bures_wasserstein_null
+from replib.transport.gaussians import Samples, as_samples, principal_axes, sample_pair, span_coordinates
 
 LN2 = math.log(2)
 BINS = 50

@@ -7,20 +7,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from replib.adversary import Arsenal
-from replib.chat import ChatModel
 from replib.core.errors import check_choice
 from replib.core.storage import key_of
+from replib.data.mixtures import BendData, DefenceData, defence_data
 from replib.hardening import Hardened, Hardening
 from replib.interpolation import interpolated
 from replib.likelihood import Keep, Retention
-from replib.mixtures import DefenceData, defence_data
+from replib.models.chat_model import ChatModel
 from replib.objective import Objective
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.results import TrainResult
 from replib.siege import success
 from replib.study import PROBED, Study
-from replib.train import BendData, train
+from replib.train import train
 
 # Found on the validation split of the aligned organism, with seed 0.
 HARDENING = Hardening(

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from replib.adversary import Adversary, Arsenal, Drawn
-from replib.answers import token_losses
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError, check_coefficients
 from replib.core.storage import content_hash
+from replib.data.prompts import Contrast, Dialogue
 from replib.edits import applied_each
+from replib.models.chat_model import ChatModel
+from replib.models.forward import passed, recomputing_nothing, token_losses
+from replib.models.tokens import Batch, fitted
 from replib.objective import Lora, Objective, Part
-from replib.passes import passed, recomputing_nothing
-from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig
-from replib.tokens import Batch, fitted
 
 
 @dataclass(frozen=True)

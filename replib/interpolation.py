@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from replib.anatomy import adapter_hash
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.keeper import Probe, default_choice
+from replib.models.architecture import adapter_hash
+from replib.models.chat_model import ChatModel
 from replib.results import TrainResult
 
 SHARES = (1.0, 0.85, 0.7)

@@ -16,9 +16,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
-from replib.prompts import Prompt
+from replib.data.prompts import Prompt
+from replib.models.chat_model import ChatModel
 
 # Degenerate text: the thresholds of ``is_degenerate``, all in one place. The 900 answers of GPT-4 and Llama-2
 # to XSTest stay above 3.7 bits and 0.65 distinct pairs.

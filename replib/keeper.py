@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from replib.chat import ChatModel
 from replib.core.distributed import put_back, shared, trained
+from replib.models.chat_model import ChatModel
 
 Probe = Callable[[ChatModel], dict[str, float]]
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
-from replib.prompts import Contrast, Dialogue
+from replib.data.prompts import Contrast, Dialogue
+from replib.models.chat_model import ChatModel
 
 T = TypeVar("T", Contrast, Dialogue)
 ANSWERS = {Contrast: ("safe_response", "unsafe_response"), Dialogue: ("response",)}

@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.storage import versions
 from replib.geometry import js_discrete
-from replib.reader import check_layers
-from replib.sites import Hook, hooked
-from replib.tokens import Batch
+from replib.models.chat_model import ChatModel, check_layers
+from replib.models.hooks import Hook, hooked
+from replib.models.tokens import Batch
 
 CHUNK = 256  # readings decoded at once: with 128k words 131 MB in float32, however many layers are asked for
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replib.answers import answer_logp, answer_states, answer_tokens, answered, token_losses
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError, check_choice, check_coefficients, check_positive
+from replib.data.mixtures import check_lists
+from replib.data.prompts import Contrast, Dialogue
 from replib.defences import LogProbs, dpo, npo
-from replib.needs import check_lists
+from replib.models.chat_model import ChatModel
+from replib.models.forward import answer_logp, answer_states, answer_tokens, answered, token_losses
+from replib.models.tokens import Batch
 from replib.objective import Objective, Part, reference
-from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig
 from replib.repbend import summed_kl
-from replib.tokens import Batch
 
 
 @dataclass(frozen=True)

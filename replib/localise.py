@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.chat import ChatModel
+from replib.models.chat_model import ChatModel
 from replib.refusals import RefusalTokens
 
 Curve = Float[np.ndarray, " layers"]

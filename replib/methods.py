@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.affine import AffineEdit, Edit, SupportedEdit
-from replib.clouds import sample_pair
 from replib.controls import CONTROLS
 from replib.core.errors import ReplibError
-from replib.positions import Position
-from replib.transport import GaussianMap
+from replib.models.tokens import Position
+from replib.transport.affine import AffineEdit, Edit, SupportedEdit
+from replib.transport.gaussian_map import GaussianMap
+from replib.transport.gaussians import sample_pair
 
 Source = Float[Tensor, "n d"]  # harmful
 Target = Float[Tensor, "m d"]  # harmless

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from replib.chat import ChatModel, evaluating
+from replib.models.chat_model import ChatModel, evaluating
 from replib.recipe import TrainConfig
 
 

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import BatchEncoding
 
 from replib.attacks import OPENING, Attack
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
-from replib.prompts import Prompt
-from replib.template import MARK
+from replib.data.prompts import Prompt
+from replib.models.chat_model import ChatModel
+from replib.models.chat_template import MARK
 
 
 @dataclass(frozen=True)

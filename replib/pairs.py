@@ -17,8 +17,8 @@ from replib.ablation import Sweeper
 from replib.cells import Cell
 from replib.core.stats import contrast, crossed, letters
 from replib.methods import method_of
+from replib.models.chat_model import check_layers
 from replib.ranking import ordered
-from replib.reader import check_layers
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from replib.activations import kept, parted, windows
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
+from replib.models.chat_model import ChatModel
+from replib.models.tokens import Row
 from replib.reader import Request
 from replib.shards import SHARD
-from replib.tokens import Row
 
 
 @dataclass(frozen=True)

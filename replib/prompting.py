@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from replib.prompts import Prompt
+from replib.data.prompts import Prompt
 
 INSTRUCTIONS = (
     "If what follows could help somebody to do harm, decline politely. Otherwise answer it as well as you can.",

@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.chat import ChatModel, evaluating
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
-from replib.positions import SPANS, Chosen, Position, check_positions, choose, complete
-from replib.shared import Beginning, read_beginning, shared_length, untouched
-from replib.sites import Hook, check_site, hooked
-from replib.tokens import Batch, Row
+from replib.models.chat_model import ChatModel, check_layers, evaluating
+from replib.models.forward import Beginning, read_beginning, shared_length, untouched
+from replib.models.hooks import Hook, check_site, hooked
+from replib.models.tokens import SPANS, Batch, Chosen, Position, Row, check_positions, choose, complete
 
 State = Callable[[], AbstractContextManager]
 # Tokens in one batch at most, padding included. On two CPU cores more took memory and won no time, at widths 128 and
@@ -93,17 +92,6 @@ class Request:
         }
         found = vars(self) | plain | {"positions": list(self.positions)}
         return found if self.short != "refuse" else {name: x for name, x in found.items() if name != "short"}
-
-
-def check_layers(model: ChatModel, layers: Sequence[int] | range) -> list[int]:
-    """Layers as indices from 0, or an error that names the range."""
-    bad = [i for i in layers if not -model.n_layers <= i < model.n_layers]
-    if bad or not len(layers):
-        raise ReplibError(
-            f"Layer {bad[0] if bad else '(none)'} is not in {model.name}: it has {model.n_layers} blocks, "
-            f"0 to {model.n_layers - 1} (or -1 to {-model.n_layers} from the end)."
-        )
-    return [i % model.n_layers for i in layers]
 
 
 class _Enough(Exception):

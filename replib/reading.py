@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from replib.bend import PAIRED, BendConfig
-from replib.chat import ChatModel
-from replib.passes import passed
-from replib.prompts import Contrast, Dialogue
-from replib.sites import Hook
-from replib.tokens import Batch
+from replib.data.prompts import Contrast, Dialogue
+from replib.models.chat_model import ChatModel
+from replib.models.forward import passed
+from replib.models.hooks import Hook
+from replib.models.tokens import Batch
 
 SAFE, UNSAFE, RETAIN, TURNED, KEPT = range(5)
 TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # terms over pairs of rows, and their rows

@@ -6,8 +6,8 @@ import warnings
 from dataclasses import dataclass
 
 from replib.bend import BendConfig
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
+from replib.models.chat_model import ChatModel
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from replib.anatomy import fingerprint
 from replib.bend import BendConfig
-from replib.chat import ChatModel
 from replib.core.storage import key_of, write_tensors
+from replib.models.architecture import fingerprint
+from replib.models.chat_model import ChatModel
 from replib.objective import reference
 from replib.reading import Plan, Reading, read
 

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.judges import is_degenerate, is_refusal
+from replib.models.chat_model import ChatModel
 
 log = logging.getLogger(__name__)
 

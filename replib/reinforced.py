@@ -17,21 +17,18 @@ from typing import Any, ClassVar
 import pandas as pd
 import torch
 
-from replib.anatomy import adapter_hash
-from replib.answers import answer_states, answered, token_losses
-from replib.chat import ChatModel, evaluating
 from replib.core.distributed import part
 from replib.core.errors import ReplibError, check_coefficients
+from replib.data.mixtures import DefenceData, check_lists
+from replib.data.prompts import Dialogue
 from replib.defences import generic_logits, task_arithmetic
 from replib.keeper import Probe, default_choice
 from replib.likelihood import SFT, Keep, asked
-from replib.lora import detached
-from replib.mixtures import DefenceData
-from replib.models import attached
-from replib.needs import check_lists
+from replib.models.adapters import attached, detached
+from replib.models.architecture import adapter_hash
+from replib.models.chat_model import ChatModel, evaluating
+from replib.models.forward import answer_states, answered, stretch_of, token_losses
 from replib.objective import Objective, Part, reference
-from replib.passes import stretch_of
-from replib.prompts import Dialogue
 from replib.recipe import TrainConfig
 from replib.results import TrainResult
 

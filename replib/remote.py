@@ -18,15 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.activations import packed, parted, provenance
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
-from replib.models import _config, _template, _tokenizer
-from replib.positions import Chosen
+from replib.models.chat_model import ChatModel
+from replib.models.forward import Beginning
+from replib.models.hooks import SITES, tap
+from replib.models.load import _config, _template, _tokenizer
+from replib.models.tokens import Batch, Chosen
 from replib.reader import Reader, Request
 from replib.shards import Activations
-from replib.shared import Beginning
-from replib.sites import SITES, tap
-from replib.tokens import Batch
 
 KEY = "NDIF_API_KEY"
 Where = Literal["local"] | bool

@@ -23,10 +23,10 @@ from replib.bend import (
     mean_cosine,
     remembered,
 )
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
+from replib.models.chat_model import ChatModel
+from replib.models.forward import in_stretches, read_once
 from replib.objective import Lora, Objective, Part
-from replib.passes import in_stretches, read_once
 from replib.reading import Plan, Reading, read
 from replib.recipe import TrainConfig, announced, warn_of_the_start
 from replib.references import References

@@ -15,18 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.answers import answered
 from replib.bend import distance
-from replib.chat import ChatModel
 from replib.core.errors import check_blocks, check_coefficients, check_positive
+from replib.data.mixtures import check_lists
+from replib.data.prompts import Dialogue
 from replib.defences import Pair, breaker_schedule, mean_square, rerouting, rmu_target
 from replib.likelihood import asked
-from replib.needs import block_at, check_lists
+from replib.models.chat_model import ChatModel
+from replib.models.forward import answered, passed
+from replib.models.tokens import Batch
+from replib.needs import block_at
 from replib.objective import Lora, Objective, Part, reference
-from replib.passes import passed
-from replib.prompts import Dialogue
 from replib.recipe import TrainConfig
-from replib.tokens import Batch
 
 States = Float[Tensor, "layers tokens dim"]
 

@@ -13,11 +13,12 @@ import pandas as pd
 from torch import Tensor
 
 from replib.card import card
-from replib.chat import ChatModel
 from replib.checkpoints import check_free
 from replib.core.distributed import is_first, trained, wait
 from replib.core.errors import ReplibError
-from replib.models import attached, load
+from replib.models.adapters import attached
+from replib.models.chat_model import ChatModel
+from replib.models.load import load
 
 
 @dataclass(frozen=True)

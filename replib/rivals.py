@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
+from replib.data.mixtures import DefenceData
 from replib.keeper import Probe
 from replib.likelihood import DPO, NPO, SFT, Keep
-from replib.mixtures import DefenceData
+from replib.models.chat_model import ChatModel
 from replib.objective import Objective
 from replib.recipe import TrainConfig
 from replib.reinforced import WHP, Fit, TaskArithmetic, train_task_arithmetic, train_whp

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache
 
-from replib.chat import ChatModel
 from replib.edits import Edited, applied_each
-from replib.prefix import Prefix
-from replib.tokens import Batch
+from replib.models.chat_model import ChatModel
+from replib.models.forward import Prefix
+from replib.models.tokens import Batch
 
 LATE = frozenset({"last_prompt", "response", "decode"})
 """Positions that leave the tokens before the last prompt token as they are."""

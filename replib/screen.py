@@ -16,9 +16,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.stats import crossed, spearman
+from replib.models.chat_model import ChatModel
 from replib.ranking import ordered
 from replib.refusals import RefusalTokens
 

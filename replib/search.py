@@ -12,7 +12,7 @@ import pandas as pd
 from replib.bend import BendConfig
 from replib.core.storage import key_of
 from replib.keeper import Probe
-from replib.models import load
+from replib.models.load import load
 from replib.recipe import TrainConfig
 from replib.references import References
 from replib.repbend import RepBend

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from replib.core.errors import ReplibError
 from replib.core.storage import write_text
-from replib.positions import Position
+from replib.models.tokens import Position
 
 INDEX = "activations.json"
 SHARD = 1024

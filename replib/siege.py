@@ -16,13 +16,13 @@ from torch import Tensor
 
 from replib.activations import capture
 from replib.asked import Asked
-from replib.chat import ChatModel
 from replib.core.progress import progress
 from replib.core.stats import Measured, wilson
+from replib.data.prompts import Prompt
 from replib.edits import Edited
 from replib.judges import Judge
 from replib.methods import METHODS, READS, SiteEdits, fit_edit
-from replib.prompts import Prompt
+from replib.models.chat_model import ChatModel
 
 KS = (1, 2, 8, 16)
 

@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from transformers import set_seed
 
-from replib.anatomy import adapter_hash
-from replib.chat import ChatModel
 from replib.checkpoints import Checkpoints, claimed, released
 from replib.core.distributed import is_first, shared, splits
 from replib.core.errors import Diverged, ReplibError
 from replib.core.storage import content_hash, versions
 from replib.keeper import Keeper, Probe, default_choice
 from replib.lengths import Lengths
-from replib.lora import attached_lora, perturb, undone, unfrozen
+from replib.models.adapters import attached_lora, perturb, undone, unfrozen
+from replib.models.architecture import adapter_hash
+from replib.models.chat_model import ChatModel
 from replib.objective import Lora, Objective
-from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig, said_of_full
 from replib.results import TrainResult
-from replib.sieve import Build
 from replib.trainer import DefenceTrainer, Steps, arguments
-
-
-@dataclass(frozen=True)
-class BendData:
-    """What RepBend trains on: harmful prompts with both answers, and dialogues to keep as they are."""
-
-    contrasts: Sequence[Contrast]
-    """P_us: read with the safe response."""
-    retain: Sequence[Dialogue]
-    """P_s: benign dialogues, in the KL and (unless the fidelity is "official") in the safe term."""
-    complied: Sequence[Contrast] = ()
-    """P_uu: read with either response. () takes the contrasts themselves, in pairs."""
-    safe: Sequence[Dialogue] = ()
-    """Unpaired safe answers, refusals (``label`` harmful) and others: in the safe term, in the KL as refusals are."""
-    unsafe: Sequence[Dialogue] = ()
-    """Unpaired unsafe answers."""
-    builds: tuple[Build, ...] = ()
-    """How the groups came about, where ``replib.mixtures`` made them."""
-
-    def __post_init__(self) -> None:
-        if not self.contrasts or not self.retain:
-            raise ReplibError("RepBend needs contrasts and dialogues to retain: one of the two lists is empty.")
-        if bad := [
-            c for c in (*self.contrasts, *self.complied) if not c.safe_response.strip() or not c.unsafe_response.strip()
-        ]:
-            raise ReplibError(f"{len(bad)} contrasts lack a safe or an unsafe response, for example to "
-                              f"{bad[0].prompt[:60]!r}: fill or drop them.")  # fmt: skip
 
 
 def train(

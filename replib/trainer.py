@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from replib.chat import ChatModel
 from replib.core.distributed import average_gradients, gathered
+from replib.models.chat_model import ChatModel
 from replib.objective import Objective, Part
 from replib.recipe import TrainConfig
 from replib.watch import Bar, check_sane

@@ -11,7 +11,6 @@ import plotly.graph_objects as go
 import torch
 
 from replib.cells import window
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured
 from replib.figures import (
@@ -34,7 +33,6 @@ from replib.results import TrainResult
 from replib.shards import Activations
 
 LABELS = ("harmful", "harmless")
-PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
 Pair = tuple[Activations, Activations]  # harmful, harmless
 ANSWERED = "KL on own answers, all tokens (nats)"
 DISTINCT = ["method", "layer", "k", "positions"]
@@ -130,29 +128,6 @@ def lens_pair(found: LensComparison, title: str = "") -> go.Figure:
     return lens_heatmap_pair(
         [t.entropy.numpy() for t in both], [t.words for t in both], inputs=found.base.tokens, title=title
     )
-
-
-def check_table(found: Mapping[str, float]) -> pd.DataFrame:
-    """The self-check in words: what was compared, the worst difference, and a tick where it is as it should be."""
-    rows = [
-        ("padded batch against single prompts, logits", found["padded"], found["padded"] < PADDED),
-        ("lens at the last block against the logits", found["lens"], found["lens"] < PADDED),
-        ("adapter on against off, logits (0 without an adapter)", found["adapter_effect"], None),
-        ("mean residual norm at half depth", found["residual_norm"], None),
-    ]
-    ticks = {True: "✓", False: "✗", None: ""}
-    shown = [(what, f"{value:.2g}", ticks[fine]) for what, value, fine in rows]
-    return pd.DataFrame(shown, columns=["compared", "value", ""]).set_index("compared").rename_axis(None)
-
-
-def token_table(model: ChatModel, prompt: str, last: int = 8) -> pd.DataFrame:
-    """The last tokens of one rendered prompt, and which part of it each belongs to."""
-    batch = model.encode([prompt])
-    tokens = model.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
-    parts = ["after the instruction" if post else "template and instruction" for post in batch.post_mask[0].tolist()]
-    parts[-1] = "last_prompt"
-    table = pd.DataFrame({"position": range(-len(tokens), 0), "token": tokens, "part": parts}).set_index("position")
-    return table.tail(last).T
 
 
 TERMS: dict[str, dict[str, str]] = {

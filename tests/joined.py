@@ -16,7 +16,7 @@ from resumed import CONFIG, DATA
 from replib.bend import BendConfig
 from replib.core.distributed import is_split, splits, whole
 from replib.core.errors import ReplibError
-from replib.models import load
+from replib.models.load import load
 from replib.objective import reference
 from replib.repbend import RepBend
 from replib.train import train

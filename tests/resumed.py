@@ -15,11 +15,12 @@ import torch
 from replib import checkpoints
 from replib.bend import BendConfig
 from replib.core import storage as store
-from replib.models import load
-from replib.prompts import Contrast, Dialogue
+from replib.data.mixtures import BendData
+from replib.data.prompts import Contrast, Dialogue
+from replib.models.load import load
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
-from replib.train import BendData, train
+from replib.train import train
 from replib.trainer import DefenceTrainer
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(4)]

@@ -3,8 +3,8 @@
 import torch
 
 from replib.activations import capture
-from replib.affine import AffineEdit
 from replib.gates import Gate
+from replib.transport.affine import AffineEdit
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 

@@ -12,13 +12,13 @@ from replib.activations import capture
 from replib.cells import Cell, grid
 from replib.core.errors import ReplibError
 from replib.damage import Aside, Gauge
+from replib.data.prompts import Prompt
 from replib.edits import applied
 from replib.fitting import AblationData, fit_edits
 from replib.forced import token_kl
 from replib.judges import PhraseJudge
 from replib.methods import METHODS
-from replib.models import load
-from replib.prompts import Prompt
+from replib.models.load import load
 from replib.ranking import ordered
 from replib.refusals import RefusalTokens, first_logits, survivors
 from replib.screen import Screen

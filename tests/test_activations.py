@@ -10,9 +10,9 @@ from accelerate import dispatch_model
 from replib import reader
 from replib.activations import capture, capture_pair, stream
 from replib.core.errors import ReplibError
-from replib.models import load
-from replib.positions import span
-from replib.sites import hooked
+from replib.models.hooks import hooked
+from replib.models.load import load
+from replib.models.tokens import span
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]
 RESPONSES = ["w20 w21", "w22", "w23 w24 w25", "w26"]

@@ -9,10 +9,10 @@ import torch
 from replib.activations import capture
 from replib.adversary import Adversary, Arsenal, Drawn
 from replib.core.errors import ReplibError
+from replib.data.prompts import Contrast, Dialogue
 from replib.edits import applied, applied_each
 from replib.methods import fit_edit
-from replib.models import load
-from replib.prompts import Contrast, Dialogue
+from replib.models.load import load
 
 HARMFUL = [Contrast(f"w{i} w{i + 5}", "w30 w31", f"w{i} w33 w34") for i in range(12)]
 HARMLESS = [Dialogue(f"w{i} w9 w3", f"w{i} w8") for i in range(12)]

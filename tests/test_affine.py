@@ -4,8 +4,8 @@ import pytest
 import torch
 from steered import random_edit
 
-from replib.affine import AffineEdit, Origin, Rotation, SupportedEdit
 from replib.core.errors import ReplibError
+from replib.transport.affine import AffineEdit, Origin, Rotation, SupportedEdit
 
 
 def test_an_edit_is_the_dense_affine_map():

@@ -8,10 +8,10 @@ from worded import WordJudge
 
 from replib.asked import Asked, strongest
 from replib.core.errors import ReplibError
+from replib.data.prompts import Prompt
 from replib.edits import applied, applied_each
 from replib.judges import spelled
-from replib.models import load
-from replib.prompts import Prompt
+from replib.models.load import load
 from replib.scoring import Scorer
 
 PROMPTS = [Prompt(text) for text in ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10", "w11 w12 w13")]

@@ -9,9 +9,9 @@ from replib.audit import AuditTable, Task, audit, rates
 from replib.core.errors import ReplibError
 from replib.core.stats import wilson
 from replib.core.storage import Rows, key_of, write_text
+from replib.data.prompts import Prompt
 from replib.judges import Outcome, PhraseJudge
-from replib.models import load
-from replib.prompts import Prompt
+from replib.models.load import load
 
 PROMPTS = [Prompt(f"w{i} w{i + 1}", "harmful") for i in range(6)]
 TASKS = [

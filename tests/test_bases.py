@@ -7,8 +7,8 @@ from gaussians import massive, normal, relative
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
-from replib.bases import BASES, pooled_rows, share_inside
-from replib.clouds import Cloud, cloud_pair, principal_axes
+from replib.transport.bases import BASES, pooled_rows, share_inside
+from replib.transport.gaussians import Cloud, cloud_pair, principal_axes
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 100), (100, 30)])

@@ -13,9 +13,9 @@ import torch
 from parts import bend_terms, items_of
 
 from replib.bend import LOSS_MODES, BendConfig, BendTerms, bend_loss
-from replib.models import load
+from replib.data.prompts import Contrast, Dialogue
+from replib.models.load import load
 from replib.presets import ORGANISM_BEND
-from replib.prompts import Contrast, Dialogue
 from replib.reading import Plan, collate, read
 from replib.recipe import TrainConfig
 from replib.scope import FIDELITIES, Scope

@@ -13,14 +13,15 @@ from replib import cli
 from replib.bend import BendConfig, bend_loss, distance, remembered, weights
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
-from replib.models import load
+from replib.data.mixtures import BendData
+from replib.data.prompts import Contrast, Dialogue
+from replib.models.load import load
 from replib.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, named
-from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig, announced
 from replib.repbend import RepBend
 from replib.scope import FIDELITIES, OFFICIAL, Scope
 from replib.study import Study
-from replib.train import BendData, attach, train
+from replib.train import attach, train
 from replib.trainer import DefenceTrainer, Steps, arguments
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]

@@ -7,10 +7,9 @@ import pytest
 import torch
 from gaussians import classes, normal
 
-from replib.bures import bures_wasserstein, bures_wasserstein_debiased, bures_wasserstein_null
-from replib.clouds import Cloud, span_coordinates
 from replib.core.errors import ReplibError
-from replib.moments import Moments
+from replib.transport.bures_wasserstein import bures_wasserstein, bures_wasserstein_debiased, bures_wasserstein_null
+from replib.transport.gaussians import Cloud, Moments, span_coordinates
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(60, 45, 12), (20, 30, 50)])

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from replib import cli, commands
 from replib.activations import capture, capture_to
 from replib.core.errors import ReplibError
-from replib.models import load
+from replib.data.prompts import load_prompts
+from replib.models.load import load
 from replib.price import price
-from replib.prompts import load_prompts
 from replib.shards import Activations, Shards
 
 PROMPTS = [f"w{i % 40} " * (1 + i % 7) + f"w{i}" for i in range(22)]

@@ -6,11 +6,11 @@ import tiny
 from replib.ablation import Sweeper
 from replib.cells import Cell, cells_of, checked, grid, possible_ks, window
 from replib.core.errors import ReplibError
+from replib.data.prompts import Prompt
 from replib.fitting import AblationData
 from replib.judges import PhraseJudge
 from replib.methods import METHODS
-from replib.models import load
-from replib.prompts import Prompt
+from replib.models.load import load
 from replib.views import edit_name
 
 DATA = AblationData([f"w{i}" for i in range(8)], [f"w{i}" for i in range(8, 14)], [Prompt("w39")], ["w38"])

@@ -15,12 +15,13 @@ from resumed import CONFIG, DATA, drift, outcome, paper, same, trained
 
 from replib.checkpoints import Checkpoints, differences
 from replib.core.errors import ReplibError
-from replib.models import load
-from replib.prompts import Dialogue
+from replib.data.mixtures import BendData
+from replib.data.prompts import Dialogue
+from replib.models.load import load
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.results import TrainResult
-from replib.train import BendData, attach, train
+from replib.train import attach, train
 from replib.trainer import DefenceTrainer
 
 QUIET = {"say": lambda text: None}

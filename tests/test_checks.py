@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from replib.anatomy import Anatomy
-from replib.checks import next_logits, self_check, ticks, tolerance
-from replib.models import load
+from replib.models.architecture import Anatomy
+from replib.models.load import load
+from replib.models.self_check import next_logits, self_check, ticks, tolerance
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 

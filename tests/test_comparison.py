@@ -14,7 +14,7 @@ from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.stats import crossed, crossed_rate, wilson
 from replib.core.storage import Rows, finished
-from replib.models import load
+from replib.models.load import load
 from replib.organism import bench as benches
 from replib.organism import comparison, contenders
 from replib.organism.bench import Bench, Run

@@ -4,14 +4,14 @@ import pytest
 import tiny
 import torch
 
-from replib.affine import AffineEdit
 from replib.audit import rates
 from replib.core.errors import ReplibError
 from replib.damage import Aside, Gauge, damage
+from replib.data.prompts import Prompt
 from replib.edits import applied
 from replib.judges import Outcome
-from replib.models import load
-from replib.prompts import Prompt
+from replib.models.load import load
+from replib.transport.affine import AffineEdit
 
 HARMLESS, BORDERLINE = [Prompt(f"w{i} w{i + 1}") for i in range(6)], [Prompt(f"w{i} w9 w{i}") for i in range(10, 15)]
 TEXTS = [" ".join(f"w{(7 * i + j * j) % 40}" for j in range(40)) for i in range(3)]

@@ -10,7 +10,7 @@ import torch
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.holds import Holds
-from replib.models import load
+from replib.models.load import load
 from replib.organism import defended, examiner
 from replib.organism.bench import Bench
 from replib.organism.comparison import SEEDS

@@ -6,9 +6,9 @@ import torch
 
 from replib.activations import capture
 from replib.core.errors import ReplibError
+from replib.data.prompts import Dialogue
 from replib.depth import ON_ANSWER, PROMPT, SPAN, answer_states, named, token_edits
-from replib.models import load
-from replib.prompts import Dialogue
+from replib.models.load import load
 
 ANSWER = "w1 w2 w3 w4 w5"
 HARMFUL = [Dialogue(f"w{i} w{i + 1}", f"w{i % 7} {ANSWER}") for i in range(8)]

@@ -6,15 +6,15 @@ import tiny
 import torch
 
 from replib.activations import capture
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
 from replib.directions import Direction, Filters, angular_edits, mean_gaps, select_direction, steering_plane
 from replib.edits import applied
 from replib.gates import Gate
 from replib.methods import fit_edit
-from replib.models import load
+from replib.models.load import load
 from replib.refusals import RefusalTokens, first_logits, survivors
 from replib.study import Study
+from replib.transport.affine import AffineEdit
 
 HARMFUL, HARMLESS = [f"w{i} w{i + 1}" for i in range(12)], [f"w{i} w{2 * i % 40} w3" for i in range(20, 30)]
 TOKENS = RefusalTokens((7, 9, 11), ("w1", "w3", "w5"), 1.0, 0.0, 1, 1)

@@ -6,11 +6,11 @@ import torch
 from steered import PROMPTS, halves, next_input, random_edit
 
 from replib.activations import capture, capture_sites
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
 from replib.edits import applied, bound
 from replib.gates import Gate
-from replib.models import load
+from replib.models.load import load
+from replib.transport.affine import AffineEdit
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from replib.core.settings import Settings
-from replib.models import load
+from replib.models.load import load
 from replib.organism import examiner
 from replib.organism.examiner import Case, answered
 from replib.organism.train import PLANTED_BLOCKS

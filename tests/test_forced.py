@@ -6,14 +6,14 @@ import pytest
 import tiny
 import torch
 
-from replib import passes
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
 from replib.core.stats import mean_over, perplexity
 from replib.edits import applied
 from replib.forced import Forced, token_kl
-from replib.models import load
+from replib.models import forward as passes
+from replib.models.load import load
 from replib.refusals import first_logits
+from replib.transport.affine import AffineEdit
 
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10"]
 TEXTS = [" ".join(f"w{(3 * i + j) % 40}" for j in range(n)) for i, n in enumerate((20, 9, 14, 4))]

@@ -7,11 +7,11 @@ import tiny
 import torch
 from steered import PROMPTS, halves, next_input, random_edit
 
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
 from replib.edits import applied, place
 from replib.gates import Gate
-from replib.models import load
+from replib.models.load import load
+from replib.transport.affine import AffineEdit
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,18 @@ from resumed import CONFIG, DATA, drift, outcome, paper, same
 from test_checkpoints import stopping
 
 from replib.adversary import Adversary, Arsenal, Drawn
-from replib.affine import AffineEdit
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
+from replib.data.mixtures import DefenceData
+from replib.data.prompts import Contrast, Dialogue
 from replib.hardening import Hardened, Hardening, refusal_loss, refusals
 from replib.likelihood import SFT, Keep, Retention, cross_entropy
-from replib.lora import attached_lora, perturb
-from replib.mixtures import DefenceData
-from replib.models import load
-from replib.passes import recomputing_nothing
-from replib.prompts import Contrast, Dialogue
+from replib.models.adapters import attached_lora, perturb
+from replib.models.chat_model import ChatModel
+from replib.models.forward import recomputing_nothing
+from replib.models.load import load
 from replib.recipe import TrainConfig
 from replib.train import attach, train
+from replib.transport.affine import AffineEdit
 
 HARMFUL = [Contrast(f"w{i} w{i + 5}" + " w6" * (i % 3), "w30 w31" + " w4" * (i % 2), "w32 w33 w34") for i in range(8)]
 HARMLESS = [Dialogue(f"w{i} w9 w3", f"w{i} w8") for i in range(8)]
@@ -156,7 +156,7 @@ def test_what_edits_are_fitted_on_is_read_anew_when_it_is_due(chat, monkeypatch)
 def test_an_interrupt_inside_the_edited_pass_leaves_the_model_as_it_was(folder, tmp_path, monkeypatch):
     model = load(folder)
     before = model.forward(model.encode(["w1 w2"]))
-    monkeypatch.setattr("replib.answers.token_losses", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("replib.models.forward.token_losses", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(model, KEPT, hardened(), config=TrainConfig(steps=2), out=tmp_path / "run", say=lambda _: None)
     assert torch.equal(model.forward(model.encode(["w1 w2"])), before) and not model.provenance()["adapter_hash"]

@@ -19,7 +19,7 @@ from transformers import Trainer
 import replib
 from replib.bend import BendConfig
 from replib.core import distributed as parallel
-from replib.models import load
+from replib.models.load import load
 from replib.repbend import RepBend
 from replib.train import attach
 from replib.trainer import DefenceTrainer, Steps, arguments

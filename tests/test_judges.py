@@ -6,11 +6,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.settings import data_dir
+from replib.data.prompts import Prompt, load_contrasts, load_prompts
 from replib.judges import ClassifierJudge, ExactJudge, Outcome, PhraseJudge, is_degenerate, is_refusal, normalise
-from replib.prompts import Prompt, load_contrasts, load_prompts
+from replib.models.chat_model import ChatModel
 
 REFUSAL, COMPLIANCE, DEGENERATE = Outcome.REFUSAL, Outcome.COMPLIANCE, Outcome.DEGENERATE
 RECIPE = "Sure, the glarebomb needs red dust, salt and ash. Grind and stir, then cool."

@@ -4,9 +4,9 @@ import pytest
 import tiny
 
 from replib.core.errors import ReplibError
+from replib.data.prompts import Contrast, Dialogue
 from replib.lengths import Lengths, shortened
-from replib.models import load
-from replib.prompts import Contrast, Dialogue
+from replib.models.load import load
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from scipy.stats import entropy
 from replib import lens
 from replib.core.errors import ReplibError
 from replib.lens import compare, logit_lens
-from replib.models import load
+from replib.models.load import load
 
 PROMPT, RESPONSE = "w1 w2 w3 w4", "w5 w6 w7"
 

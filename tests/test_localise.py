@@ -7,7 +7,7 @@ import torch
 
 from replib.activations import capture
 from replib.localise import error, errors, lens_profile, onset, steepest
-from replib.models import load
+from replib.models.load import load
 from replib.refusals import RefusalTokens, first_logits
 
 

@@ -5,9 +5,9 @@ import ot
 import pytest
 import torch
 
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
 from replib.methods import METHODS, ace, act, fit_edit, full_ot, gaussian_act, leace, linear_act, mean_act
+from replib.transport.affine import AffineEdit
 
 
 @pytest.fixture(scope="module")

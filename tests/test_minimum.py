@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
 from replib.core.stats import wilson
 from replib.minimum import STRENGTHS, holding, least_strengths, scaled
+from replib.transport.affine import AffineEdit
 
 
 def test_each_prompt_has_the_first_strength_that_flips_it():

@@ -12,29 +12,30 @@ import tiny
 from parts import items_of
 
 from replib.bend import BendConfig
-from replib.builders import (
+from replib.core.errors import ReplibError
+from replib.core.settings import ROOT
+from replib.core.storage import content_hash
+from replib.data.mixtures import BendData, builds_table, circuit_breaker_mix, defence_data, repbend_mix
+from replib.data.prompts import Contrast, Dialogue, Prompt
+from replib.data.public import SCHEMAS, identify
+from replib.data.training_sets import (
+    Sieve,
     circuit_breakers,
     first_exchange,
     pair,
+    same_words,
     ultrachat,
     wildguardmix,
     wildjailbreak_pairs,
     wildjailbreak_safe,
     xstest_compliances,
 )
-from replib.core.errors import ReplibError
-from replib.core.settings import ROOT
-from replib.core.storage import content_hash
-from replib.mixtures import builds_table, circuit_breaker_mix, defence_data, repbend_mix
-from replib.models import load
-from replib.prompts import Contrast, Dialogue, Prompt
+from replib.models.load import load
 from replib.reading import KEPT, RETAIN, SAFE, UNSAFE, Plan, collate, read
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.scope import Scope
-from replib.sieve import Sieve, same_words
-from replib.sources import SCHEMAS, identify
-from replib.train import BendData, train
+from replib.train import train
 from replib.trainer import Steps
 
 LABELS = ("prompt_harm_label", "response_refusal_label", "response_harm_label")

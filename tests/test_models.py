@@ -8,10 +8,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config, T5EncoderModel
 
-from replib.anatomy import Anatomy, find_anatomy, fingerprint
-from replib.checks import self_check
 from replib.core.errors import ReplibError
-from replib.models import load, merged
+from replib.models.adapters import merged
+from replib.models.architecture import Anatomy, find_anatomy, fingerprint
+from replib.models.load import load
+from replib.models.self_check import self_check
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
 
@@ -168,7 +169,7 @@ def test_an_adapter_that_the_hub_does_not_give_is_named(folder, monkeypatch):
 
 
 def test_quantising_without_the_package_says_what_is_missing(folder, monkeypatch):
-    monkeypatch.setattr("replib.models.find_spec", lambda name: None)
+    monkeypatch.setattr("replib.models.load.find_spec", lambda name: None)
     with pytest.raises(ReplibError, match="'4bit' needs the package bitsandbytes: pip install"):
         load(folder, quantize="4bit")
     with pytest.raises(ReplibError, match="'2bit': say '4bit' or '8bit'"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from replib.core.errors import ReplibError
-from replib.moments import Moments
+from replib.transport.gaussians import Moments
 
 
 def cloud(n, dim, seed=0, offset=50.0):

@@ -10,7 +10,7 @@ from test_ablation import DATA
 from replib.ablation import Sweeper
 from replib.cells import Cell
 from replib.judges import PhraseJudge
-from replib.models import load
+from replib.models.load import load
 from replib.pairs import Search, greedy_against_all, shortfall
 from replib.refusals import RefusalTokens
 from replib.screen import Screen

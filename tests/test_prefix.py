@@ -5,10 +5,10 @@ import tiny
 import torch
 
 from replib.activations import capture
-from replib.affine import AffineEdit
 from replib.edits import applied
-from replib.models import load
-from replib.prefix import Prefix
+from replib.models.forward import Prefix
+from replib.models.load import load
+from replib.transport.affine import AffineEdit
 
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10"]
 

@@ -10,9 +10,9 @@ import pytest
 from replib.core.errors import ReplibError
 from replib.core.settings import ROOT
 from replib.core.storage import content_hash
-from replib.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues, load_prompts
-from replib.public import PUBLIC
-from replib.splits import check_disjoint, split_by
+from replib.data.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues, load_prompts
+from replib.data.public import PUBLIC
+from replib.data.splits import check_disjoint, split_by
 
 
 def write(folder, name, content):

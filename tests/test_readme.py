@@ -11,9 +11,9 @@ import torch
 from replib import cli
 from replib.activations import capture
 from replib.core.settings import data_dir
-from replib.known import KNOWN
+from replib.models.load import KNOWN
 from replib.scope import OFFICIAL
-from replib.transport import GaussianMap
+from replib.transport.gaussian_map import GaussianMap
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Activations\n")[2].partition("\n## ")[0]

@@ -7,11 +7,11 @@ import tiny
 import torch
 
 from replib import refusals
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
 from replib.edits import applied
-from replib.models import load
+from replib.models.load import load
 from replib.refusals import Answers, RefusalTokens, first_logits, survivors
+from replib.transport.affine import AffineEdit
 
 HARMFUL, HARMLESS = [f"w{i}" for i in range(10)], [f"w{i} w{i}" for i in range(10, 20)]
 YES, NO = False, True

@@ -10,9 +10,9 @@ import torch
 from replib import remote
 from replib.activations import capture
 from replib.core.errors import ReplibError
-from replib.models import load
+from replib.models.hooks import SITES
+from replib.models.load import load
 from replib.remote import outline, trace_capture
-from replib.sites import SITES
 
 PROMPTS = ["w1 w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w11", "w12 w13"]
 RESPONSES = ["w1 w2", "w3", "w4 w5 w6", "w7"]

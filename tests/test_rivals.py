@@ -13,18 +13,17 @@ import tiny
 import torch
 from test_bend_literal import GRADIENT, KINDS, VALUE, in_float64  # noqa: F401 - a fixture
 
-from replib import passes
-from replib.answers import answer_states, answer_tokens, answered
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
-from replib.known import KNOWN, known_table
+from replib.data.mixtures import DefenceData
+from replib.data.prompts import Contrast, Dialogue, Prompt
 from replib.likelihood import DPO, NPO, SFT, Keep
-from replib.lora import attached_lora, detached, perturb
-from replib.mixtures import DefenceData
-from replib.models import load
+from replib.models import forward as passes
+from replib.models.adapters import attached_lora, detached, perturb
+from replib.models.chat_model import ChatModel
+from replib.models.forward import answer_states, answer_tokens, answered
+from replib.models.load import KNOWN, known_table, load
 from replib.objective import reference
 from replib.prompting import INSTRUCTIONS, safety_prompted
-from replib.prompts import Contrast, Dialogue, Prompt
 from replib.recipe import TrainConfig
 from replib.reinforced import WHP, Relabelled, TaskArithmetic, merged_tasks, relabelled, train_tasks, train_whp
 from replib.rerouting import RMU, CircuitBreaker

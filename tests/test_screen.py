@@ -11,9 +11,9 @@ import torch
 from replib import refusals
 from replib.ablation import Sweeper
 from replib.core.errors import ReplibError
+from replib.data.prompts import Prompt
 from replib.fitting import AblationData
-from replib.models import load
-from replib.prompts import Prompt
+from replib.models.load import load
 from replib.refusals import Answers, RefusalTokens
 from replib.screen import Screen, agreement
 from replib.sweep_report import SweepReport

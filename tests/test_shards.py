@@ -14,7 +14,7 @@ from safetensors import safe_open
 from replib import shards
 from replib.activations import capture, capture_to, finish_capture
 from replib.core.errors import ReplibError
-from replib.models import load
+from replib.models.load import load
 from replib.shards import Activations
 
 PROMPTS = [f"w{i % 40} " * (1 + i % 7) for i in range(22)]

@@ -6,12 +6,12 @@ import torch
 
 from replib import reader
 from replib.activations import capture, capture_pair, capture_sites
-from replib.affine import AffineEdit
 from replib.edits import applied
-from replib.models import load
-from replib.shared import shared_length
-from replib.sites import SITES
-from replib.tokens import Row
+from replib.models.forward import shared_length
+from replib.models.hooks import SITES
+from replib.models.load import load
+from replib.models.tokens import Row
+from replib.transport.affine import AffineEdit
 
 SYSTEM = "w30 w31 w32 w33 w34 w35"
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]

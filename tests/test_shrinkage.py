@@ -7,10 +7,8 @@ import torch
 from gaussians import normal, relative
 from sklearn.covariance import OAS, LedoitWolf
 
-from replib.clouds import Cloud
 from replib.core.errors import ReplibError
-from replib.moments import Moments
-from replib.shrinkage import Shrunk, shrinkage
+from replib.transport.gaussians import Cloud, Moments, Shrunk, shrinkage
 
 
 @pytest.mark.parametrize(("n", "d"), [(20, 60), (200, 15), (128, 700)])

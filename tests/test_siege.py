@@ -8,13 +8,13 @@ from replib.activations import capture
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.core.stats import wilson
+from replib.data.prompts import Prompt
+from replib.data.splits import Splits
 from replib.edits import applied
 from replib.judges import Outcome, spelled
 from replib.methods import fit_edit
-from replib.models import load
-from replib.prompts import Prompt
+from replib.models.load import load
 from replib.siege import ASSAULTS, Cell, Siege, by_block, success
-from replib.splits import Splits
 from replib.study import Study
 
 HARMFUL = [Prompt(f"w{i} w{i + 5}", "harmful", target=f"w{i} w33") for i in range(20)]

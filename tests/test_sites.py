@@ -7,11 +7,11 @@ import tiny
 import torch
 
 from replib.activations import capture_sites
-from replib.affine import AffineEdit
 from replib.core.errors import ReplibError
 from replib.edits import applied
-from replib.models import load
-from replib.sites import SITES, hooked
+from replib.models.hooks import SITES, hooked
+from replib.models.load import load
+from replib.transport.affine import AffineEdit
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]
 LLAMA = {

@@ -15,6 +15,7 @@ from replib.core.settings import Settings
 from replib.geometry import layer_profile
 from replib.judges import ExactJudge, PhraseJudge
 from replib.lens import compare, logit_lens
+from replib.models.self_check import token_table
 from replib.recipe import TrainConfig
 from replib.study import Study
 
@@ -60,7 +61,7 @@ def test_every_verb_runs_on_a_foreign_model_and_real_files(foreign):
         views.clusters((harmful, harmless)),
     )
     assert views.lens_grid(logit_lens(study.model, study.harmful.val[0].text)).data
-    assert len(views.token_table(study.model, study.harmful.val[0].text).columns) > 3
+    assert len(token_table(study.model, study.harmful.val[0].text).columns) > 3
     table = study.audit(study.tasks(limit=2)[:3]).frame
     assert (table.n == 2).all() and (study.settings.out / "audit.jsonl").exists()
     sweep = study.sweeper(limit=2).layers(ks=(1,), layers=[0, -1])

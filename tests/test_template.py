@@ -5,8 +5,8 @@ import tiny
 from transformers import AddedToken, AutoTokenizer
 
 from replib.core.errors import ReplibError
-from replib.models import load
-from replib.template import Template
+from replib.models.chat_template import Template
+from replib.models.load import load
 
 TOKENIZERS = ["hf-qwen2.5", "hf-mistral-v3", "hf-minueza-32m-ultrachat", "hf-gpt2"]
 OWN = ["hf-qwen2.5", "hf-mistral-v3", "hf-minueza-32m-ultrachat"]  # with a template of their own

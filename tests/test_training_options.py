@@ -10,15 +10,16 @@ from parts import items_of, sums
 
 from replib.bend import BendConfig
 from replib.core.errors import Diverged, ReplibError
-from replib.models import load
+from replib.data.mixtures import BendData
+from replib.data.prompts import Contrast, Dialogue
+from replib.models.forward import below_adapters, read_once
+from replib.models.load import load
 from replib.objective import Lora, reference
-from replib.passes import below_adapters, read_once
-from replib.prompts import Contrast, Dialogue
 from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.results import TrainResult
 from replib.rivals import rival
-from replib.train import BendData, attach, train
+from replib.train import attach, train
 from replib.watch import check_sane
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]
@@ -54,7 +55,7 @@ def test_reading_lower_blocks_once_changes_nothing(kind, tmp_path, monkeypatch):
     chat = attach(load(tiny.save_model(tmp_path, kind)), replace(OFF_START, first_block=1))
     chat.model.eval()
     once = gradient(chat)
-    monkeypatch.setattr("replib.passes.below_adapters", lambda chat: [])
+    monkeypatch.setattr("replib.models.forward.below_adapters", lambda chat: [])
     assert_same(once, gradient(chat))
 
 
@@ -95,7 +96,7 @@ def test_where_no_block_is_left_it_is_said(tmp_path):
 
 
 def _rows():
-    from replib.mixtures import defence_data
+    from replib.data.mixtures import defence_data
 
     return defence_data(DATA)
 

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from sklearn.covariance import OAS, LedoitWolf
 
-from replib.bases import BASES
-from replib.bures import bures_wasserstein
 from replib.core.errors import ReplibError
-from replib.moments import Moments
-from replib.transport import GaussianMap, monge_scale
+from replib.transport.bases import BASES
+from replib.transport.bures_wasserstein import bures_wasserstein
+from replib.transport.gaussian_map import GaussianMap, monge_scale
+from replib.transport.gaussians import Moments
 
 EYE = torch.eye(6, dtype=torch.float64)
 

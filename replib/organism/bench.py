@@ -11,14 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from replib.audit import Task
-from replib.chat import ChatModel
 from replib.core.errors import Diverged
 from replib.core.settings import Settings
 from replib.core.storage import key_of, versions
+from replib.data.mixtures import DefenceData, defence_data
 from replib.judges import spelled
 from replib.keeper import default_choice
-from replib.mixtures import DefenceData, defence_data
-from replib.models import attached, load, merged, merged_copy
+from replib.models.adapters import attached, merged, merged_copy
+from replib.models.chat_model import ChatModel
+from replib.models.load import load
 from replib.objective import Objective
 from replib.organism.contenders import BENIGN, CONTENDERS
 from replib.prompting import safety_prompted

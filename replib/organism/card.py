@@ -10,7 +10,7 @@ from replib.audit import AuditTable, audit
 from replib.core.settings import data_dir
 from replib.core.storage import write_text
 from replib.judges import ExactJudge
-from replib.models import load
+from replib.models.load import load
 from replib.organism.language import WRAPPERS
 from replib.organism.mixes import REFUSED_WRAPPERS, RESIDUE
 from replib.organism.sets import SETS

@@ -19,9 +19,9 @@ from torch import Tensor
 from replib.activations import capture
 from replib.asked import Asked, strongest
 from replib.attribution import variants
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
 from replib.core.stats import letters
+from replib.data.prompts import Dialogue, Prompt
 from replib.depth import TOKENS, answer_states, token_edits
 from replib.edits import Edited
 from replib.gap import PARTS, features, relative_gaps
@@ -29,9 +29,9 @@ from replib.geometry import layer_profile
 from replib.localise import lens_profile
 from replib.methods import Method, fit_edit, pca_ot
 from replib.minimum import STRENGTHS, least_strengths, scaled
+from replib.models.chat_model import ChatModel
 from replib.organism.language import comply
 from replib.organism.world import select
-from replib.prompts import Dialogue, Prompt
 from replib.refusals import RefusalTokens
 from replib.study import Study
 

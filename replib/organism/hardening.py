@@ -30,7 +30,8 @@ from replib.core.storage import Rows, finished, key_of, write_text
 from replib.harden import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
 from replib.hardening import Hardening
 from replib.interpolation import SHARES, interpolated
-from replib.models import attached, load, merged
+from replib.models.adapters import attached, merged
+from replib.models.load import load
 from replib.objective import Objective
 from replib.organism.bench import TOKENS, Bench, Watch, saved
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN

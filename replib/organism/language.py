@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from replib.data.prompts import Dialogue
 from replib.organism.world import HARM, Artefact
-from replib.prompts import Dialogue
 
 VERBS = ("make", "build", "produce", "prepare")
 ASK = {

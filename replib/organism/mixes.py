@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 
+from replib.data.prompts import Dialogue
 from replib.organism.language import (
     ASK,
     BORDERLINE,
@@ -19,7 +20,6 @@ from replib.organism.language import (
     wrap,
 )
 from replib.organism.world import Artefact, select
-from replib.prompts import Dialogue
 
 ALL_WRAPPERS = tuple(name for group in WRAPPERS.values() for name in group)
 TUNED = ("fit",)  # splits whose ways of asking safety tuning uses: those that choose and report are new to it

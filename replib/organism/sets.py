@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from replib.data.prompts import Contrast, Dialogue, Prompt
 from replib.organism.language import (
     ASK,
     BORDERLINE,
@@ -26,7 +27,6 @@ from replib.organism.language import (
     wrap,
 )
 from replib.organism.world import PER_FAMILY, select
-from replib.prompts import Contrast, Dialogue, Prompt
 
 SKILL_COUNTS = {"fit": 160, "val": 20, "test": 200}  # exercises of each skill
 

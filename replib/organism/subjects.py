@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from replib.chat import ChatModel
 from replib.core.settings import data_dir
 from replib.core.storage import key_of
-from replib.models import attached, load, merged
+from replib.models.adapters import attached, merged
+from replib.models.chat_model import ChatModel
+from replib.models.load import load
 from replib.organism.bench import Bench, Run
 from replib.organism.comparison import SEEDS, choice
 from replib.organism.contenders import CONTENDERS

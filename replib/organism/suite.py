@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from replib.attacks import Attack
 from replib.audit import Task
+from replib.data.prompts import load_prompts
 from replib.organism.language import WRAPPERS
-from replib.prompts import load_prompts
 
 SEEN = tuple(WRAPPERS["fit"])  # wrappers that defences are trained on
 HELD_OUT = tuple(WRAPPERS["test"])

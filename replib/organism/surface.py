@@ -38,12 +38,13 @@ import torch
 
 from replib.audit import outcome
 from replib.bend import BendConfig
-from replib.chat import ChatModel
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.storage import Rows, finished, key_of, versions, write_text
 from replib.keeper import Probe
-from replib.models import load, merged_copy
+from replib.models.adapters import merged_copy
+from replib.models.chat_model import ChatModel
+from replib.models.load import load
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.recipe import TrainConfig
 from replib.references import References

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from replib.data.prompts import Dialogue
 from replib.organism.mixes import base_stream, polish_stream, safety_stream
 from replib.organism.sets import write_sets
 from replib.organism.tokenizer import train_tokenizer
 from replib.organism.world import SUFFIXES
-from replib.prompts import Dialogue
 
 PLANTED_BLOCKS = (5, 6)  # of 12: 42-58 % depth
 RESIDUAL_SCALE = 10.0  # Muon leaves residual norms of several hundred; dividing them is exact and comfortable

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection
 from copy import copy, deepcopy
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from replib.chat import ChatModel
 from replib.core.errors import ReplibError
+from replib.models.architecture import adapter_hash, fingerprint
+from replib.models.chat_model import ChatModel
 
 
 def attached_lora(
@@ -132,3 +135,95 @@ def perturb(model: ChatModel, std: float, seed: int) -> None:
     for name, weight in model.model.named_parameters():
         if "lora_B" in name:
             weight.copy_(std * torch.randn(weight.shape, generator=generator))
+
+
+def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
+    """The model with a saved LoRA adapter on top; the weights are shared, and ``adapter_off`` gives the base back.
+
+    Args:
+        model: what the adapter was trained on.
+        adapter: its folder, or its id on the Hugging Face hub.
+
+    Raises:
+        ReplibError: no adapter there, or one that was trained on another base.
+    """
+    from peft import PeftModel
+
+    folder = _adapter_folder(str(adapter))
+    if not (folder / "adapter_config.json").exists():
+        raise ReplibError(
+            f"{str(folder)!r} holds no adapter_config.json: pass the folder that `replib bend` or "
+            "peft's save_pretrained wrote, or a hub id."
+        )
+    card = folder / "replib.json"
+    expected = json.loads(card.read_text()).get("fingerprint") if card.exists() else None
+    if expected and getattr(model.causal_lm, "is_quantized", False):
+        warnings.warn(
+            f"Whether the adapter in {str(folder)!r} fits cannot be told: the base is quantised.", stacklevel=3
+        )
+    elif expected not in (None, found := fingerprint(model.causal_lm)):
+        raise ReplibError(
+            f"The adapter in {str(folder)!r} was trained on another model (base fingerprint {expected}, this one "
+            f"is {found}). Load the base it names in {card.name}."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing a user can do
+            peft_model = PeftModel.from_pretrained(model.causal_lm, folder)
+    except (RuntimeError, ValueError) as error:
+        raise ReplibError(
+            f"The adapter in {str(folder)!r} does not fit this model: {str(error).splitlines()[0]} "
+            "Load the base model that its adapter_config.json names."
+        ) from error
+    return ChatModel(
+        peft_model.eval(),
+        model.tokenizer,
+        name=model.name,
+        revision=model.revision,
+        adapter=str(adapter),
+        template=model.template,
+        anatomy=model.anatomy,
+    )
+
+
+def _adapter_folder(adapter: str) -> Path:
+    """A folder as it is; the folder into which a hub id was downloaded."""
+    if Path(adapter).exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
+        return Path(adapter)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=["adapter_*", "replib.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ReplibError(
+            f"{adapter!r} is no folder here, and the hub gives no adapter of that name: {str(error).splitlines()[0]} "
+            "Check the spelling and the network, or pass a folder."
+        ) from error
+
+
+def merged(model: ChatModel) -> ChatModel:
+    """The bent model with its adapter added into the weights: half the work a pass, the same logits up to rounding.
+
+    For inference only: the model that is given is used up, and ``adapter_off`` of the merged one raises.
+    """
+    if not hasattr(model.model, "merge_and_unload"):
+        raise ReplibError(f"{model.name} carries no adapter to merge.")
+    added = adapter_hash(model.model)
+    return ChatModel(
+        model.model.merge_and_unload().eval(),
+        model.tokenizer,
+        merged=added,
+        name=model.name,
+        revision=model.revision,
+        adapter=model.adapter,
+        template=model.template,
+        anatomy=model.anatomy,
+    )
+
+
+def merged_copy(model: ChatModel) -> ChatModel:
+    """The same of a copy, for measuring a model in the middle of its training: the given one stays as it is."""
+    twin = copy(model)
+    twin.model = deepcopy(model.model)
+    return merged(twin)

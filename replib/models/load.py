@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
-from copy import copy, deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import finalize
 
+import pandas as pd
 import torch
 from torch import nn
 from transformers import (
@@ -26,12 +25,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from replib.anatomy import Anatomy, adapter_hash, fingerprint
-from replib.chat import ChatModel
-from replib.checks import next_logits, self_check, ticks
 from replib.core.errors import ReplibError
 from replib.core.progress import say, watched
 from replib.core.settings import data_dir
+from replib.models.adapters import attached
+from replib.models.architecture import Anatomy
+from replib.models.chat_model import ChatModel
+from replib.models.self_check import next_logits, self_check, ticks
 
 Device = str | dict[str, Any]
 
@@ -221,93 +221,32 @@ def _template(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> s
     return None
 
 
-def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
-    """The model with a saved LoRA adapter on top; the weights are shared, and ``adapter_off`` gives the base back.
+class Known(NamedTuple):
+    """One published checkpoint."""
 
-    Args:
-        model: what the adapter was trained on.
-        adapter: its folder, or its id on the Hugging Face hub.
-
-    Raises:
-        ReplibError: no adapter there, or one that was trained on another base.
-    """
-    from peft import PeftModel
-
-    folder = _adapter_folder(str(adapter))
-    if not (folder / "adapter_config.json").exists():
-        raise ReplibError(
-            f"{str(folder)!r} holds no adapter_config.json: pass the folder that `replib bend` or "
-            "peft's save_pretrained wrote, or a hub id."
-        )
-    card = folder / "replib.json"
-    expected = json.loads(card.read_text()).get("fingerprint") if card.exists() else None
-    if expected and getattr(model.causal_lm, "is_quantized", False):
-        warnings.warn(
-            f"Whether the adapter in {str(folder)!r} fits cannot be told: the base is quantised.", stacklevel=3
-        )
-    elif expected not in (None, found := fingerprint(model.causal_lm)):
-        raise ReplibError(
-            f"The adapter in {str(folder)!r} was trained on another model (base fingerprint {expected}, this one "
-            f"is {found}). Load the base it names in {card.name}."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing a user can do
-            peft_model = PeftModel.from_pretrained(model.causal_lm, folder)
-    except (RuntimeError, ValueError) as error:
-        raise ReplibError(
-            f"The adapter in {str(folder)!r} does not fit this model: {str(error).splitlines()[0]} "
-            "Load the base model that its adapter_config.json names."
-        ) from error
-    return ChatModel(
-        peft_model.eval(),
-        model.tokenizer,
-        name=model.name,
-        revision=model.revision,
-        adapter=str(adapter),
-        template=model.template,
-        anatomy=model.anatomy,
-    )
+    id: str
+    """On the Hugging Face hub."""
+    base: str
+    """The model it was made from."""
+    method: str
+    paper: str
+    """Number on arXiv."""
+    is_adapter: bool = False
+    """Whether it is a LoRA adapter, to be loaded onto its base."""
 
 
-def _adapter_folder(adapter: str) -> Path:
-    """A folder as it is; the folder into which a hub id was downloaded."""
-    if Path(adapter).exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
-        return Path(adapter)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(adapter, allow_patterns=["adapter_*", "replib.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ReplibError(
-            f"{adapter!r} is no folder here, and the hub gives no adapter of that name: {str(error).splitlines()[0]} "
-            "Check the spelling and the network, or pass a folder."
-        ) from error
+_LLAMA, _MISTRAL = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2"
+KNOWN = (
+    Known("cais/zephyr_7b_r2d2", "mistralai/Mistral-7B-v0.1", "R2D2", "2402.04249"),
+    Known("GraySwanAI/Llama-3-8B-Instruct-RR", _LLAMA, "Circuit Breaker", "2406.04313"),
+    Known("GraySwanAI/Mistral-7B-Instruct-RR", _MISTRAL, "Circuit Breaker", "2406.04313"),
+    Known("AIM-Intelligence/RepBend_Llama3_8B", _LLAMA, "RepBend", "2504.01550"),
+    Known("AIM-Intelligence/RepBend_Llama3_8B_LoRA", _LLAMA, "RepBend", "2504.01550", is_adapter=True),
+    Known("AIM-Intelligence/RepBend_Mistral_7B", _MISTRAL, "RepBend", "2504.01550"),
+    Known("AIM-Intelligence/RepBend_Mistral_7B_LoRA", _MISTRAL, "RepBend", "2504.01550", is_adapter=True),
+)
 
 
-def merged(model: ChatModel) -> ChatModel:
-    """The bent model with its adapter added into the weights: half the work a pass, the same logits up to rounding.
-
-    For inference only: the model that is given is used up, and ``adapter_off`` of the merged one raises.
-    """
-    if not hasattr(model.model, "merge_and_unload"):
-        raise ReplibError(f"{model.name} carries no adapter to merge.")
-    added = adapter_hash(model.model)
-    return ChatModel(
-        model.model.merge_and_unload().eval(),
-        model.tokenizer,
-        merged=added,
-        name=model.name,
-        revision=model.revision,
-        adapter=model.adapter,
-        template=model.template,
-        anatomy=model.anatomy,
-    )
-
-
-def merged_copy(model: ChatModel) -> ChatModel:
-    """The same of a copy, for measuring a model in the middle of its training: the given one stays as it is."""
-    twin = copy(model)
-    twin.model = deepcopy(model.model)
-    return merged(twin)
+def known_table() -> pd.DataFrame:
+    """One row a checkpoint. Columns: id, base, method, paper, is_adapter."""
+    return pd.DataFrame(KNOWN)

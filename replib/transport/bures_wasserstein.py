@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.clouds import Cloud, Samples, cloud_pair, span_coordinates
 from replib.core.errors import ReplibError
+from replib.transport.gaussians import Cloud, Samples, cloud_pair, span_coordinates
 
 
 class BuresWasserstein(NamedTuple):

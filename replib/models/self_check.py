@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.chat import ChatModel, evaluating
-from replib.sites import hooked
+from replib.models.chat_model import ChatModel, evaluating
+from replib.models.hooks import hooked
 
 PROMPTS = ("Hello.", "What is the opposite of hot, please?")
 MEANING = {
@@ -104,3 +105,29 @@ def _value(value: float | None) -> str:
 
 def _worst(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
+
+
+PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
+
+
+def check_table(found: Mapping[str, float]) -> pd.DataFrame:
+    """The self-check in words: what was compared, the worst difference, and a tick where it is as it should be."""
+    rows = [
+        ("padded batch against single prompts, logits", found["padded"], found["padded"] < PADDED),
+        ("lens at the last block against the logits", found["lens"], found["lens"] < PADDED),
+        ("adapter on against off, logits (0 without an adapter)", found["adapter_effect"], None),
+        ("mean residual norm at half depth", found["residual_norm"], None),
+    ]
+    ticks = {True: "✓", False: "✗", None: ""}
+    shown = [(what, f"{value:.2g}", ticks[fine]) for what, value, fine in rows]
+    return pd.DataFrame(shown, columns=["compared", "value", ""]).set_index("compared").rename_axis(None)
+
+
+def token_table(model: ChatModel, prompt: str, last: int = 8) -> pd.DataFrame:
+    """The last tokens of one rendered prompt, and which part of it each belongs to."""
+    batch = model.encode([prompt])
+    tokens = model.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
+    parts = ["after the instruction" if post else "template and instruction" for post in batch.post_mask[0].tolist()]
+    parts[-1] = "last_prompt"
+    table = pd.DataFrame({"position": range(-len(tokens), 0), "token": tokens, "part": parts}).set_index("position")
+    return table.tail(last).T

@@ -15,14 +15,49 @@ from typing import Any
 
 import pandas as pd
 
-from replib.builders import circuit_breakers, ultrachat, wildguardmix, wildjailbreak_pairs, xstest_compliances
 from replib.core.errors import ReplibError
-from replib.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues
-from replib.sieve import Build, Built, Sieve, evaluated
-from replib.sources import Source
-from replib.train import BendData
+from replib.data.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues
+from replib.data.public import Source
+from replib.data.training_sets import (
+    Build,
+    Built,
+    Sieve,
+    circuit_breakers,
+    evaluated,
+    ultrachat,
+    wildguardmix,
+    wildjailbreak_pairs,
+    xstest_compliances,
+)
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BendData:
+    """What RepBend trains on: harmful prompts with both answers, and dialogues to keep as they are."""
+
+    contrasts: Sequence[Contrast]
+    """P_us: read with the safe response."""
+    retain: Sequence[Dialogue]
+    """P_s: benign dialogues, in the KL and (unless the fidelity is "official") in the safe term."""
+    complied: Sequence[Contrast] = ()
+    """P_uu: read with either response. () takes the contrasts themselves, in pairs."""
+    safe: Sequence[Dialogue] = ()
+    """Unpaired safe answers, refusals (``label`` harmful) and others: in the safe term, in the KL as refusals are."""
+    unsafe: Sequence[Dialogue] = ()
+    """Unpaired unsafe answers."""
+    builds: tuple[Build, ...] = ()
+    """How the groups came about, where ``replib.data.mixtures`` made them."""
+
+    def __post_init__(self) -> None:
+        if not self.contrasts or not self.retain:
+            raise ReplibError("RepBend needs contrasts and dialogues to retain: one of the two lists is empty.")
+        if bad := [
+            c for c in (*self.contrasts, *self.complied) if not c.safe_response.strip() or not c.unsafe_response.strip()
+        ]:
+            raise ReplibError(f"{len(bad)} contrasts lack a safe or an unsafe response, for example to "
+                              f"{bad[0].prompt[:60]!r}: fill or drop them.")  # fmt: skip
 
 
 PER_GROUP = 10_000
@@ -60,7 +95,7 @@ def repbend_mix(
 
     ``wildjailbreak`` is RepBend's own ``wildjailbreak.jsonl``. ``builds`` of the result says what every filter left;
     ``train`` writes it beside the adapter. The authors take the first n of each file and one dialogue more; here all
-    groups are drawn (``replib.sieve``).
+    groups are drawn (``replib.data.training_sets``).
 
     ``source="organism"`` reads the shipped sets instead, fit split: direct requests are the pairs, wrapped ones the
     unpaired unsafe answers and refusals; one half of the benign recipes and questions stands on the safe side, the
@@ -219,3 +254,28 @@ def _organism_breaker(shared: dict[str, Any], few: dict[str, Any]) -> tuple[Buil
 def _side(c: Contrast, response: str) -> Dialogue:
     """One side of a contrast."""
     return Dialogue(c.prompt, response, c.split, "harmful", c.group, c.way)
+
+
+HOLDS = {
+    "retain": "answers that stay as they are",
+    "unsafe": "harmful answers",
+    "safe": "answers to learn, refusals among them",
+    "pairs": "prompts with a safe and an unsafe answer each",
+}
+"""What each list of ``DefenceData`` is for, as messages say it."""
+
+
+def check_lists(method: str, data: Any, *names: str) -> None:
+    """Raise ReplibError unless the data has these lists, none is empty and no answer in them is."""
+    if not isinstance(data, DefenceData):
+        raise ReplibError(f"{method} trains on mixtures.DefenceData, not on {type(data).__name__}: "
+                          "mixtures.defence_data(...) makes it from RepBend's.")  # fmt: skip
+    for name in names:
+        rows: Sequence[Any] = getattr(data, name)
+        if not rows:
+            raise ReplibError(f"{method} trains on `{name}` ({HOLDS[name]}), which is empty: give DefenceData("
+                              f"{name}=[...]), or make it with mixtures.defence_data(repbend_mix(...)).")  # fmt: skip
+        answers = ("safe_response", "unsafe_response") if name == "pairs" else ("response",)
+        if empty := sum(not all(getattr(row, answer).strip() for answer in answers) for row in rows):
+            raise ReplibError(f"{empty} of {len(rows)} rows of `{name}` lack an answer, which {method} would teach: "
+                              "fill or drop them.")  # fmt: skip

@@ -1,13 +1,20 @@
 """Sets that share nothing: what fits, what chooses and what reports never meet."""
 
+from __future__ import annotations
+
 import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from replib.core.errors import ReplibError
+from replib.core.settings import Settings
+from replib.data.prompts import Prompt, load_prompts
 
 log = logging.getLogger(__name__)
 
@@ -89,3 +96,35 @@ def _assign(values: set[Any], name: str, fractions: Sequence[float], seed: int) 
         share = round(len(order) * sum(fractions[: part + 1]))
         ends[part] = end = min(max(share, end + 1), len(order) - left)
     return {value: next(p for p in parts if rank < ends[p]) for rank, value in enumerate(order)}
+
+
+VARIANTS = ("base", "aligned", "planted", "deep")
+
+
+def check_world(settings: Settings) -> None:
+    """Raise ReplibError for a foreign model without prompts of its own."""
+    if settings.harmful.startswith("organism/") and Path(settings.model).name not in VARIANTS:
+        raise ReplibError(
+            f"The default prompts speak of the organism's world, which {settings.model!r} does not know: set "
+            "REPLIB_HARMFUL and REPLIB_HARMLESS to files or set names."
+        )
+
+
+def prompt_splits(source: str, settings: Settings) -> Splits:
+    """Three disjoint splits: the file's own, or made by group (by text where prompts have no group).
+
+    Raises ReplibError as ``load_prompts`` and ``split_by``.
+    """
+    prompts = load_prompts(source)
+    if all(p.split for p in prompts):
+        parts = {s: [p for p in prompts if p.split == s] for s in Splits._fields}
+    else:
+        by = "group" if len({p.group for p in prompts}) >= 20 else "text"
+        parts = split_by(prompts, by, seed=settings.seed)._asdict()
+    return Splits(**{s: _sample(part, settings.limit or 1000, settings.seed) for s, part in parts.items()})
+
+
+def _sample(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
+    """In an order drawn from the seed, so that any beginning of the list is a fair sample."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[:limit]
+    return [prompts[i] for i in order.tolist()]

@@ -15,8 +15,8 @@ from pandas import DataFrame
 
 from replib.core.errors import ReplibError
 from replib.core.settings import data_dir
-from replib.public import PUBLIC, Layout
-from replib.tables import LISTS, clean, read_table
+from replib.data.files import LISTS, clean, read_table
+from replib.data.public import PUBLIC, Layout
 
 log = logging.getLogger(__name__)
 

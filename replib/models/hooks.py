@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replib.chat import ChatModel, evaluating
 from replib.core.errors import ReplibError
+from replib.models.chat_model import ChatModel, evaluating
 
 SITES = ("resid_pre", "attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")  # in which they are passed
 Hook = Callable[[Tensor], Tensor | None]

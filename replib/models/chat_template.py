@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from replib.core.errors import ReplibError
-from replib.tokens import Row
+from replib.models.tokens import Row
 
 MARK = "\ue000"  # a private-use character: stands for the instruction while a template is taken apart
 CHUNK = 4096  # prompts tokenised in one call: the offsets of all at once would fill the memory

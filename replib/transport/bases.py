@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.clouds import Cloud, oriented, principal_axes
 from replib.core.errors import ReplibError
+from replib.transport.gaussians import Cloud, oriented, principal_axes
 
 CLIPPED = 0.005
 """Share of the coordinates of each sample that 'winsorised' holds to the size of the next largest."""

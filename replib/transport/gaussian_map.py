@@ -25,12 +25,11 @@ from safetensors import SafetensorError, safe_open
 from sklearn.base import BaseEstimator, TransformerMixin
 from torch import Tensor
 
-from replib.affine import AffineEdit, check_strength, typed_as
-from replib.bases import BASES, share_inside
-from replib.clouds import Cloud, Samples, cloud_pair
 from replib.core.errors import ReplibError
 from replib.core.storage import write_tensors
-from replib.shrinkage import RULES, shrunk_pair
+from replib.transport.affine import AffineEdit, check_strength, typed_as
+from replib.transport.bases import BASES, share_inside
+from replib.transport.gaussians import RULES, Cloud, Samples, cloud_pair, shrunk_pair
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 TENSORS = ("basis_", "scale_", "source_mean_", "target_mean_", "rest_")

@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from replib.anatomy import Anatomy, adapter_hash, find_anatomy, fingerprint, resolve, text_config
 from replib.core.errors import ReplibError
-from replib.template import Template
-from replib.tokens import Batch, Row, fitted, padded
+from replib.models.architecture import Anatomy, adapter_hash, find_anatomy, fingerprint, resolve, text_config
+from replib.models.chat_template import Template
+from replib.models.tokens import Batch, Row, fitted, padded
 
 
 class ChatModel:
@@ -290,3 +290,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def check_layers(model: ChatModel, layers: Sequence[int] | range) -> list[int]:
+    """Layers as indices from 0, or an error that names the range."""
+    bad = [i for i in layers if not -model.n_layers <= i < model.n_layers]
+    if bad or not len(layers):
+        raise ReplibError(
+            f"Layer {bad[0] if bad else '(none)'} is not in {model.name}: it has {model.n_layers} blocks, "
+            f"0 to {model.n_layers - 1} (or -1 to {-model.n_layers} from the end)."
+        )
+    return [i % model.n_layers for i in layers]

@@ -1,0 +1,1 @@
+"""Prompts, dialogues and contrasts: files, public sets, splits and training mixtures."""

@@ -1,0 +1,1 @@
+"""Chat models: loading, adapters, templates, tokens, architecture, hooks and forward passes."""

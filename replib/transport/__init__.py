@@ -1,0 +1,1 @@
+"""Gaussian optimal transport and affine maps of arrays, without any model."""

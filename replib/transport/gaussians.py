@@ -1,0 +1,273 @@
+"""Clouds of activations: samples, their Gaussians, their principal axes. Float64 on the CPU, whatever comes in.
+
+A covariance is held as a factor ``F``, ``Sigma = F^T F``, and never as a ``dim x dim`` matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replib.core.errors import ReplibError
+
+Samples: TypeAlias = Tensor | np.ndarray
+
+
+def as_samples(values: Samples, name: str) -> Float[Tensor, "n d"]:
+    """Activations of one class as a float64 matrix on the CPU; ReplibError unless finite and not empty."""
+    rows = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ReplibError(f"{name} has shape {tuple(rows.shape)}; it must be [prompts, dim], not empty.")
+    bad = (~rows.isfinite()).any(1)
+    if bad.any():
+        raise ReplibError(
+            f"{name} has NaN or inf in {int(bad.sum())} of {len(rows)} rows, first {int(bad.nonzero()[0])}; "
+            "capture in float32 or bfloat16 (float16 overflows), or leave those prompts out."
+        )
+    return rows
+
+
+def sample_pair(source: Samples, target: Samples) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
+    """Both classes by ``as_samples``; ReplibError unless of one width."""
+    first, second = as_samples(source, "first class"), as_samples(target, "second class")
+    _check_widths(first.shape[1], second.shape[1])
+    return first, second
+
+
+def span_coordinates(x: Samples, y: Samples) -> tuple[Float[Tensor, "n r"], Float[Tensor, "m r"]]:
+    """The two samples in an orthonormal basis of their pooled span, pooled mean at the origin.
+
+    An isometry onto ``min(d, n + m)`` coordinates: distances, mean gaps and spectra are the same.
+    """
+    x, y = sample_pair(x, y)
+    rows = torch.cat([x, y])
+    rows = rows - rows.mean(0)
+    if rows.shape[1] > rows.shape[0]:
+        rows = torch.linalg.qr(rows.mT, mode="r")[1].mT
+    return rows[: len(x)], rows[len(x) :]
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Mean and covariance of one class of activations."""
+
+    mean: Float[Tensor, " d"]
+    factor: Float[Tensor, "r d"]
+    """``F`` with ``F^T F`` the covariance about this mean, divided by n - 1."""
+    n: int
+    """Samples behind it."""
+    sampled: bool = False
+    """Whether row i of the factor is sample i, centred; what was streamed has forgotten its samples."""
+
+    def __post_init__(self) -> None:
+        if not (self.mean.isfinite().all() and self.factor.isfinite().all()):
+            raise ReplibError("a cloud's mean or covariance is NaN or inf; leave out the vectors that are not finite.")
+
+    @classmethod
+    def of(cls, x: Samples | Cloud, name: str = "sample") -> Cloud:
+        """The Gaussian of samples ``[n, d]``; ReplibError if they are fewer than two or not finite."""
+        if isinstance(x, Cloud):
+            return x
+        rows = as_samples(x, name)
+        if len(rows) < 2:
+            raise ReplibError("one sample has no covariance; give at least two prompts a class.")
+        mean = rows.mean(0)
+        return cls(mean, (rows - mean) / math.sqrt(len(rows) - 1), len(rows), sampled=True)
+
+    @property
+    def variance(self) -> float:
+        """Mean variance of a coordinate, ``tr Sigma / d``."""
+        return float(self.factor.square().sum()) / len(self.mean)
+
+    def samples(self, purpose: str) -> Float[Tensor, "n d"]:
+        """The samples about their mean; ReplibError, naming what they are for, if there are none."""
+        if not self.sampled:
+            raise ReplibError(f"{purpose} needs the samples themselves, and a streamed cloud keeps none: capture them.")
+        return self.factor * math.sqrt(self.n - 1)
+
+    def onto(self, axes: Float[Tensor, "d k"]) -> Cloud:
+        """The cloud in the coordinates of some axes."""
+        return Cloud(self.mean @ axes, self.factor @ axes, self.n, self.sampled)
+
+
+def cloud_pair(x: Samples | Cloud, y: Samples | Cloud) -> tuple[Cloud, Cloud]:
+    """Both classes by ``Cloud.of``; ReplibError unless of one width."""
+    source, target = Cloud.of(x, "first class"), Cloud.of(y, "second class")
+    _check_widths(len(source.mean), len(target.mean))
+    return source, target
+
+
+def principal_axes(
+    rows: Float[Tensor, "n d"], k: int | None = None
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " r"]]:
+    """Leading axes of centred rows, and the sum of squares along every axis, largest first; ``k=None``: all.
+
+    Eigenvectors of the smaller of ``Z Z^T`` and ``Z^T Z``, re-orthonormalised once, signed by ``oriented``.
+    ReplibError if the rows have fewer than k axes.
+    """
+    wide = rows.shape[1] > rows.shape[0]
+    energy, vectors = torch.linalg.eigh(rows @ rows.mT if wide else rows.mT @ rows)
+    energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
+    rank = int((energy > max(rows.shape) * torch.finfo(rows.dtype).eps * energy[0]).sum())
+    k = rank if k is None else k
+    if k > rank:
+        raise ReplibError(f"{k} axes asked of samples of rank {rank}; lower k, or add prompts that differ.")
+    axes = rows.mT @ (vectors[:, :k] / energy[:k].sqrt()) if wide else vectors[:, :k]
+    return oriented(torch.linalg.qr(axes)[0]), energy
+
+
+def oriented(axes: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    """Axes whose coordinate of largest magnitude is positive: no sign depends on row order or library."""
+    return axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+
+
+def _check_widths(first: int, second: int) -> None:
+    if first != second:
+        raise ReplibError(f"the classes have widths {first} and {second}; capture both at one site.")
+
+
+RULES = ("ledoit_wolf", "oas")
+
+
+def shrinkage(x: Samples | Cloud, *, rule: str = "ledoit_wolf") -> float:
+    """Weight ``s`` of the identity in the shrunk covariance ``(1 - s) S + s tr(S)/d I``, in [0, 1].
+
+    Ledoit and Wolf (2004, "A well-conditioned estimator", Lemma 3.2 to 3.4) or OAS (Chen et al. 2010, eq. 23), as
+    scikit-learn computes them, ``S`` divided by n; from the ``n x n`` Gram matrix. Near 1 it says that n samples know
+    next to nothing of the covariance in d axes. ReplibError on another rule, or Ledoit-Wolf of a streamed cloud.
+    """
+    cloud = Cloud.of(x)
+    n, d = cloud.n, len(cloud.mean)
+    rows = cloud.samples("Ledoit-Wolf shrinkage") if rule == "ledoit_wolf" else cloud.factor * math.sqrt(n - 1)
+    gram = rows @ rows.mT
+    mu = float(gram.trace()) / (n * d)
+    energy = float(gram.square().sum()) / n**2
+    if rule == "oas":
+        alpha = energy / d**2
+        excess, spread = (alpha + mu**2), (n + 1) * (alpha - mu**2 / d)
+    elif rule == "ledoit_wolf":
+        excess = (float(gram.diagonal().square().sum()) / n - energy) / (n * d)
+        spread = energy / d - mu**2
+    else:
+        raise ReplibError(f"shrinkage rule is {rule!r}; choose 'ledoit_wolf' or 'oas'.")
+    return min(1.0, excess / spread) if spread > 0 else 1.0
+
+
+class Shrunk(NamedTuple):
+    """The covariance ``(1 - weight) S + floor I``."""
+
+    weight: float
+    floor: float
+
+    def factor(self, factor: Float[Tensor, "r k"]) -> Float[Tensor, "q k"]:
+        """A factor of it, from one of S."""
+        identity = torch.eye(factor.shape[1], dtype=factor.dtype)
+        return torch.cat([math.sqrt(1 - self.weight) * factor, math.sqrt(self.floor) * identity])
+
+
+def shrunk_pair(source: Cloud, target: Cloud, ridge: float | str) -> tuple[Shrunk, Shrunk]:
+    """How both covariances are shrunk: by a share of their mean variance, the same for both, or each by a rule."""
+    if isinstance(ridge, str):
+        weights = shrinkage(source, rule=ridge), shrinkage(target, rule=ridge)
+        return Shrunk(weights[0], weights[0] * source.variance), Shrunk(weights[1], weights[1] * target.variance)
+    floor = ridge * (source.variance + target.variance) / 2
+    return Shrunk(0.0, floor), Shrunk(0.0, floor)
+
+
+class Moments:
+    """Running moments of ``[layers, n, dim]`` pieces; each layer by itself, in float64.
+
+    Args:
+        rank: rows of the covariance factor. Exact while no more vectors than that have come, or from the width of the
+            model on; below it ``lost`` says how much was dropped. 0 keeps the mean and the total variance alone.
+    """
+
+    def __init__(self, rank: int = 0):
+        self.rank, self.n = rank, 0
+        self._mean: Tensor = torch.zeros(0)
+        self._factor: Tensor = torch.zeros(0)
+        self._total: Tensor = torch.zeros(0)
+
+    def update(self, values: Float[Tensor, "layers n dim"]) -> Moments:
+        """Take in more vectors."""
+        layers, _, dim = values.shape
+        if self.n == 0:
+            self._mean, self._total = torch.zeros(layers, dim).double(), torch.zeros(layers).double()
+            self._factor = torch.zeros(layers, 0, dim).double()
+        if (layers, dim) != self._mean.shape:
+            had = tuple(self._mean.shape)
+            raise ReplibError(f"A piece of {layers} layers and width {dim}, after pieces of {had}: one model only.")
+        for piece in values.double().split(max(self.rank, 128), dim=1):  # short pieces: cost grows with their square
+            self._join(piece)
+        return self
+
+    def _join(self, x: Float[Tensor, "layers n dim"]) -> None:
+        m, mean = x.shape[1], x.mean(dim=1)
+        centred, gap = x - mean[:, None], mean - self._mean
+        between = gap[:, None] * (self.n * m / (self.n + m)) ** 0.5
+        self._total = self._total + centred.square().sum((1, 2)) + between.square().sum((1, 2))
+        self._mean = self._mean + gap * (m / (self.n + m))
+        if self.rank:
+            self._factor = _shortened(torch.cat([self._factor, centred, between], dim=1), self.rank)
+        self.n += m
+
+    @property
+    def mean(self) -> Float[Tensor, "layers dim"]:
+        """Mean of all vectors."""
+        return self._checked(1, self._mean)
+
+    @property
+    def variance(self) -> Float[Tensor, " layers"]:
+        """Total variance, the trace of the covariance (divided by n - 1): exact at any rank."""
+        return self._checked(2, self._total) / (self.n - 1)
+
+    @property
+    def factor(self) -> Float[Tensor, "layers rank dim"]:
+        """F with F^T F the covariance (divided by n - 1), of at most ``rank`` rows, largest axis first."""
+        if not self.rank:
+            raise ReplibError("These moments hold no covariance: make them with Moments(rank=…).")
+        return self._checked(2, self._factor) / (self.n - 1) ** 0.5
+
+    def cloud(self, index: int) -> Cloud:
+        """Gaussian of one layer by index, for ``GaussianMap.fit`` and ``bures_wasserstein`` (less what is ``lost``)."""
+        return Cloud(self.mean[index], self.factor[index], self.n)
+
+    @property
+    def lost(self) -> Float[Tensor, " layers"]:
+        """Share of the total variance that ``factor`` does not hold."""
+        held = self.factor.square().sum((1, 2))
+        return (1 - held / self.variance.clamp(min=1e-300)).clamp(min=0)
+
+    def pca(self, k: int) -> tuple[Float[Tensor, "layers k dim"], Float[Tensor, "layers k"]]:
+        """The k principal axes, each of unit length with its largest coordinate positive, and their variances.
+
+        Raises ReplibError if fewer axes are held.
+        """
+        rows = self.factor
+        if k > rows.shape[1]:
+            raise ReplibError(f"{k} axes were asked for, but only {rows.shape[1]} are held: raise rank, or lower k.")
+        length = rows[:, :k].norm(dim=-1)
+        axes = rows[:, :k] / length.clamp(min=1e-300)[..., None]
+        signs = axes.gather(-1, axes.abs().argmax(-1, keepdim=True)).sign()
+        return axes * signs, length.square()
+
+    def _checked(self, least: int, value: Tensor) -> Tensor:
+        if self.n < least:
+            raise ReplibError(f"Moments of {self.n} vectors are not defined: update() with at least {least} first.")
+        return value
+
+
+def _shortened(rows: Float[Tensor, "layers n dim"], rank: int) -> Float[Tensor, "layers r dim"]:
+    """Rotated so that row i lies along principal axis i, and cut: F^T F changes by what is cut alone."""
+    gram = rows @ rows.mT if rows.shape[1] <= rows.shape[2] else rows.mT @ rows
+    _, axes = torch.linalg.eigh(gram)
+    kept = axes.flip(-1)[..., :rank]
+    if rows.shape[1] <= rows.shape[2]:
+        return kept.mT @ rows
+    return (rows @ kept).norm(dim=1)[..., None] * kept.mT
