@@ -49,10 +49,10 @@ from replib.bend import BendConfig
 from replib.data.prompts import Contrast, Dialogue, load_dialogues, load_prompts
 from replib.models.chat_model import ChatModel, evaluating
 from replib.models.tokens import Row
-from replib.recipe import TrainConfig
 from replib.references import References
 from replib.repbend import RepBend
-from replib.train import attach
+from replib.training.config import TrainConfig
+from replib.training.train import attach
 
 SHAPES = {  # hidden size, MLP, blocks, heads, key-value heads, vocabulary
     "tiny": (64, 176, 4, 4, 2, 512),

@@ -27,10 +27,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from replib.activations import capture
+from replib.activations.capture import capture
+from replib.activations.reader import Reader
 from replib.data.prompts import load_prompts
 from replib.models.chat_model import ChatModel
-from replib.reader import Reader
 
 SHAPES = {  # hidden size, MLP, blocks, heads, key-value heads
     "tiny": (128, 352, 6, 4, 2),

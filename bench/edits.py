@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from replib.edits import applied
-from replib.gates import Gate
+from replib.edits.apply import applied
+from replib.edits.gates import Gate
 from replib.models.load import load
 from replib.transport.affine import AffineEdit
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import test_sites
 import tiny
 
-from replib.activations import capture_sites
+from replib.activations.capture import capture_sites
 from replib.models.hooks import SITES
 from replib.models.load import load
 

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from replib.activations import capture, stream
+from replib.activations.capture import capture, stream
 from replib.data.prompts import load_prompts
 from replib.models.chat_model import ChatModel
 from replib.models.load import load

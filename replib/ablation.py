@@ -17,16 +17,16 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.audit import rates
+from replib.audit.audit import rates
+from replib.audit.judges import Judge, spelled
 from replib.cells import Cell, checked, grid, possible_ks
 from replib.core.progress import progress
 from replib.core.storage import Rows, key_of, versions
 from replib.damage import Gauge
-from replib.edits import bound
+from replib.edits.apply import bound
+from replib.edits.methods import SiteEdits
 from replib.fitting import AblationData, Fitter
 from replib.forced import token_kl
-from replib.judges import Judge, spelled
-from replib.methods import SiteEdits
 from replib.models.chat_model import ChatModel
 from replib.models.tokens import Position
 from replib.ranking import ordered

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import stream
+from replib.activations.capture import stream
 from replib.core.errors import ReplibError, check_blocks, check_choice
 from replib.data.prompts import Contrast, Dialogue
-from replib.edits import POSITIONS, Edited
-from replib.methods import READS, SiteEdits, fit_edit, method_of
+from replib.edits.apply import POSITIONS, Edited
+from replib.edits.methods import READS, SiteEdits, fit_edit, method_of
 from replib.models.chat_model import ChatModel
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from replib.audit.judges import Judge, spelled
 from replib.data.prompts import Prompt
-from replib.edits import Edited
-from replib.judges import Judge, spelled
+from replib.edits.apply import Edited
 from replib.models.chat_model import ChatModel
 from replib.scoring import Scorer
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from replib.core.errors import ReplibError
-from replib.edits import POSITIONS
+from replib.edits.apply import POSITIONS
+from replib.edits.methods import Method, method_of
 from replib.fitting import AblationData, Recipe
-from replib.methods import Method, method_of
 from replib.models.chat_model import ChatModel, check_layers
 from replib.models.tokens import Position, check_positions
 from replib.transport.affine import check_strength

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from replib.activations import capture_to, finish_capture
+from replib.activations.capture import capture_to, finish_capture, price
 from replib.cells import check_names, grid
 from replib.core.distributed import is_first, own_device, together
 from replib.core.settings import Settings
@@ -22,7 +22,6 @@ from replib.models.hooks import check_site
 from replib.models.load import load
 from replib.models.tokens import Position, check_positions
 from replib.presets import named
-from replib.price import price
 from replib.rivals import Rival
 from replib.search import ranges_around, study_objective
 from replib.study import BASELINES, Study
@@ -53,7 +52,7 @@ def run_bend(
     """``replib bend``: train an adapter with a preset (``replib.presets``), single coefficients changed.
 
     Stopped or killed, the same command goes on from the last checkpoint. Under torchrun or ``accelerate launch`` (see
-    ``replib/configs``) processes train together, each on micro-batches of its own.
+    ``replib/training/configs``) processes train together, each on micro-batches of its own.
 
     Raises:
         ReplibError: no preset has that name.

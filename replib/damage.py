@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
+from replib.audit.judges import Judge, Outcome, spelled
 from replib.core.errors import ReplibError
 from replib.core.stats import Mean, contrast, letters, mean_over, perplexity, wilson
 from replib.core.storage import content_hash, key_of
 from replib.data.prompts import Prompt
-from replib.edits import Edits, applied
+from replib.edits.apply import Edits, applied
 from replib.forced import Forced, Tokens
-from replib.judges import Judge, Outcome, spelled
 from replib.models.chat_model import ChatModel
 
 

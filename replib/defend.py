@@ -8,15 +8,14 @@ from pathlib import Path
 from replib.core.errors import ReplibError
 from replib.core.storage import content_hash, key_of, versions
 from replib.data.mixtures import DefenceData, defence_data
-from replib.keeper import Probe
 from replib.models.chat_model import ChatModel
-from replib.objective import Objective
 from replib.organism.contenders import BENIGN, ORGANISM
-from replib.reinforced import Fit
-from replib.results import TrainResult
 from replib.rivals import Rival, prepares, rival, train_rival
 from replib.study import Study
-from replib.train import train
+from replib.training.model_selection import Probe
+from replib.training.objective import Objective
+from replib.training.result import TrainResult
+from replib.training.train import Fit, train
 
 
 def suited(study: Study, name: str) -> Rival:

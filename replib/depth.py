@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import capture
+from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.data.prompts import Dialogue
-from replib.edits import Edited
-from replib.methods import Method, SiteEdits, fit_edit
+from replib.edits.apply import Edited
+from replib.edits.methods import Method, SiteEdits, fit_edit
 from replib.models.chat_model import ChatModel
 from replib.models.tokens import Position
 

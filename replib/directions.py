@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import capture
+from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
-from replib.edits import applied, bound
+from replib.edits.apply import applied, bound
+from replib.edits.methods import SiteEdits, everywhere
 from replib.forced import token_kl
-from replib.methods import SiteEdits, everywhere
 from replib.models.chat_model import ChatModel
 from replib.refusals import RefusalTokens, first_logits
 from replib.transport.affine import AffineEdit, Rotation

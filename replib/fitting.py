@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from replib.activations import capture
+from replib.activations.capture import capture
+from replib.activations.store import Activations
 from replib.core.errors import ReplibError
 from replib.core.storage import content_hash
 from replib.data.prompts import Prompt
-from replib.edits import applied, bound
-from replib.methods import Method, SiteEdits, fit_edit, method_of
+from replib.edits.apply import applied, bound
+from replib.edits.methods import Method, SiteEdits, fit_edit, method_of
 from replib.models.chat_model import ChatModel, check_layers
 from replib.models.tokens import Position
 from replib.refusals import RefusalTokens, survivors
-from replib.shards import Activations
 from replib.transport.affine import check_strength
 
 log = logging.getLogger(__name__)

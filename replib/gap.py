@@ -5,40 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.gates import Gate
-from replib.geometry import LayerProfile
+from replib.edits.gates import Gate
 from replib.transport.gaussian_map import GaussianMap
 from replib.transport.gaussians import Samples, sample_pair
-
-PARTS = ("mean", "covariance")
-
-
-def relative_gaps(profile: LayerProfile) -> pd.DataFrame:
-    """Debiased squared Bures-Wasserstein parts over the mean total variance of the classes, a row a block and part.
-
-    Columns: layer, part, value, ``low`` and ``high`` (95 % of what relabelled prompts give), ``p``. 1 says that the
-    classes lie as far apart as their prompts are spread; an estimate may fall below 0.
-    """
-    spread = profile["spread"]
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {"layer": profile["layer"], "part": part}
-                | {name: profile[f"bw_{part}{end}"] / spread for name, end in ENDS.items()}
-                | {"p": profile[f"bw_{part}_p"]}
-            )
-            for part in PARTS
-        ],
-        ignore_index=True,
-    )
-
-
-ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
 class Features(NamedTuple):

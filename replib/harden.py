@@ -11,16 +11,16 @@ from replib.core.errors import check_choice
 from replib.core.storage import key_of
 from replib.data.mixtures import BendData, DefenceData, defence_data
 from replib.hardening import Hardened, Hardening
-from replib.interpolation import interpolated
 from replib.likelihood import Keep, Retention
 from replib.models.chat_model import ChatModel
-from replib.objective import Objective
-from replib.recipe import TrainConfig
 from replib.repbend import RepBend
-from replib.results import TrainResult
 from replib.siege import success
 from replib.study import PROBED, Study
-from replib.train import train
+from replib.training.config import TrainConfig
+from replib.training.model_selection import interpolated
+from replib.training.objective import Objective
+from replib.training.result import TrainResult
+from replib.training.train import train
 
 # Found on the validation split of the aligned organism, with seed 0.
 HARDENING = Hardening(

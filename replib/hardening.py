@@ -20,12 +20,12 @@ from replib.adversary import Adversary, Arsenal, Drawn
 from replib.core.errors import ReplibError, check_coefficients
 from replib.core.storage import content_hash
 from replib.data.prompts import Contrast, Dialogue
-from replib.edits import applied_each
+from replib.edits.apply import applied_each
 from replib.models.chat_model import ChatModel
 from replib.models.forward import passed, recomputing_nothing, token_losses
 from replib.models.tokens import Batch, fitted
-from replib.objective import Lora, Objective, Part
-from replib.recipe import TrainConfig
+from replib.training.config import TrainConfig
+from replib.training.objective import Lora, Objective, Part
 
 
 @dataclass(frozen=True)

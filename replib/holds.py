@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from replib.attribution import attributed
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, crossed, crossed_rate, letters
 from replib.depth import PROMPT
+from replib.edits.controls import attributed
 from replib.gap import Features
 from replib.localise import errors, onset, steepest
 from replib.minimum import holding

@@ -20,9 +20,9 @@ from replib.defences import LogProbs, dpo, npo
 from replib.models.chat_model import ChatModel
 from replib.models.forward import answer_logp, answer_states, answer_tokens, answered, token_losses
 from replib.models.tokens import Batch
-from replib.objective import Objective, Part, reference
-from replib.recipe import TrainConfig
 from replib.repbend import summed_kl
+from replib.training.config import TrainConfig
+from replib.training.objective import Objective, Part, reference
 
 
 @dataclass(frozen=True)

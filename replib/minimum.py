@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from replib.core.errors import ReplibError
 from replib.core.stats import crossed_rate
-from replib.edits import Edited
+from replib.edits.apply import Edited
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0)
 

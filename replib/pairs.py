@@ -16,7 +16,7 @@ import pandas as pd
 from replib.ablation import Sweeper
 from replib.cells import Cell
 from replib.core.stats import contrast, crossed, letters
-from replib.methods import method_of
+from replib.edits.methods import method_of
 from replib.models.chat_model import check_layers
 from replib.ranking import ordered
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from replib.bend import BendConfig
 from replib.core.errors import ReplibError
-from replib.recipe import TrainConfig
 from replib.scope import Scope
+from replib.training.config import TrainConfig
 
 # Found on the validation split of the aligned organism.
 ORGANISM_BEND = BendConfig(

@@ -13,8 +13,8 @@ from replib.bend import BendConfig
 from replib.core.storage import key_of, write_tensors
 from replib.models.architecture import fingerprint
 from replib.models.chat_model import ChatModel
-from replib.objective import reference
 from replib.reading import Plan, Reading, read
+from replib.training.objective import reference
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from replib.audit.judges import is_degenerate, is_refusal
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
-from replib.judges import is_degenerate, is_refusal
 from replib.models.chat_model import ChatModel
 
 log = logging.getLogger(__name__)

@@ -22,17 +22,17 @@ from replib.core.errors import ReplibError, check_coefficients
 from replib.data.mixtures import DefenceData, check_lists
 from replib.data.prompts import Dialogue
 from replib.defences import generic_logits, task_arithmetic
-from replib.keeper import Probe, default_choice
 from replib.likelihood import SFT, Keep, asked
 from replib.models.adapters import attached, detached
 from replib.models.architecture import adapter_hash
 from replib.models.chat_model import ChatModel, evaluating
 from replib.models.forward import answer_states, answered, stretch_of, token_losses
-from replib.objective import Objective, Part, reference
-from replib.recipe import TrainConfig
-from replib.results import TrainResult
+from replib.training.config import TrainConfig
+from replib.training.model_selection import Probe, default_choice
+from replib.training.objective import Objective, Part, reference
+from replib.training.result import TrainResult
+from replib.training.train import Fit
 
-Fit = Callable[[ChatModel, DefenceData, Objective], TrainResult]
 GRID = tuple((safe, unsafe) for safe in (0.5, 1.0, 1.2) for unsafe in (0.0, 0.1, 0.2))
 """Weights (safe, unsafe) that RepBend's scripts merge with; its paper reports (0.5, 0.1)."""
 

@@ -26,10 +26,11 @@ from replib.bend import (
 from replib.core.errors import ReplibError
 from replib.models.chat_model import ChatModel
 from replib.models.forward import in_stretches, read_once
-from replib.objective import Lora, Objective, Part
 from replib.reading import Plan, Reading, read
-from replib.recipe import TrainConfig, announced, warn_of_the_start
+from replib.recipe import announced, warn_of_the_start
 from replib.references import References
+from replib.training.config import TrainConfig
+from replib.training.objective import Lora, Objective, Part
 
 
 @dataclass

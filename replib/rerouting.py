@@ -25,8 +25,8 @@ from replib.models.chat_model import ChatModel
 from replib.models.forward import answered, passed
 from replib.models.tokens import Batch
 from replib.needs import block_at
-from replib.objective import Lora, Objective, Part, reference
-from replib.recipe import TrainConfig
+from replib.training.config import TrainConfig
+from replib.training.objective import Lora, Objective, Part, reference
 
 States = Float[Tensor, "layers tokens dim"]
 

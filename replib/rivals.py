@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 from replib.core.errors import ReplibError
 from replib.data.mixtures import DefenceData
-from replib.keeper import Probe
 from replib.likelihood import DPO, NPO, SFT, Keep
 from replib.models.chat_model import ChatModel
-from replib.objective import Objective
-from replib.recipe import TrainConfig
-from replib.reinforced import WHP, Fit, TaskArithmetic, train_task_arithmetic, train_whp
+from replib.reinforced import WHP, TaskArithmetic, train_task_arithmetic, train_whp
 from replib.rerouting import RMU, CircuitBreaker
-from replib.results import TrainResult
+from replib.training.config import TrainConfig
+from replib.training.model_selection import Probe
+from replib.training.objective import Objective
+from replib.training.result import TrainResult
+from replib.training.train import Fit
 
 
 class Rival(NamedTuple):

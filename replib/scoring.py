@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache
 
-from replib.edits import Edited, applied_each
+from replib.edits.apply import Edited, applied_each
 from replib.models.chat_model import ChatModel
 from replib.models.forward import Prefix
 from replib.models.tokens import Batch

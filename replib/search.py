@@ -11,13 +11,13 @@ import pandas as pd
 
 from replib.bend import BendConfig
 from replib.core.storage import key_of
-from replib.keeper import Probe
 from replib.models.load import load
-from replib.recipe import TrainConfig
 from replib.references import References
 from replib.repbend import RepBend
 from replib.study import Study
-from replib.train import train
+from replib.training.config import TrainConfig
+from replib.training.model_selection import Probe
+from replib.training.train import train
 from replib.tuning import MAXIMISE, MINIMISE, RANGES, Tuning, need_optuna
 
 AVERAGED = 4  # training steps up to the kept one over which the KL is averaged: one batch alone is noisy

@@ -14,14 +14,14 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import capture
+from replib.activations.capture import capture
 from replib.asked import Asked
+from replib.audit.judges import Judge
 from replib.core.progress import progress
 from replib.core.stats import Measured, wilson
 from replib.data.prompts import Prompt
-from replib.edits import Edited
-from replib.judges import Judge
-from replib.methods import METHODS, READS, SiteEdits, fit_edit
+from replib.edits.apply import Edited
+from replib.edits.methods import METHODS, READS, SiteEdits, fit_edit
 from replib.models.chat_model import ChatModel
 
 KS = (1, 2, 8, 16)

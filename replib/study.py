@@ -17,9 +17,11 @@ import pandas as pd
 import torch
 
 from replib.ablation import Sweeper
-from replib.activations import capture, capture_pair
-from replib.attacks import attack_tasks
-from replib.audit import AuditTable, Task, audit, probe_of
+from replib.activations.capture import capture, capture_pair
+from replib.activations.store import Activations
+from replib.audit.attacks import attack_tasks
+from replib.audit.audit import AuditTable, Task, audit, probe_of
+from replib.audit.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.bend import BendConfig
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
@@ -29,7 +31,6 @@ from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues, load_prompts
 from replib.data.splits import Splits, check_world, prompt_splits
 from replib.fitting import AblationData
-from replib.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.models.adapters import merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
@@ -37,13 +38,12 @@ from replib.organism.language import REFUSAL
 from replib.organism.suite import organism_tasks
 from replib.packed import Packed, packed_file
 from replib.presets import named
-from replib.recipe import TrainConfig
 from replib.refusals import RefusalTokens
 from replib.repbend import RepBend
-from replib.results import TrainResult, trained_by
-from replib.shards import Activations
 from replib.siege import Siege
-from replib.train import train
+from replib.training.config import TrainConfig
+from replib.training.result import TrainResult, trained_by
+from replib.training.train import train
 
 OPENING = "Sure, here is how."
 PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and prompts a class that fit its edit

@@ -10,9 +10,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from replib.activations.store import Activations
+from replib.analysis.geometry import LayerProfile, pca
+from replib.analysis.logit_lens import LensComparison, LensTrajectory
 from replib.cells import window
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured
+from replib.edits.methods import METHODS
 from replib.figures import (
     audit_dots,
     cluster_scatter,
@@ -25,12 +29,8 @@ from replib.figures import (
     tradeoff_scatter,
     training_curves,
 )
-from replib.geometry import LayerProfile, pca
-from replib.lens import LensComparison, LensTrajectory
-from replib.methods import METHODS
 from replib.ranking import best_of
-from replib.results import TrainResult
-from replib.shards import Activations
+from replib.training.result import TrainResult
 
 LABELS = ("harmful", "harmless")
 Pair = tuple[Activations, Activations]  # harmful, harmless

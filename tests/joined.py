@@ -17,10 +17,10 @@ from replib.bend import BendConfig
 from replib.core.distributed import is_split, splits, whole
 from replib.core.errors import ReplibError
 from replib.models.load import load
-from replib.objective import reference
 from replib.repbend import RepBend
-from replib.train import train
-from replib.trainer import DefenceTrainer
+from replib.training.objective import reference
+from replib.training.train import train
+from replib.training.trainer import DefenceTrainer
 
 SEEN = {}
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from replib import checkpoints
 from replib.bend import BendConfig
 from replib.core import storage as store
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
 from replib.models.load import load
-from replib.recipe import TrainConfig
 from replib.repbend import RepBend
-from replib.train import train
-from replib.trainer import DefenceTrainer
+from replib.training import checkpoints
+from replib.training.config import TrainConfig
+from replib.training.train import train
+from replib.training.trainer import DefenceTrainer
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(4)]
 DATA = BendData(CONTRASTS, [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(4)])

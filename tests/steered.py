@@ -2,8 +2,8 @@
 
 import torch
 
-from replib.activations import capture
-from replib.gates import Gate
+from replib.activations.capture import capture
+from replib.edits.gates import Gate
 from replib.transport.affine import AffineEdit
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]

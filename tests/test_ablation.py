@@ -8,16 +8,16 @@ import tiny
 import torch
 
 from replib.ablation import ANSWERS, FIRST, Sweeper, sweep_layers
-from replib.activations import capture
+from replib.activations.capture import capture
+from replib.audit.judges import PhraseJudge
 from replib.cells import Cell, grid
 from replib.core.errors import ReplibError
 from replib.damage import Aside, Gauge
 from replib.data.prompts import Prompt
-from replib.edits import applied
+from replib.edits.apply import applied
+from replib.edits.methods import METHODS
 from replib.fitting import AblationData, fit_edits
 from replib.forced import token_kl
-from replib.judges import PhraseJudge
-from replib.methods import METHODS
 from replib.models.load import load
 from replib.ranking import ordered
 from replib.refusals import RefusalTokens, first_logits, survivors

@@ -7,8 +7,8 @@ import tiny
 import torch
 from accelerate import dispatch_model
 
-from replib import reader
-from replib.activations import capture, capture_pair, stream
+from replib.activations import reader
+from replib.activations.capture import capture, capture_pair, stream
 from replib.core.errors import ReplibError
 from replib.models.hooks import hooked
 from replib.models.load import load

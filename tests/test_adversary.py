@@ -6,12 +6,12 @@ import pytest
 import tiny
 import torch
 
-from replib.activations import capture
+from replib.activations.capture import capture
 from replib.adversary import Adversary, Arsenal, Drawn
 from replib.core.errors import ReplibError
 from replib.data.prompts import Contrast, Dialogue
-from replib.edits import applied, applied_each
-from replib.methods import fit_edit
+from replib.edits.apply import applied, applied_each
+from replib.edits.methods import fit_edit
 from replib.models.load import load
 
 HARMFUL = [Contrast(f"w{i} w{i + 5}", "w30 w31", f"w{i} w33 w34") for i in range(12)]

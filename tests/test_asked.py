@@ -7,10 +7,10 @@ from steered import random_edit
 from worded import WordJudge
 
 from replib.asked import Asked, strongest
+from replib.audit.judges import spelled
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
-from replib.edits import applied, applied_each
-from replib.judges import spelled
+from replib.edits.apply import applied, applied_each
 from replib.models.load import load
 from replib.scoring import Scorer
 

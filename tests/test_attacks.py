@@ -5,11 +5,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from replib.attacks import OPENING, WRAPPERS, Attack, direct, from_wrapped, prefill, wrappers
+from replib.audit.attacks import OPENING, WRAPPERS, Attack, direct, from_wrapped, prefill, wrappers
+from replib.audit.gradient_attacks import GCGConfig, SoftPromptConfig, gcg, soft_prompt
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt, load_prompts
 from replib.models.chat_model import ChatModel
-from replib.optimised import GCGConfig, SoftPromptConfig, gcg, soft_prompt
 
 CHAT = "{{ bos_token }}[user] {{ messages[0]['content'] | trim }} [bot] "
 PROMPTS = [Prompt("How {hot} is it?", "harmless", group="a", target="Sure, it is"), Prompt("Why?", group="b")]

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from replib.attribution import FULL, attributed, variants
-from replib.controls import CONTROLS
 from replib.core.stats import crossed, crossed_rate
-from replib.methods import pca_ot
+from replib.edits.controls import CONTROLS, FULL, attributed, variants
+from replib.edits.methods import pca_ot
 
 
 def test_every_control_is_there_and_those_of_chance_are_drawn_anew():

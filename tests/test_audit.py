@@ -5,12 +5,12 @@ import json
 import pytest
 import tiny
 
-from replib.audit import AuditTable, Task, audit, rates
+from replib.audit.audit import AuditTable, Task, audit, rates
+from replib.audit.judges import Outcome, PhraseJudge
 from replib.core.errors import ReplibError
 from replib.core.stats import wilson
 from replib.core.storage import Rows, key_of, write_text
 from replib.data.prompts import Prompt
-from replib.judges import Outcome, PhraseJudge
 from replib.models.load import load
 
 PROMPTS = [Prompt(f"w{i} w{i + 1}", "harmful") for i in range(6)]

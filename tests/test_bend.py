@@ -13,14 +13,14 @@ from replib.bend import BendConfig, BendTerms, anchored_cosine, bend_loss, dista
 from replib.core.errors import ReplibError
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
-from replib.keeper import default_choice
 from replib.models.load import load
 from replib.reading import RETAIN, SAFE, TURNED, UNSAFE, Plan, collate, read
-from replib.recipe import TrainConfig
 from replib.repbend import RepBend
-from replib.results import TrainResult
 from replib.scope import Scope
-from replib.train import attach, train
+from replib.training.config import TrainConfig
+from replib.training.model_selection import default_choice
+from replib.training.result import TrainResult
+from replib.training.train import attach, train
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(6)]
 RETAINED = [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(6)]

@@ -17,9 +17,9 @@ from replib.data.prompts import Contrast, Dialogue
 from replib.models.load import load
 from replib.presets import ORGANISM_BEND
 from replib.reading import Plan, collate, read
-from replib.recipe import TrainConfig
 from replib.scope import FIDELITIES, Scope
-from replib.train import attach
+from replib.training.config import TrainConfig
+from replib.training.train import attach
 
 KINDS = ("llama", "gemma2", "qwen3", "gpt2")
 LAYERS = (1, 2)  # the last block among them: the official hidden state N is behind the final norm

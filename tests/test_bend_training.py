@@ -17,12 +17,13 @@ from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
 from replib.models.load import load
 from replib.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, named
-from replib.recipe import TrainConfig, announced
+from replib.recipe import announced
 from replib.repbend import RepBend
 from replib.scope import FIDELITIES, OFFICIAL, Scope
 from replib.study import Study
-from replib.train import attach, train
-from replib.trainer import DefenceTrainer, Steps, arguments
+from replib.training.config import TrainConfig
+from replib.training.train import attach, train
+from replib.training.trainer import DefenceTrainer, Steps, arguments
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]
 DATA = BendData(CONTRASTS, [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(3)])

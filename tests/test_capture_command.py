@@ -15,12 +15,11 @@ import torch
 from safetensors import safe_open
 
 from replib import cli, commands
-from replib.activations import capture, capture_to
+from replib.activations.capture import capture, capture_to, price
+from replib.activations.store import Activations, Shards
 from replib.core.errors import ReplibError
 from replib.data.prompts import load_prompts
 from replib.models.load import load
-from replib.price import price
-from replib.shards import Activations, Shards
 
 PROMPTS = [f"w{i % 40} " * (1 + i % 7) + f"w{i}" for i in range(22)]
 LABELS = ["harmful", "harmless"]

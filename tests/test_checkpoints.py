@@ -13,16 +13,16 @@ import tiny
 import torch
 from resumed import CONFIG, DATA, drift, outcome, paper, same, trained
 
-from replib.checkpoints import Checkpoints, differences
 from replib.core.errors import ReplibError
 from replib.data.mixtures import BendData
 from replib.data.prompts import Dialogue
 from replib.models.load import load
-from replib.recipe import TrainConfig
 from replib.repbend import RepBend
-from replib.results import TrainResult
-from replib.train import attach, train
-from replib.trainer import DefenceTrainer
+from replib.training.checkpoints import Checkpoints, differences
+from replib.training.config import TrainConfig
+from replib.training.result import TrainResult
+from replib.training.train import attach, train
+from replib.training.trainer import DefenceTrainer
 
 QUIET = {"say": lambda text: None}
 

@@ -4,12 +4,12 @@ import pytest
 import tiny
 import torch
 
-from replib.audit import rates
+from replib.audit.audit import rates
+from replib.audit.judges import Outcome
 from replib.core.errors import ReplibError
 from replib.damage import Aside, Gauge, damage
 from replib.data.prompts import Prompt
-from replib.edits import applied
-from replib.judges import Outcome
+from replib.edits.apply import applied
 from replib.models.load import load
 from replib.transport.affine import AffineEdit
 

@@ -13,10 +13,10 @@ from replib.core.settings import Settings
 from replib.defend import defend, suited
 from replib.likelihood import NPO, SFT
 from replib.organism.contenders import ORGANISM
-from replib.recipe import TrainConfig
 from replib.reinforced import WHP, TaskArithmetic
 from replib.rivals import DEFENCES, Rival
 from replib.study import Study
+from replib.training.config import TrainConfig
 
 FEW = TrainConfig(steps=2, learning_rate=1e-3, contrasts=2, retain=2, dropout=0.0, probe_every=2, save_every=0)
 

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from replib.activations import capture
+from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.data.prompts import Dialogue
 from replib.depth import ON_ANSWER, PROMPT, SPAN, answer_states, named, token_edits

@@ -5,12 +5,12 @@ import pytest
 import tiny
 import torch
 
-from replib.activations import capture
+from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.directions import Direction, Filters, angular_edits, mean_gaps, select_direction, steering_plane
-from replib.edits import applied
-from replib.gates import Gate
-from replib.methods import fit_edit
+from replib.edits.apply import applied
+from replib.edits.gates import Gate
+from replib.edits.methods import fit_edit
 from replib.models.load import load
 from replib.refusals import RefusalTokens, first_logits, survivors
 from replib.study import Study

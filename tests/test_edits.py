@@ -5,10 +5,10 @@ import tiny
 import torch
 from steered import PROMPTS, halves, next_input, random_edit
 
-from replib.activations import capture, capture_sites
+from replib.activations.capture import capture, capture_sites
 from replib.core.errors import ReplibError
-from replib.edits import applied, bound
-from replib.gates import Gate
+from replib.edits.apply import applied, bound
+from replib.edits.gates import Gate
 from replib.models.load import load
 from replib.transport.affine import AffineEdit
 

@@ -8,7 +8,7 @@ import torch
 
 from replib.core.errors import ReplibError
 from replib.core.stats import mean_over, perplexity
-from replib.edits import applied
+from replib.edits.apply import applied
 from replib.forced import Forced, token_kl
 from replib.models import forward as passes
 from replib.models.load import load

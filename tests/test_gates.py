@@ -8,8 +8,8 @@ import torch
 from steered import PROMPTS, halves, next_input, random_edit
 
 from replib.core.errors import ReplibError
-from replib.edits import applied, place
-from replib.gates import Gate
+from replib.edits.apply import applied, place
+from replib.edits.gates import Gate
 from replib.models.load import load
 from replib.transport.affine import AffineEdit
 

@@ -13,9 +13,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
+from replib.analysis.divergence import js_discrete, js_divergence
+from replib.analysis.geometry import layer_profile, pairwise_distance, pca
+from replib.analysis.probe import _platt, _ridge_scores, cross_fitted_logits
 from replib.core.errors import ReplibError
-from replib.geometry import js_discrete, js_divergence, layer_profile, pairwise_distance, pca
-from replib.probe import _platt, _ridge_scores, cross_fitted_logits
 from replib.transport.bures_wasserstein import bures_wasserstein_null
 
 LN2 = math.log(2)

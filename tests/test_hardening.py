@@ -18,8 +18,8 @@ from replib.models.adapters import attached_lora, perturb
 from replib.models.chat_model import ChatModel
 from replib.models.forward import recomputing_nothing
 from replib.models.load import load
-from replib.recipe import TrainConfig
-from replib.train import attach, train
+from replib.training.config import TrainConfig
+from replib.training.train import attach, train
 from replib.transport.affine import AffineEdit
 
 HARMFUL = [Contrast(f"w{i} w{i + 5}" + " w6" * (i % 3), "w30 w31" + " w4" * (i % 2), "w32 w33 w34") for i in range(8)]

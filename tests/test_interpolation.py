@@ -6,10 +6,10 @@ import tiny
 import torch
 
 from replib.core.errors import ReplibError
-from replib.interpolation import interpolated
 from replib.models.adapters import attached_lora, merged, merged_copy, perturb
 from replib.models.load import load
-from replib.results import TrainResult
+from replib.training.model_selection import interpolated
+from replib.training.result import TrainResult
 
 PROBES = pd.DataFrame([{"step": 0, "attack": 0.9, "harmless": 1.0}, {"step": 5, "attack": 0.0, "harmless": 0.8}])
 

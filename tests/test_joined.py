@@ -21,10 +21,10 @@ from replib.bend import BendConfig
 from replib.core import distributed as parallel
 from replib.models.load import load
 from replib.repbend import RepBend
-from replib.train import attach
-from replib.trainer import DefenceTrainer, Steps, arguments
+from replib.training.train import attach
+from replib.training.trainer import DefenceTrainer, Steps, arguments
 
-CONFIGS = Path(replib.__file__).parent / "configs"
+CONFIGS = Path(replib.__file__).parent / "training" / "configs"
 PYTHON, TORCHRUN = (
     [sys.executable],
     [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],

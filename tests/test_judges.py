@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from replib.audit.judges import ClassifierJudge, ExactJudge, Outcome, PhraseJudge, is_degenerate, is_refusal, normalise
 from replib.core.errors import ReplibError
 from replib.core.settings import data_dir
 from replib.data.prompts import Prompt, load_contrasts, load_prompts
-from replib.judges import ClassifierJudge, ExactJudge, Outcome, PhraseJudge, is_degenerate, is_refusal, normalise
 from replib.models.chat_model import ChatModel
 
 REFUSAL, COMPLIANCE, DEGENERATE = Outcome.REFUSAL, Outcome.COMPLIANCE, Outcome.DEGENERATE

@@ -5,8 +5,8 @@ import tiny
 
 from replib.core.errors import ReplibError
 from replib.data.prompts import Contrast, Dialogue
-from replib.lengths import Lengths, shortened
 from replib.models.load import load
+from replib.training.train import Lengths, shortened
 
 
 @pytest.fixture(scope="module")

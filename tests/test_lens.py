@@ -9,9 +9,9 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
-from replib import lens
+from replib.analysis import logit_lens as lens
+from replib.analysis.logit_lens import compare, logit_lens
 from replib.core.errors import ReplibError
-from replib.lens import compare, logit_lens
 from replib.models.load import load
 
 PROMPT, RESPONSE = "w1 w2 w3 w4", "w5 w6 w7"

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from replib.activations import capture
+from replib.activations.capture import capture
 from replib.localise import error, errors, lens_profile, onset, steepest
 from replib.models.load import load
 from replib.refusals import RefusalTokens, first_logits

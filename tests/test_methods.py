@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from replib.core.errors import ReplibError
-from replib.methods import METHODS, ace, act, fit_edit, full_ot, gaussian_act, leace, linear_act, mean_act
+from replib.edits.methods import METHODS, ace, act, fit_edit, full_ot, gaussian_act, leace, linear_act, mean_act
 from replib.transport.affine import AffineEdit
 
 
@@ -290,7 +290,7 @@ def test_labels_by_lot_and_halves_of_one_class_move_means_far_less(clouds):
 
 
 def test_a_control_of_an_edit_of_all_coordinates_is_refused(clouds):
-    from replib.controls import random_subspace
+    from replib.edits.controls import random_subspace
 
     with pytest.raises(ReplibError, match="no subspace"):
         random_subspace(act)(*(x.double() for x in clouds), 2)

@@ -32,11 +32,11 @@ from replib.data.training_sets import (
 )
 from replib.models.load import load
 from replib.reading import KEPT, RETAIN, SAFE, UNSAFE, Plan, collate, read
-from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.scope import Scope
-from replib.train import train
-from replib.trainer import Steps
+from replib.training.config import TrainConfig
+from replib.training.train import train
+from replib.training.trainer import Steps
 
 LABELS = ("prompt_harm_label", "response_refusal_label", "response_harm_label")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from replib.audit.judges import ExactJudge, Outcome
 from replib.core.settings import Settings, data_dir
 from replib.data.prompts import load_contrasts, load_dialogues, load_prompts
-from replib.judges import ExactJudge, Outcome
 from replib.models.load import load
 from replib.models.self_check import self_check
 from replib.organism import language, mixes, sets, suite, train
@@ -194,7 +194,7 @@ def test_the_surface_holds_trained_settings_of_this_very_model():
 
 @pytest.mark.slow
 def test_the_card_can_be_measured_again():
-    from replib.audit import audit
+    from replib.audit.audit import audit
 
     table = pd.read_csv(FOLDER / "card.csv")
     model = load("aligned")

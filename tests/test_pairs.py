@@ -8,8 +8,8 @@ import tiny
 from test_ablation import DATA
 
 from replib.ablation import Sweeper
+from replib.audit.judges import PhraseJudge
 from replib.cells import Cell
-from replib.judges import PhraseJudge
 from replib.models.load import load
 from replib.pairs import Search, greedy_against_all, shortfall
 from replib.refusals import RefusalTokens

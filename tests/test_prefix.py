@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from replib.activations import capture
-from replib.edits import applied
+from replib.activations.capture import capture
+from replib.edits.apply import applied
 from replib.models.forward import Prefix
 from replib.models.load import load
 from replib.transport.affine import AffineEdit

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from replib import cli
-from replib.activations import capture
+from replib.activations.capture import capture
 from replib.core.settings import data_dir
 from replib.models.load import KNOWN
 from replib.scope import OFFICIAL

@@ -8,7 +8,7 @@ import torch
 
 from replib import refusals
 from replib.core.errors import ReplibError
-from replib.edits import applied
+from replib.edits.apply import applied
 from replib.models.load import load
 from replib.refusals import Answers, RefusalTokens, first_logits, survivors
 from replib.transport.affine import AffineEdit

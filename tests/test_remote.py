@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-from replib import remote
-from replib.activations import capture
+from replib.activations import remote
+from replib.activations.capture import capture
+from replib.activations.remote import outline, trace_capture
 from replib.core.errors import ReplibError
 from replib.models.hooks import SITES
 from replib.models.load import load
-from replib.remote import outline, trace_capture
 
 PROMPTS = ["w1 w2 w3 w4", "w5", "w6 w7 w8 w9 w10 w11", "w12 w13"]
 RESPONSES = ["w1 w2", "w3", "w4 w5 w6", "w7"]

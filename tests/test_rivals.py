@@ -22,13 +22,13 @@ from replib.models.adapters import attached_lora, detached, perturb
 from replib.models.chat_model import ChatModel
 from replib.models.forward import answer_states, answer_tokens, answered
 from replib.models.load import KNOWN, known_table, load
-from replib.objective import reference
 from replib.prompting import INSTRUCTIONS, safety_prompted
-from replib.recipe import TrainConfig
 from replib.reinforced import WHP, Relabelled, TaskArithmetic, merged_tasks, relabelled, train_tasks, train_whp
 from replib.rerouting import RMU, CircuitBreaker
 from replib.rivals import DEFENCES, rival, train_rival
-from replib.train import train
+from replib.training.config import TrainConfig
+from replib.training.objective import reference
+from replib.training.train import train
 
 NEARER = {"gemma2": 0.1}  # its capped logits round more the farther it is from the base
 DOWN = {"gpt2": ("mlp.c_proj",)}

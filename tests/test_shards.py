@@ -11,11 +11,11 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from replib import shards
-from replib.activations import capture, capture_to, finish_capture
+from replib.activations import store as shards
+from replib.activations.capture import capture, capture_to, finish_capture
+from replib.activations.store import Activations
 from replib.core.errors import ReplibError
 from replib.models.load import load
-from replib.shards import Activations
 
 PROMPTS = [f"w{i % 40} " * (1 + i % 7) for i in range(22)]
 

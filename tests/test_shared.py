@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from replib import reader
-from replib.activations import capture, capture_pair, capture_sites
-from replib.edits import applied
+from replib.activations import reader
+from replib.activations.capture import capture, capture_pair, capture_sites
+from replib.edits.apply import applied
 from replib.models.forward import shared_length
 from replib.models.hooks import SITES
 from replib.models.load import load

@@ -4,15 +4,15 @@ import pytest
 import tiny
 import torch
 
-from replib.activations import capture
+from replib.activations.capture import capture
+from replib.audit.judges import Outcome, spelled
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.core.stats import wilson
 from replib.data.prompts import Prompt
 from replib.data.splits import Splits
-from replib.edits import applied
-from replib.judges import Outcome, spelled
-from replib.methods import fit_edit
+from replib.edits.apply import applied
+from replib.edits.methods import fit_edit
 from replib.models.load import load
 from replib.siege import ASSAULTS, Cell, Siege, by_block, success
 from replib.study import Study

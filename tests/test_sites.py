@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from replib.activations import capture_sites
+from replib.activations.capture import capture_sites
 from replib.core.errors import ReplibError
-from replib.edits import applied
+from replib.edits.apply import applied
 from replib.models.hooks import SITES, hooked
 from replib.models.load import load
 from replib.transport.affine import AffineEdit

@@ -9,15 +9,15 @@ import tiny
 import torch
 
 from replib import views
+from replib.analysis.geometry import layer_profile
+from replib.analysis.logit_lens import compare, logit_lens
+from replib.audit.judges import ExactJudge, PhraseJudge
 from replib.commands import run_audit, run_bend, run_sweep
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
-from replib.geometry import layer_profile
-from replib.judges import ExactJudge, PhraseJudge
-from replib.lens import compare, logit_lens
 from replib.models.self_check import token_table
-from replib.recipe import TrainConfig
 from replib.study import Study
+from replib.training.config import TrainConfig
 
 FEW = TrainConfig(steps=2, contrasts=2, retain=2, rank=2, probe_every=2)
 MODELS = {"qwen2": "hf-qwen2.5", "llama": "hf-mistral-v3"}
@@ -76,7 +76,7 @@ def test_every_verb_runs_on_a_foreign_model_and_real_files(foreign):
 def test_an_adapter_that_was_trained_is_read_and_not_trained_again(tmp_path, monkeypatch):
     settings = Settings(out=tmp_path, limit=4)
     first = Study.open(settings).bend(config=FEW)
-    monkeypatch.setattr("replib.train.train", lambda *_a, **_k: pytest.fail("trained again"))
+    monkeypatch.setattr("replib.training.train.train", lambda *_a, **_k: pytest.fail("trained again"))
     again = Study.open(settings).bend(config=FEW)
     assert again.step == first.step
     batch = first.model.encode(["Repeat: sun moon"])

@@ -14,13 +14,13 @@ from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
 from replib.models.forward import below_adapters, read_once
 from replib.models.load import load
-from replib.objective import Lora, reference
-from replib.recipe import TrainConfig
 from replib.repbend import RepBend
-from replib.results import TrainResult
 from replib.rivals import rival
-from replib.train import attach, train
-from replib.watch import check_sane
+from replib.training.config import TrainConfig
+from replib.training.objective import Lora, reference
+from replib.training.result import TrainResult
+from replib.training.train import attach, train
+from replib.training.trainer import check_sane
 
 CONTRASTS = [Contrast(f"w{i} w{i + 1}", "w30 w31", "w32 w33 w34") for i in range(3)]
 DATA = BendData(CONTRASTS, [Dialogue(f"w{i} w9", f"w{i} w8") for i in range(3)])

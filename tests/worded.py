@@ -2,7 +2,7 @@
 
 import zlib
 
-from replib.judges import Outcome
+from replib.audit.judges import Outcome
 
 
 class WordJudge:

@@ -10,26 +10,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from replib.audit import Task
+from replib.audit.audit import Task
+from replib.audit.judges import spelled
 from replib.core.errors import Diverged
 from replib.core.settings import Settings
 from replib.core.storage import key_of, versions
 from replib.data.mixtures import DefenceData, defence_data
-from replib.judges import spelled
-from replib.keeper import default_choice
 from replib.models.adapters import attached, merged, merged_copy
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.objective import Objective
 from replib.organism.contenders import BENIGN, CONTENDERS
 from replib.prompting import safety_prompted
-from replib.reinforced import Fit
 from replib.repbend import RepBend
 from replib.rerouting import RMU
-from replib.results import TrainResult
 from replib.rivals import Rival, prepares, train_rival
 from replib.study import Study
-from replib.train import train
+from replib.training.model_selection import default_choice
+from replib.training.objective import Objective
+from replib.training.result import TrainResult
+from replib.training.train import Fit, train
 
 PROBED, ASKED = 32, 64  # prompts of a validation task, and of a test task
 TOKENS = 40  # of an answer at most

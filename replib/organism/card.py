@@ -6,10 +6,10 @@ import argparse
 
 import pandas as pd
 
-from replib.audit import AuditTable, audit
+from replib.audit.audit import AuditTable, audit
+from replib.audit.judges import ExactJudge
 from replib.core.settings import data_dir
 from replib.core.storage import write_text
-from replib.judges import ExactJudge
 from replib.models.load import load
 from replib.organism.language import WRAPPERS
 from replib.organism.mixes import REFUSED_WRAPPERS, RESIDUE

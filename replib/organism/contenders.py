@@ -18,11 +18,11 @@ from typing import NamedTuple
 from replib.bend import BendConfig
 from replib.likelihood import DPO, NPO, SFT, Keep
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.recipe import TrainConfig
 from replib.reinforced import WHP, TaskArithmetic
 from replib.repbend import RepBend
 from replib.rerouting import RMU, CircuitBreaker
 from replib.rivals import Rival
+from replib.training.config import TrainConfig
 
 ROWS, UNSAFE = 48, 16  # rows of a step, and those of them that are unsafe where others are retained
 BENIGN = 2.5  # retained answers among the safe ones, for each refusal: so many RepBend's preset reads in a step

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from replib.activations import capture
+from replib.activations.capture import capture
+from replib.analysis.geometry import PARTS, layer_profile, relative_gaps
 from replib.asked import Asked, strongest
-from replib.attribution import variants
 from replib.core.errors import ReplibError
 from replib.core.stats import letters
 from replib.data.prompts import Dialogue, Prompt
 from replib.depth import TOKENS, answer_states, token_edits
-from replib.edits import Edited
-from replib.gap import PARTS, features, relative_gaps
-from replib.geometry import layer_profile
+from replib.edits.apply import Edited
+from replib.edits.controls import variants
+from replib.edits.methods import Method, fit_edit, pca_ot
+from replib.gap import features
 from replib.localise import lens_profile
-from replib.methods import Method, fit_edit, pca_ot
 from replib.minimum import STRENGTHS, least_strengths, scaled
 from replib.models.chat_model import ChatModel
 from replib.organism.language import comply

@@ -23,22 +23,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from replib.audit import Task
+from replib.audit.audit import Task
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.storage import Rows, finished, key_of, write_text
 from replib.harden import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
 from replib.hardening import Hardening
-from replib.interpolation import SHARES, interpolated
 from replib.models.adapters import attached, merged
 from replib.models.load import load
-from replib.objective import Objective
 from replib.organism.bench import TOKENS, Bench, Watch, saved
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.recipe import TrainConfig
 from replib.repbend import RepBend
 from replib.siege import ASSAULTS, Cell, success, worst_by_block
-from replib.train import train
+from replib.training.config import TrainConfig
+from replib.training.model_selection import SHARES, interpolated
+from replib.training.objective import Objective
+from replib.training.train import train
 
 SEEDS, ASKED, PROBED = range(3), 48, 24  # prompts of a test task and of every edit, and of a validation task
 

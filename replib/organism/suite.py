@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from replib.attacks import Attack
-from replib.audit import Task
+from replib.audit.attacks import Attack
+from replib.audit.audit import Task
 from replib.data.prompts import load_prompts
 from replib.organism.language import WRAPPERS
 

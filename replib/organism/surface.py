@@ -36,22 +36,22 @@ from typing import Any
 
 import torch
 
-from replib.audit import outcome
+from replib.audit.audit import outcome
 from replib.bend import BendConfig
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.storage import Rows, finished, key_of, versions, write_text
-from replib.keeper import Probe
 from replib.models.adapters import merged_copy
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.recipe import TrainConfig
 from replib.references import References
 from replib.repbend import RepBend
-from replib.results import TrainResult
 from replib.study import PROBED, Study
-from replib.train import train
+from replib.training.config import TrainConfig
+from replib.training.model_selection import Probe
+from replib.training.result import TrainResult
+from replib.training.train import train
 
 ALPHAS, BETAS, GAMMAS = (0.0, 0.02, 0.08, 0.32), (0.0, 3.0, 30.0, 300.0), (10.0, 100.0, 1000.0)
 SWEEPS = {"alpha": (0.04, 0.16, 0.64), "beta": (0.3, 1.0, 10.0, 100.0), "gamma": (0.0, 30.0, 300.0)}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from replib.audit.judges import Judge, Outcome
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.core.stats import wilson
 from replib.core.storage import Rows, content_hash, versions, write_text
 from replib.data.prompts import Prompt
-from replib.judges import Judge, Outcome
 from replib.models.chat_model import ChatModel
 
 

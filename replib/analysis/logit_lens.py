@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from replib.analysis.divergence import js_discrete
 from replib.core.errors import ReplibError
 from replib.core.storage import versions
-from replib.geometry import js_discrete
 from replib.models.chat_model import ChatModel, check_layers
 from replib.models.hooks import Hook, hooked
 from replib.models.tokens import Batch

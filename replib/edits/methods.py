@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.controls import CONTROLS
 from replib.core.errors import ReplibError
+from replib.edits.controls import CONTROLS
 from replib.models.tokens import Position
 from replib.transport.affine import AffineEdit, Edit, SupportedEdit
 from replib.transport.gaussian_map import GaussianMap

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from replib.core.errors import ReplibError
-from replib.gates import Gate, Phase, Watch
+from replib.edits.gates import Gate, Phase, Watch
 from replib.models.chat_model import ChatModel, check_layers
 from replib.models.hooks import SITES, Hook, check_site, hooked
 from replib.transport.affine import Edit, Origin, check_strength

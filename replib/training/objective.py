@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from replib.models.chat_model import ChatModel, evaluating
-from replib.recipe import TrainConfig
+from replib.training.config import TrainConfig
 
 
 class Part(NamedTuple):

@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations import packed, parted, provenance
+from replib.activations.capture import packed, parted, provenance
+from replib.activations.reader import Reader, Request
+from replib.activations.store import Activations
 from replib.core.errors import ReplibError
 from replib.models.chat_model import ChatModel
 from replib.models.forward import Beginning
 from replib.models.hooks import SITES, tap
 from replib.models.load import _config, _template, _tokenizer
 from replib.models.tokens import Batch, Chosen
-from replib.reader import Reader, Request
-from replib.shards import Activations
 
 KEY = "NDIF_API_KEY"
 Where = Literal["local"] | bool

@@ -3,27 +3,75 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from transformers import set_seed
 
-from replib.checkpoints import Checkpoints, claimed, released
 from replib.core.distributed import is_first, shared, splits
 from replib.core.errors import Diverged, ReplibError
 from replib.core.storage import content_hash, versions
-from replib.keeper import Keeper, Probe, default_choice
-from replib.lengths import Lengths
+from replib.data.mixtures import DefenceData
+from replib.data.prompts import Contrast, Dialogue
 from replib.models.adapters import attached_lora, perturb, undone, unfrozen
 from replib.models.architecture import adapter_hash
 from replib.models.chat_model import ChatModel
-from replib.objective import Lora, Objective
-from replib.recipe import TrainConfig, said_of_full
-from replib.results import TrainResult
-from replib.trainer import DefenceTrainer, Steps, arguments
+from replib.training.checkpoints import Checkpoints, claimed, released
+from replib.training.config import TrainConfig, said_of_full
+from replib.training.model_selection import Keeper, Probe, default_choice
+from replib.training.objective import Lora, Objective
+from replib.training.result import TrainResult
+from replib.training.trainer import DefenceTrainer, Steps, arguments
+
+T = TypeVar("T", Contrast, Dialogue)
+ANSWERS = {Contrast: ("safe_response", "unsafe_response"), Dialogue: ("response",)}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens at most, of the instruction and of the answer."""
+
+    request: int = 512
+    response: int = 512
+
+    def __post_init__(self) -> None:
+        if min(self.request, self.response) < 1:
+            raise ReplibError(f"{self}: no token of a prompt or of an answer would be left; allow one at least.")
+
+    def cut(self, chat: ChatModel, lists: Mapping[str, Sequence[T]]) -> dict[str, list[T]]:
+        """The same lists within these lengths, with a warning that counts what was cut."""
+        found = {name: [self._fitted(chat, row) for row in rows] for name, rows in lists.items()}
+        changed = sum(a != b for name in lists for a, b in zip(lists[name], found[name], strict=True))
+        if changed:
+            warnings.warn(
+                f"{changed} of {sum(map(len, lists.values()))} dialogues were longer than {self.request} tokens of "
+                f"prompt or {self.response} of answer: they lost their end.",
+                stacklevel=3,
+            )
+        return found
+
+    def _fitted(self, chat: ChatModel, row: T) -> T:
+        if type(row) not in ANSWERS:  # one with a label for each token of its answer
+            return row
+        limits = {"prompt": self.request} | dict.fromkeys(ANSWERS[type(row)], self.response)
+        return replace(row, **{name: shortened(chat, getattr(row, name), n) for name, n in limits.items()})
+
+
+def shortened(chat: ChatModel, text: str, tokens: int) -> str:
+    """The beginning of a text that has so many tokens at most; the text itself where it is short enough."""
+    if len(text) <= tokens:  # a token is a character at least
+        return text
+    while len(places := _places(chat, text)) > tokens:  # at a new end the tokens may be others
+        text = text[: places[tokens][0]]  # the beginning, since a token may be part of a character
+    return text
+
+
+def _places(chat: ChatModel, text: str) -> list[tuple[int, int]]:
+    """Where each token of a text begins and ends, in characters."""
+    return chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
 def train(
@@ -163,3 +211,6 @@ def attach(model: ChatModel, config: TrainConfig, lora: Lora | None = None, name
             warnings.simplefilter("ignore", FutureWarning)  # the newer name is not in every transformers 5
             tuned.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return tuned
+
+
+Fit = Callable[[ChatModel, DefenceData, Objective], TrainResult]

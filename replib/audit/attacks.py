@@ -1,12 +1,12 @@
 """Ways to ask past a refusal: jailbreak wrappers and prefills, text in and text out, for any model.
 
-Attacks that are searched for on one model, suffixes and embeddings, are in ``replib.optimised``.
+Attacks that are searched for on one model, suffixes and embeddings, are in ``replib.audit.gradient_attacks``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from replib.audit import Task
+from replib.audit.audit import Task
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import BatchEncoding
 
-from replib.attacks import OPENING, Attack
+from replib.audit.attacks import OPENING, Attack
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 from replib.models.chat_model import ChatModel

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from replib.core.errors import ReplibError
+from replib.core.stats import crossed, crossed_rate
 from replib.transport.affine import AffineEdit
 
 Fit = Callable[[Tensor, Tensor, int], AffineEdit]
@@ -98,3 +101,26 @@ CONTROLS = {
 }
 BY_CHANCE = ("random_subspace", "random_labels", "harmless_split")
 """Those that draw, and take a ``seed``."""
+FULL = "full"
+
+
+def variants(fit: Fit, draws: int = 3) -> dict[str, list[Fit]]:
+    """The fit itself and each of its controls, those of chance with as many seeds as ``draws``."""
+    seeds = [{"seed": i} for i in range(draws)]
+    return {FULL: [fit]} | {
+        name: [control(fit, **seed) for seed in (seeds if name in BY_CHANCE else [{}])]
+        for name, control in CONTROLS.items()
+    }
+
+
+def attributed(rates: dict[str, Float[np.ndarray, "seeds prompts"]]) -> pd.DataFrame:
+    """Success of each variant, and how much less it is than that of the full edit on the same prompts and seeds.
+
+    Columns: variant, value, low, high, n, ``less``, ``less_low``, ``less_high``; intervals are ``audit.crossed``'s.
+    """
+    rows = []
+    for name, values in rates.items():
+        gap = rates[FULL] - values
+        rate = values.mean(), *crossed_rate(values), values.size
+        rows.append((name, *rate, gap.mean(), *crossed(gap)))
+    return pd.DataFrame(rows, columns=["variant", "value", "low", "high", "n", "less", "less_low", "less_high"])

@@ -1,0 +1,1 @@
+"""Activations of prompts: capture, batched reading, storage on disk, remote capture."""

@@ -1,0 +1,1 @@
+"""What activations show: geometry, divergence, probes, logit lens."""

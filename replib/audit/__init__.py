@@ -1,0 +1,1 @@
+"""Attacks, judges and the table of success rates."""

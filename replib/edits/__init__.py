@@ -1,0 +1,1 @@
+"""Edits of activations: methods that fit them, contexts that apply them, null controls."""

@@ -1,0 +1,1 @@
+"""Training of an adapter by any objective: configuration, trainer, checkpoints, model selection."""
