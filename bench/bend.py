@@ -45,12 +45,11 @@ from capture import machine, peak_bytes
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from replib.bend import BendConfig
 from replib.data.prompts import Contrast, Dialogue, load_dialogues, load_prompts
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import References, RepBend
 from replib.models.chat_model import ChatModel, evaluating
 from replib.models.tokens import Row
-from replib.references import References
-from replib.repbend import RepBend
 from replib.training.config import TrainConfig
 from replib.training.train import attach
 

@@ -10,10 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from replib.ablation.localisation import AT_DEPTH
 from replib.core.stats import Measured, numbers, spearman
 from replib.figure_parts import band, cases, curve_lines, need, whiskers
 from replib.figure_style import AMBER, BLUE, DASHES, GREY, INK, SYMBOLS, VERMILLION, colour_bar, dress, safe
-from replib.predictor import AT_DEPTH
 
 COLUMNS = 4
 Panels = Mapping[str, Mapping[str, Measured]]

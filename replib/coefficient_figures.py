@@ -12,9 +12,9 @@ from plotly.subplots import make_subplots
 
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, Numbers, numbers
+from replib.defences.tuning import pareto
 from replib.figure_parts import cases, curve_lines, need, whiskers
 from replib.figure_style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, dress, faint, safe, styled
-from replib.tuning import pareto
 
 NAMED = 8  # points that can be labelled without overlap; more are named on hovering
 

@@ -9,25 +9,24 @@ from typing import Any
 
 import torch
 
+from replib.ablation.fit import check_names, grid
+from replib.ablation.sweep_report import SweepReport, sweep_price
 from replib.activations.capture import capture_to, finish_capture, price
-from replib.cells import check_names, grid
 from replib.core.distributed import is_first, own_device, together
 from replib.core.settings import Settings
 from replib.core.storage import write_text
 from replib.data.prompts import Prompt, load_prompts
 from replib.data.splits import check_world
+from replib.defences.catalogue import Rival
+from replib.defences.repbend.presets import named
+from replib.defences.tuning import ranges_around, tune
 from replib.defend import defend, suited
 from replib.harden import harden, inner_of, schedule
 from replib.models.hooks import check_site
 from replib.models.load import load
 from replib.models.tokens import Position, check_positions
-from replib.presets import named
-from replib.rivals import Rival
-from replib.search import ranges_around, study_objective
+from replib.search import study_objective
 from replib.study import BASELINES, Study
-from replib.sweep_price import sweep_price
-from replib.sweep_report import SweepReport
-from replib.tuning import tune
 
 SWEPT = (("pca_ot", "last_prompt"), ("pca_ot", "all"), *BASELINES)
 
@@ -49,7 +48,7 @@ def run_bend(
     save_every: int | None = None,
     say: Callable[[str], object] = print,
 ) -> Path:
-    """``replib bend``: train an adapter with a preset (``replib.presets``), single coefficients changed.
+    """``replib bend``: train an adapter with a preset (``replib.defences.repbend.presets``), single coefficients changed.
 
     Stopped or killed, the same command goes on from the last checkpoint. Under torchrun or ``accelerate launch`` (see
     ``replib/training/configs``) processes train together, each on micro-batches of its own.

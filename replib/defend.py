@@ -8,9 +8,9 @@ from pathlib import Path
 from replib.core.errors import ReplibError
 from replib.core.storage import content_hash, key_of, versions
 from replib.data.mixtures import DefenceData, defence_data
+from replib.defences.catalogue import Rival, prepares, rival, train_rival
+from replib.defences.organism_grid import BENIGN, ORGANISM
 from replib.models.chat_model import ChatModel
-from replib.organism.contenders import BENIGN, ORGANISM
-from replib.rivals import Rival, prepares, rival, train_rival
 from replib.study import Study
 from replib.training.model_selection import Probe
 from replib.training.objective import Objective

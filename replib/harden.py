@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from replib.adversary import Arsenal
+from replib.ablation.adaptive_attack import success
 from replib.core.errors import check_choice
 from replib.core.storage import key_of
 from replib.data.mixtures import BendData, DefenceData, defence_data
-from replib.hardening import Hardened, Hardening
-from replib.likelihood import Keep, Retention
+from replib.defences.adversary import Arsenal
+from replib.defences.hardening import Hardened, Hardening
+from replib.defences.repbend.objective import RepBend
+from replib.defences.sft import Keep, Retention
 from replib.models.chat_model import ChatModel
-from replib.repbend import RepBend
-from replib.siege import success
 from replib.study import PROBED, Study
 from replib.training.config import TrainConfig
 from replib.training.model_selection import interpolated

@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
+from replib.ablation.adaptive_attack import ASSAULTS, GOAL
 from replib.core.stats import Measured, crossed, crossed_rate, letters
-from replib.siege import ASSAULTS, GOAL
 from replib.standings import Matrix, Standings
 
 KEPT = ("harmless", "borderline", "skill")

@@ -15,15 +15,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from replib.ablation.localisation import Features, errors, leave_one_out, onset, scores, steepest, within_models
+from replib.ablation.robustness import PROMPT, holding
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, crossed, crossed_rate, letters
-from replib.depth import PROMPT
 from replib.edits.controls import attributed
-from replib.gap import Features
-from replib.localise import errors, onset, steepest
-from replib.minimum import holding
 from replib.packed import Packed, read_packed
-from replib.predictor import leave_one_out, scores, within_models
 
 UNDEFENDED, UNTUNED = "aligned", "base"
 BLOCKS = {"target": "success", "model": "title"}

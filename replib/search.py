@@ -1,24 +1,18 @@
-"""What `replib.tuning` searches over: trainings of a study, measured on validation prompts; and what mattered."""
+"""What `replib.defences.tuning` searches over: trainings of a study, measured on validation prompts; and what mattered."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
 
-import pandas as pd
-
-from replib.bend import BendConfig
 from replib.core.storage import key_of
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import References, RepBend
 from replib.models.load import load
-from replib.references import References
-from replib.repbend import RepBend
 from replib.study import Study
 from replib.training.config import TrainConfig
 from replib.training.model_selection import Probe
 from replib.training.train import train
-from replib.tuning import MAXIMISE, MINIMISE, RANGES, Tuning, need_optuna
 
 AVERAGED = 4  # training steps up to the kept one over which the KL is averaged: one batch alone is noisy
 
@@ -57,32 +51,3 @@ def study_objective(study: Study, bend: BendConfig | None = None, config: TrainC
     """The objective of a study for ``tune``: its preset, or the given configuration, at other coefficients."""
     preset = study.preset()
     return StudyObjective(study, bend or preset[0], config or preset[1])
-
-
-def ranges_around(bend: BendConfig, factor: float = 10.0) -> dict[str, tuple[float, float]]:
-    """From a ``factor`` below to a ``factor`` above a configuration; the default range where it has a zero."""
-    values = {name: getattr(bend, name) for name in RANGES}
-    return {name: (x / factor, x * factor) if x else RANGES[name] for name, x in values.items()}
-
-
-def importances(tuning: Tuning, *, ranges: Mapping[str, tuple[float, float]] = RANGES, seed: int = 0) -> dict[str, Any]:
-    """Share of each objective's variance by fANOVA (Hutter, Hoos and Leyton-Brown 2014), on Optuna's random forest.
-
-    Returns:
-        Objective -> a row a coefficient, with the share that it explains ``alone``; shares are scaled to add up to 1.
-        Fewer than two trials, or trials that all ended alike, explain nothing: shares of 0.
-    """
-    optuna = need_optuna()
-    spaces = {name: optuna.distributions.FloatDistribution(*ends, log=True) for name, ends in ranges.items()}
-    found = {}
-    for name in (*MINIMISE, *MAXIMISE):
-        shares = dict.fromkeys(RANGES, 0.0)
-        if tuning.table[name].nunique() > 1:
-            search = optuna.create_study()
-            for row in tuning.table.to_dict("records"):
-                point = {c: row[c] for c in RANGES}
-                search.add_trial(optuna.create_trial(params=point, distributions=spaces, value=row[name]))
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-            shares |= optuna.importance.get_param_importances(search, evaluator=evaluator)
-        found[name] = pd.DataFrame({"alone": [shares[c] for c in RANGES]}, index=list(RANGES))
-    return found

@@ -16,31 +16,31 @@ import numpy as np
 import pandas as pd
 import torch
 
-from replib.ablation import Sweeper
+from replib.ablation.adaptive_attack import Siege
+from replib.ablation.damage import Aside, Gauge
+from replib.ablation.fit import AblationData
+from replib.ablation.refusal_score import RefusalTokens
+from replib.ablation.sweep import Sweeper
 from replib.activations.capture import capture, capture_pair
 from replib.activations.store import Activations
 from replib.audit.attacks import attack_tasks
 from replib.audit.audit import AuditTable, Task, audit, probe_of
 from replib.audit.judges import ExactJudge, Judge, PhraseJudge, is_refusal
-from replib.bend import BendConfig
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.core.storage import content_hash, key_of, versions
-from replib.damage import Aside, Gauge
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues, load_prompts
 from replib.data.splits import Splits, check_world, prompt_splits
-from replib.fitting import AblationData
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import RepBend
+from replib.defences.repbend.presets import named
 from replib.models.adapters import merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.organism.language import REFUSAL
 from replib.organism.suite import organism_tasks
 from replib.packed import Packed, packed_file
-from replib.presets import named
-from replib.refusals import RefusalTokens
-from replib.repbend import RepBend
-from replib.siege import Siege
 from replib.training.config import TrainConfig
 from replib.training.result import TrainResult, trained_by
 from replib.training.train import train

@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from replib.ablation.adaptive_attack import ASSAULTS
 from replib.coefficient_figures import Sweep, importance, pareto_front, sensitivity
 from replib.core.stats import Measured
+from replib.defences.tuning import Tuning
 from replib.figures import layer_lines
 from replib.hardness import Hardness
 from replib.response import COEFFICIENTS, Response, Surface
-from replib.siege import ASSAULTS
 from replib.standings import MEASURES, Standings
-from replib.tuning import Tuning
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 SHOWN = ("attack", "prefill", "harmless", "borderline")

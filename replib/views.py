@@ -10,10 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from replib.ablation.fit import window
+from replib.ablation.sweep import best_of
 from replib.activations.store import Activations
 from replib.analysis.geometry import LayerProfile, pca
 from replib.analysis.logit_lens import LensComparison, LensTrajectory
-from replib.cells import window
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured
 from replib.edits.methods import METHODS
@@ -29,7 +30,6 @@ from replib.figures import (
     tradeoff_scatter,
     training_curves,
 )
-from replib.ranking import best_of
 from replib.training.result import TrainResult
 
 LABELS = ("harmful", "harmless")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from replib.gap import Features
+from replib.ablation.localisation import Features
 from replib.holds import Holds
 
 PROMPTS, LAYERS = 24, 6

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from resumed import CONFIG, DATA
 
-from replib.bend import BendConfig
 from replib.core.distributed import is_split, splits, whole
 from replib.core.errors import ReplibError
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import RepBend
 from replib.models.load import load
-from replib.repbend import RepBend
 from replib.training.objective import reference
 from replib.training.train import train
 from replib.training.trainer import DefenceTrainer

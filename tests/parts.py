@@ -1,7 +1,7 @@
 """The parts of an objective put together again, for tests that compare them with a whole."""
 
-from replib.bend import BendTerms
-from replib.repbend import RepBend
+from replib.defences.repbend.loss import BendTerms
+from replib.defences.repbend.objective import RepBend
 
 LISTS = ("contrasts", "retain", "complied", "safe", "unsafe")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from replib.bend import BendConfig
 from replib.core import storage as store
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import RepBend
 from replib.models.load import load
-from replib.repbend import RepBend
 from replib.training import checkpoints
 from replib.training.config import TrainConfig
 from replib.training.train import train

@@ -7,22 +7,18 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation import ANSWERS, FIRST, Sweeper, sweep_layers
+from replib.ablation.damage import Aside, Gauge, token_kl
+from replib.ablation.fit import AblationData, Cell, fit_edits, grid
+from replib.ablation.refusal_score import RefusalTokens, Screen, first_logits, survivors
+from replib.ablation.sweep import ANSWERS, FIRST, Sweeper, ordered, sweep_layers
+from replib.ablation.sweep_report import sweep_price
 from replib.activations.capture import capture
 from replib.audit.judges import PhraseJudge
-from replib.cells import Cell, grid
 from replib.core.errors import ReplibError
-from replib.damage import Aside, Gauge
 from replib.data.prompts import Prompt
 from replib.edits.apply import applied
 from replib.edits.methods import METHODS
-from replib.fitting import AblationData, fit_edits
-from replib.forced import token_kl
 from replib.models.load import load
-from replib.ranking import ordered
-from replib.refusals import RefusalTokens, first_logits, survivors
-from replib.screen import Screen
-from replib.sweep_price import sweep_price
 
 HARMFUL = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 20)]
 HARMLESS = [f"w{i} w{(2 * i) % 40}" for i in range(20, 38)]

@@ -7,9 +7,9 @@ import tiny
 import torch
 
 from replib.activations.capture import capture
-from replib.adversary import Adversary, Arsenal, Drawn
 from replib.core.errors import ReplibError
 from replib.data.prompts import Contrast, Dialogue
+from replib.defences.adversary import Adversary, Arsenal, Drawn
 from replib.edits.apply import applied, applied_each
 from replib.edits.methods import fit_edit
 from replib.models.load import load

@@ -6,13 +6,12 @@ import torch
 from steered import random_edit
 from worded import WordJudge
 
-from replib.asked import Asked, strongest
+from replib.ablation.edited_generation import Asked, Scorer, strongest
 from replib.audit.judges import spelled
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 from replib.edits.apply import applied, applied_each
 from replib.models.load import load
-from replib.scoring import Scorer
 
 PROMPTS = [Prompt(text) for text in ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10", "w11 w12 w13")]
 PLACE = ("resid_post", 1)

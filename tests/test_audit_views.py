@@ -5,8 +5,8 @@ import pytest
 from examined import LAYERS, SEEDS, examined
 
 from replib import audit_views
+from replib.ablation.localisation import errors
 from replib.core.errors import ReplibError
-from replib.localise import errors
 
 FOUND = examined()
 NAMES = [*SEEDS]

@@ -9,14 +9,15 @@ import tiny
 import torch
 from parts import bend_terms, items_of
 
-from replib.bend import BendConfig, BendTerms, anchored_cosine, bend_loss, distance, kl_divergence, mean_cosine
 from replib.core.errors import ReplibError
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
+from replib.defences.losses import distance, kl_divergence
+from replib.defences.repbend.batch import RETAIN, SAFE, TURNED, UNSAFE, Plan, collate, read
+from replib.defences.repbend.config import BendConfig, Scope
+from replib.defences.repbend.loss import BendTerms, anchored_cosine, bend_loss, mean_cosine
+from replib.defences.repbend.objective import RepBend
 from replib.models.load import load
-from replib.reading import RETAIN, SAFE, TURNED, UNSAFE, Plan, collate, read
-from replib.repbend import RepBend
-from replib.scope import Scope
 from replib.training.config import TrainConfig
 from replib.training.model_selection import default_choice
 from replib.training.result import TrainResult

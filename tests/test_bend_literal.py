@@ -12,12 +12,12 @@ import tiny
 import torch
 from parts import bend_terms, items_of
 
-from replib.bend import LOSS_MODES, BendConfig, BendTerms, bend_loss
 from replib.data.prompts import Contrast, Dialogue
+from replib.defences.repbend.batch import Plan, collate, read
+from replib.defences.repbend.config import FIDELITIES, LOSS_MODES, BendConfig, Scope
+from replib.defences.repbend.loss import BendTerms, bend_loss
+from replib.defences.repbend.presets import ORGANISM_BEND
 from replib.models.load import load
-from replib.presets import ORGANISM_BEND
-from replib.reading import Plan, collate, read
-from replib.scope import FIDELITIES, Scope
 from replib.training.config import TrainConfig
 from replib.training.train import attach
 

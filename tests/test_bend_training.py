@@ -10,16 +10,16 @@ from parts import bend_terms, items_of
 from transformers import TrainerCallback
 
 from replib import cli
-from replib.bend import BendConfig, bend_loss, distance, remembered, weights
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
+from replib.defences.losses import distance
+from replib.defences.repbend.config import FIDELITIES, OFFICIAL, BendConfig, Scope, announced
+from replib.defences.repbend.loss import bend_loss, remembered, weights
+from replib.defences.repbend.objective import RepBend
+from replib.defences.repbend.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, named
 from replib.models.load import load
-from replib.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, named
-from replib.recipe import announced
-from replib.repbend import RepBend
-from replib.scope import FIDELITIES, OFFICIAL, Scope
 from replib.study import Study
 from replib.training.config import TrainConfig
 from replib.training.train import attach, train

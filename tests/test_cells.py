@@ -3,13 +3,12 @@
 import pytest
 import tiny
 
-from replib.ablation import Sweeper
+from replib.ablation.fit import AblationData, Cell, cells_of, checked, grid, possible_ks, window
+from replib.ablation.sweep import Sweeper
 from replib.audit.judges import PhraseJudge
-from replib.cells import Cell, cells_of, checked, grid, possible_ks, window
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 from replib.edits.methods import METHODS
-from replib.fitting import AblationData
 from replib.models.load import load
 from replib.views import edit_name
 

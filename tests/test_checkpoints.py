@@ -16,8 +16,8 @@ from resumed import CONFIG, DATA, drift, outcome, paper, same, trained
 from replib.core.errors import ReplibError
 from replib.data.mixtures import BendData
 from replib.data.prompts import Dialogue
+from replib.defences.repbend.objective import RepBend
 from replib.models.load import load
-from replib.repbend import RepBend
 from replib.training.checkpoints import Checkpoints, differences
 from replib.training.config import TrainConfig
 from replib.training.result import TrainResult

@@ -14,14 +14,15 @@ from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.stats import crossed, crossed_rate, wilson
 from replib.core.storage import Rows, finished
+from replib.defences import organism_grid as contenders
+from replib.defences.catalogue import DEFENCES
+from replib.defences.organism_grid import CHOSEN, CONTENDERS, ORGANISM
+from replib.defences.repbend.objective import RepBend
 from replib.models.load import load
 from replib.organism import bench as benches
-from replib.organism import comparison, contenders
+from replib.organism import comparison
 from replib.organism.bench import Bench, Run
 from replib.organism.comparison import SEEDS, choice, cost, finals, missing, pack, trials
-from replib.organism.contenders import CHOSEN, CONTENDERS, ORGANISM
-from replib.repbend import RepBend
-from replib.rivals import DEFENCES
 from replib.standings import MEASURES, Standings
 
 

@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
+from replib.ablation.damage import Aside, Gauge, damage
 from replib.audit.audit import rates
 from replib.audit.judges import Outcome
 from replib.core.errors import ReplibError
-from replib.damage import Aside, Gauge, damage
 from replib.data.prompts import Prompt
 from replib.edits.apply import applied
 from replib.models.load import load
@@ -85,7 +85,7 @@ def test_the_model_is_left_as_it_was_and_the_unedited_side_is_found_once(model, 
         before = model.forward(batch)
         gauge = Gauge(model, ASIDE, ByLength(), max_new_tokens=6)
         first = gauge(edit(model))
-        monkeypatch.setattr("replib.forced.Forced.own", lambda *_a, **_k: pytest.fail("read again"))
+        monkeypatch.setattr("replib.ablation.damage.Forced.own", lambda *_a, **_k: pytest.fail("read again"))
         assert gauge(edit(model)).equals(first)
         assert torch.equal(model.forward(batch), before)
 

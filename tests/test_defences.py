@@ -7,19 +7,12 @@ import pytest
 import torch
 
 from replib.core.errors import ReplibError
-from replib.defences import (
-    LogProbs,
-    Pair,
-    breaker_schedule,
-    circuit_breaker,
-    dpo,
-    generic_logits,
-    merge_lora,
-    npo,
-    rmu,
-    rmu_target,
-    task_arithmetic,
-)
+from replib.defences.circuit_breaker import breaker_schedule, circuit_breaker
+from replib.defences.losses import LogProbs, Pair
+from replib.defences.preference import dpo, npo
+from replib.defences.rmu import rmu, rmu_target
+from replib.defences.task_arithmetic import merge_lora, task_arithmetic
+from replib.defences.whp import generic_logits
 
 LAYERS, ROWS, TOKENS, DIM = 2, 3, 4, 5
 PLACES = [(layer, token) for layer in range(LAYERS) for token in range(TOKENS)]

@@ -10,11 +10,13 @@ from replib import defend as module
 from replib.commands import run_defend
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
+from replib.defences.catalogue import DEFENCES, Rival
+from replib.defences.organism_grid import ORGANISM
+from replib.defences.preference import NPO
+from replib.defences.sft import SFT
+from replib.defences.task_arithmetic import TaskArithmetic
+from replib.defences.whp import WHP
 from replib.defend import defend, suited
-from replib.likelihood import NPO, SFT
-from replib.organism.contenders import ORGANISM
-from replib.reinforced import WHP, TaskArithmetic
-from replib.rivals import DEFENCES, Rival
 from replib.study import Study
 from replib.training.config import TrainConfig
 

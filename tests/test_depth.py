@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
+from replib.ablation.robustness import ON_ANSWER, PROMPT, SPAN, answer_states, named, token_edits
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.data.prompts import Dialogue
-from replib.depth import ON_ANSWER, PROMPT, SPAN, answer_states, named, token_edits
 from replib.models.load import load
 
 ANSWER = "w1 w2 w3 w4 w5"

@@ -5,14 +5,21 @@ import pytest
 import tiny
 import torch
 
+from replib.ablation.refusal_direction import (
+    Direction,
+    Filters,
+    angular_edits,
+    mean_gaps,
+    select_direction,
+    steering_plane,
+)
+from replib.ablation.refusal_score import RefusalTokens, first_logits, survivors
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
-from replib.directions import Direction, Filters, angular_edits, mean_gaps, select_direction, steering_plane
 from replib.edits.apply import applied
 from replib.edits.gates import Gate
 from replib.edits.methods import fit_edit
 from replib.models.load import load
-from replib.refusals import RefusalTokens, first_logits, survivors
 from replib.study import Study
 from replib.transport.affine import AffineEdit
 

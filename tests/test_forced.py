@@ -6,13 +6,13 @@ import pytest
 import tiny
 import torch
 
+from replib.ablation.damage import Forced, token_kl
+from replib.ablation.refusal_score import first_logits
 from replib.core.errors import ReplibError
 from replib.core.stats import mean_over, perplexity
 from replib.edits.apply import applied
-from replib.forced import Forced, token_kl
 from replib.models import forward as passes
 from replib.models.load import load
-from replib.refusals import first_logits
 from replib.transport.affine import AffineEdit
 
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10"]

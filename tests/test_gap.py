@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from replib.ablation.localisation import features
 from replib.analysis.geometry import layer_profile, relative_gaps
-from replib.gap import features
 
 
 def clouds(n=200, d=12, shift=0.0, scale=1.0, seed=0):

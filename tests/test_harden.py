@@ -9,13 +9,13 @@ import tiny
 import torch
 
 from replib import harden as module
-from replib.adversary import Arsenal
 from replib.commands import run_harden
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
+from replib.defences.adversary import Arsenal
+from replib.defences.hardening import Hardening
+from replib.defences.repbend.objective import RepBend
 from replib.harden import ELSEWHERE, HARDENING, TRAIN, harden, hardened, inner_of, schedule
-from replib.hardening import Hardening
-from replib.repbend import RepBend
 from replib.study import Study
 
 FEW = {"steps": 2, "contrasts": 2, "retain": 2, "probe_every": 2, "save_every": 0}

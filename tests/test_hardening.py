@@ -8,12 +8,13 @@ import torch
 from resumed import CONFIG, DATA, drift, outcome, paper, same
 from test_checkpoints import stopping
 
-from replib.adversary import Adversary, Arsenal, Drawn
 from replib.core.errors import ReplibError
 from replib.data.mixtures import DefenceData
 from replib.data.prompts import Contrast, Dialogue
-from replib.hardening import Hardened, Hardening, refusal_loss, refusals
-from replib.likelihood import SFT, Keep, Retention, cross_entropy
+from replib.defences.adversary import Adversary, Arsenal, Drawn
+from replib.defences.hardening import Hardened, Hardening, refusal_loss, refusals
+from replib.defences.losses import cross_entropy
+from replib.defences.sft import SFT, Keep, Retention
 from replib.models.adapters import attached_lora, perturb
 from replib.models.chat_model import ChatModel
 from replib.models.forward import recomputing_nothing

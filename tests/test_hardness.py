@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from replib import surface_views
+from replib.ablation.adaptive_attack import ASSAULTS, GOAL
 from replib.hardness import Hardness
 from replib.organism import hardening
 from replib.organism.hardening import ARMS, ASKED, SEEDS, Run, packed, runs
-from replib.siege import ASSAULTS, GOAL
 
 TASKS = {"direct": "direct", "prefill": "prefill", "story": "attack", "harmless": "benign", "borderline": "benign",
          "copy": "skill"}  # fmt: skip

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from examined import LAYERS, PROMPTS, SEEDS, SIZES, STRENGTHS, examined
 
+from replib.ablation.localisation import AT_DEPTH
 from replib.core.errors import ReplibError
 from replib.core.stats import crossed, crossed_rate
 from replib.holds import Holds
-from replib.predictor import AT_DEPTH
 
 
 @pytest.fixture(scope="module")

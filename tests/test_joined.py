@@ -17,10 +17,10 @@ from resumed import CONFIG, DATA
 from transformers import Trainer
 
 import replib
-from replib.bend import BendConfig
 from replib.core import distributed as parallel
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import RepBend
 from replib.models.load import load
-from replib.repbend import RepBend
 from replib.training.train import attach
 from replib.training.trainer import DefenceTrainer, Steps, arguments
 

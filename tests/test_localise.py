@@ -5,10 +5,10 @@ import pytest
 import tiny
 import torch
 
+from replib.ablation.localisation import error, errors, lens_profile, onset, steepest
+from replib.ablation.refusal_score import RefusalTokens, first_logits
 from replib.activations.capture import capture
-from replib.localise import error, errors, lens_profile, onset, steepest
 from replib.models.load import load
-from replib.refusals import RefusalTokens, first_logits
 
 
 def test_the_onset_is_where_a_share_of_the_maximum_is_reached():

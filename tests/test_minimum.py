@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from replib.ablation.robustness import STRENGTHS, holding, least_strengths, scaled
 from replib.core.errors import ReplibError
 from replib.core.stats import wilson
-from replib.minimum import STRENGTHS, holding, least_strengths, scaled
 from replib.transport.affine import AffineEdit
 
 

@@ -11,7 +11,6 @@ import pytest
 import tiny
 from parts import items_of
 
-from replib.bend import BendConfig
 from replib.core.errors import ReplibError
 from replib.core.settings import ROOT
 from replib.core.storage import content_hash
@@ -30,10 +29,10 @@ from replib.data.training_sets import (
     wildjailbreak_safe,
     xstest_compliances,
 )
+from replib.defences.repbend.batch import KEPT, RETAIN, SAFE, UNSAFE, Plan, collate, read
+from replib.defences.repbend.config import BendConfig, Scope
+from replib.defences.repbend.objective import RepBend
 from replib.models.load import load
-from replib.reading import KEPT, RETAIN, SAFE, UNSAFE, Plan, collate, read
-from replib.repbend import RepBend
-from replib.scope import Scope
 from replib.training.config import TrainConfig
 from replib.training.train import train
 from replib.training.trainer import Steps

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from replib.audit.judges import ExactJudge, Outcome
 from replib.core.settings import Settings, data_dir
 from replib.data.prompts import load_contrasts, load_dialogues, load_prompts
+from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.models.load import load
 from replib.models.self_check import self_check
 from replib.organism import language, mixes, sets, suite, train
 from replib.organism.surface import ALPHAS, BETAS, GAMMAS, Setting, design
 from replib.organism.world import FAMILIES, HARMFUL_FAMILIES, PER_FAMILY, artefacts, select
-from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.response import Response, Surface
 from replib.study import Study
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
+from replib.ablation.sweep_report import compare, over_fits
 from replib.core.errors import ReplibError
 from replib.core.stats import contrast, crossed, letters, mcnemar, newcombe, wilson
-from replib.paired import compare, over_fits
 
 
 def pair(both, first, second, none):

@@ -7,13 +7,12 @@ import pytest
 import tiny
 from test_ablation import DATA
 
-from replib.ablation import Sweeper
+from replib.ablation.fit import Cell
+from replib.ablation.refusal_score import RefusalTokens, Screen
+from replib.ablation.sweep import Sweeper
+from replib.ablation.sweep_report import Search, greedy_against_all, shortfall
 from replib.audit.judges import PhraseJudge
-from replib.cells import Cell
 from replib.models.load import load
-from replib.pairs import Search, greedy_against_all, shortfall
-from replib.refusals import RefusalTokens
-from replib.screen import Screen
 
 TOKENS = RefusalTokens((7, 9, 11), ("w1", "w3", "w5"), 1.0, 0.0, 10, 10)
 

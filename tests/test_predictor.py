@@ -7,8 +7,8 @@ from scipy.stats import spearmanr
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
+from replib.ablation.localisation import AT_DEPTH, RIDGE, leave_one_out, scores, within_models
 from replib.core.errors import ReplibError
-from replib.predictor import AT_DEPTH, RIDGE, leave_one_out, scores, within_models
 
 COLUMNS = {"target": "success", "model": "name"}
 

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from replib.ablation.localisation import sweep_onset
+from replib.ablation.sweep import best_of, ordered
 from replib.core.errors import ReplibError
 from replib.core.stats import spearman
-from replib.ranking import best_of, ordered, sweep_onset
 
 
 def test_edits_that_turn_as_many_prompts_are_ordered_by_what_else_they_do():

@@ -11,8 +11,8 @@ import torch
 from replib import cli
 from replib.activations.capture import capture
 from replib.core.settings import data_dir
+from replib.defences.repbend.config import OFFICIAL
 from replib.models.load import KNOWN
-from replib.scope import OFFICIAL
 from replib.transport.gaussian_map import GaussianMap
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from replib import refusals
+from replib.ablation import refusal_score as refusals
+from replib.ablation.refusal_score import Answers, RefusalTokens, first_logits, survivors
 from replib.core.errors import ReplibError
 from replib.edits.apply import applied
 from replib.models.load import load
-from replib.refusals import Answers, RefusalTokens, first_logits, survivors
 from replib.transport.affine import AffineEdit
 
 HARMFUL, HARMLESS = [f"w{i}" for i in range(10)], [f"w{i} w{i}" for i in range(10, 20)]

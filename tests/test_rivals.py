@@ -16,16 +16,18 @@ from test_bend_literal import GRADIENT, KINDS, VALUE, in_float64  # noqa: F401 -
 from replib.core.errors import ReplibError
 from replib.data.mixtures import DefenceData
 from replib.data.prompts import Contrast, Dialogue, Prompt
-from replib.likelihood import DPO, NPO, SFT, Keep
+from replib.defences.catalogue import DEFENCES, INSTRUCTIONS, rival, safety_prompted, train_rival
+from replib.defences.circuit_breaker import CircuitBreaker
+from replib.defences.preference import DPO, NPO
+from replib.defences.rmu import RMU
+from replib.defences.sft import SFT, Keep
+from replib.defences.task_arithmetic import TaskArithmetic, merged_tasks, train_tasks
+from replib.defences.whp import WHP, Relabelled, relabelled, train_whp
 from replib.models import forward as passes
 from replib.models.adapters import attached_lora, detached, perturb
 from replib.models.chat_model import ChatModel
 from replib.models.forward import answer_states, answer_tokens, answered
 from replib.models.load import KNOWN, known_table, load
-from replib.prompting import INSTRUCTIONS, safety_prompted
-from replib.reinforced import WHP, Relabelled, TaskArithmetic, merged_tasks, relabelled, train_tasks, train_whp
-from replib.rerouting import RMU, CircuitBreaker
-from replib.rivals import DEFENCES, rival, train_rival
 from replib.training.config import TrainConfig
 from replib.training.objective import reference
 from replib.training.train import train

@@ -8,15 +8,14 @@ import pytest
 import tiny
 import torch
 
-from replib import refusals
-from replib.ablation import Sweeper
+from replib.ablation import refusal_score as refusals
+from replib.ablation.fit import AblationData
+from replib.ablation.refusal_score import Answers, RefusalTokens, Screen
+from replib.ablation.sweep import Sweeper
+from replib.ablation.sweep_report import SweepReport, agreement
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
-from replib.fitting import AblationData
 from replib.models.load import load
-from replib.refusals import Answers, RefusalTokens
-from replib.screen import Screen, agreement
-from replib.sweep_report import SweepReport
 
 DATA = AblationData([f"w{i}" for i in range(10)], [f"w{i}" for i in range(10, 20)], [Prompt("w39")], ["w38"])
 YES, NO = False, True

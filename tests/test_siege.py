@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from replib.ablation.adaptive_attack import ASSAULTS, Cell, Siege, by_block, success
 from replib.activations.capture import capture
 from replib.audit.judges import Outcome, spelled
 from replib.core.errors import ReplibError
@@ -14,7 +15,6 @@ from replib.data.splits import Splits
 from replib.edits.apply import applied
 from replib.edits.methods import fit_edit
 from replib.models.load import load
-from replib.siege import ASSAULTS, Cell, Siege, by_block, success
 from replib.study import Study
 
 HARMFUL = [Prompt(f"w{i} w{i + 5}", "harmful", target=f"w{i} w33") for i in range(20)]

@@ -8,14 +8,14 @@ import tiny
 import torch
 from parts import items_of, sums
 
-from replib.bend import BendConfig
 from replib.core.errors import Diverged, ReplibError
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
+from replib.defences.catalogue import rival
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import RepBend
 from replib.models.forward import below_adapters, read_once
 from replib.models.load import load
-from replib.repbend import RepBend
-from replib.rivals import rival
 from replib.training.config import TrainConfig
 from replib.training.objective import Lora, reference
 from replib.training.result import TrainResult

@@ -11,9 +11,9 @@ import pytest
 from replib import surface_views
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings
-from replib.search import importances, ranges_around, study_objective
+from replib.defences.tuning import MAXIMISE, MINIMISE, RANGES, importances, pareto, ranges_around, tune
+from replib.search import study_objective
 from replib.study import Study
-from replib.tuning import MAXIMISE, MINIMISE, RANGES, pareto, tune
 
 
 def bowl(*, alpha, beta, gamma):

@@ -66,7 +66,7 @@ PER_GROUP = 10_000
 
 @dataclass(frozen=True)
 class DefenceData:
-    """What the defences of ``replib.rivals`` read. Circuit Breaker and RMU need ``retain`` and ``unsafe``, NPO and WHP
+    """What the defences of ``replib.defences.catalogue`` read. Circuit Breaker and RMU need ``retain`` and ``unsafe``, NPO and WHP
     ``unsafe`` (and what they keep), SFT ``safe``, DPO ``pairs``, task arithmetic ``safe`` and ``unsafe``.
     """
 

@@ -16,14 +16,13 @@ from replib.core.errors import Diverged
 from replib.core.settings import Settings
 from replib.core.storage import key_of, versions
 from replib.data.mixtures import DefenceData, defence_data
+from replib.defences.catalogue import Rival, prepares, safety_prompted, train_rival
+from replib.defences.organism_grid import BENIGN, CONTENDERS
+from replib.defences.repbend.objective import RepBend
+from replib.defences.rmu import RMU
 from replib.models.adapters import attached, merged, merged_copy
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.organism.contenders import BENIGN, CONTENDERS
-from replib.prompting import safety_prompted
-from replib.repbend import RepBend
-from replib.rerouting import RMU
-from replib.rivals import Rival, prepares, train_rival
 from replib.study import Study
 from replib.training.model_selection import default_choice
 from replib.training.objective import Objective

@@ -25,8 +25,8 @@ import torch
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.storage import Rows, finished, write_text
+from replib.defences.organism_grid import CONTENDERS
 from replib.organism.bench import Bench, Run
-from replib.organism.contenders import CONTENDERS
 
 SEEDS = range(5)
 PROBING, AUDITING = 14, 15  # CPU seconds of a busy core: the probes of one run, one audit

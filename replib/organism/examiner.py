@@ -16,23 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from replib.ablation.edited_generation import Asked, strongest
+from replib.ablation.localisation import features, lens_profile
+from replib.ablation.refusal_score import RefusalTokens
+from replib.ablation.robustness import STRENGTHS, TOKENS, answer_states, least_strengths, scaled, token_edits
 from replib.activations.capture import capture
 from replib.analysis.geometry import PARTS, layer_profile, relative_gaps
-from replib.asked import Asked, strongest
 from replib.core.errors import ReplibError
 from replib.core.stats import letters
 from replib.data.prompts import Dialogue, Prompt
-from replib.depth import TOKENS, answer_states, token_edits
 from replib.edits.apply import Edited
 from replib.edits.controls import variants
 from replib.edits.methods import Method, fit_edit, pca_ot
-from replib.gap import features
-from replib.localise import lens_profile
-from replib.minimum import STRENGTHS, least_strengths, scaled
 from replib.models.chat_model import ChatModel
 from replib.organism.language import comply
 from replib.organism.world import select
-from replib.refusals import RefusalTokens
 from replib.study import Study
 
 FIT, MOST, PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48

@@ -23,18 +23,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from replib.ablation.adaptive_attack import ASSAULTS, Cell, success, worst_by_block
 from replib.audit.audit import Task
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.storage import Rows, finished, key_of, write_text
+from replib.defences.hardening import Hardening
+from replib.defences.repbend.objective import RepBend
+from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.harden import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
-from replib.hardening import Hardening
 from replib.models.adapters import attached, merged
 from replib.models.load import load
 from replib.organism.bench import TOKENS, Bench, Watch, saved
-from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.repbend import RepBend
-from replib.siege import ASSAULTS, Cell, success, worst_by_block
 from replib.training.config import TrainConfig
 from replib.training.model_selection import SHARES, interpolated
 from replib.training.objective import Objective

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from replib.core.settings import data_dir
 from replib.core.storage import key_of
+from replib.defences.organism_grid import CONTENDERS
 from replib.models.adapters import attached, merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.organism.bench import Bench, Run
 from replib.organism.comparison import SEEDS, choice
-from replib.organism.contenders import CONTENDERS
 from replib.organism.train import PLANTED_BLOCKS, STAGES, Stage, tune
 
 BASE, ALIGNED, PLANTED, DEEP = SHIPPED = ("base", "aligned", "planted", "deep")

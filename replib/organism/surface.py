@@ -37,16 +37,15 @@ from typing import Any
 import torch
 
 from replib.audit.audit import outcome
-from replib.bend import BendConfig
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.storage import Rows, finished, key_of, versions, write_text
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import References, RepBend
+from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.models.adapters import merged_copy
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.references import References
-from replib.repbend import RepBend
 from replib.study import PROBED, Study
 from replib.training.config import TrainConfig
 from replib.training.model_selection import Probe

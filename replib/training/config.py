@@ -27,7 +27,7 @@ class TrainConfig:
     """Norm to which gradients are clipped; 0 does not clip."""
     perturbation: float = 0.0
     """Standard deviation of LoRA-B before the first step, drawn from the seed. 0 starts at the base model itself, where
-    only the cosine and the pairing term have a gradient: see ``replib.bend``."""
+    only the cosine and the pairing term have a gradient: see ``replib.defences.repbend.config``."""
     schedule: str = "constant"
     """Learning-rate schedule, by its name in transformers."""
     first_block: int = 0

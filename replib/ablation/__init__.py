@@ -1,0 +1,1 @@
+"""Ablation of refusal: fitted edits, sweeps over blocks, damage, robustness, localisation."""

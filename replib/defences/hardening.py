@@ -1,0 +1,174 @@
+"""Hardening: refusals are learned while random edits act on the model, and after answers that began to comply.
+
+L = L_inner + weight · mean −log p(token of a refusal | edits, forced beginning), nats, means over tokens
+
+After ReFAT (arXiv 2409.20089), which trains refusals under ablated refusal features, and after "safety alignment should
+be made more than just a few tokens deep" (arXiv 2406.05946), which trains them behind the first tokens of unsafe
+answers. What the inner objective reads is not edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replib.core.errors import ReplibError, check_coefficients
+from replib.core.storage import content_hash
+from replib.data.prompts import Contrast, Dialogue
+from replib.defences.adversary import Adversary, Arsenal, Drawn
+from replib.edits.apply import applied_each
+from replib.models.chat_model import ChatModel
+from replib.models.forward import passed, recomputing_nothing, token_losses
+from replib.models.tokens import Batch, fitted
+from replib.training.config import TrainConfig
+from replib.training.objective import Lora, Objective, Part
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """How refusals are hardened."""
+
+    weight: float = 1.0
+    """Of the refusals' cross-entropy beside the inner loss."""
+    edits: int = 4
+    """Edits of a micro-batch, each drawn anew."""
+    plain: int = 1
+    """Groups of rows that no edit meets."""
+    rows: int = 4
+    """Harmful prompts that meet each of them."""
+    refit: int = 4
+    """Micro-batches between two readings of the model that edits are fitted on."""
+    forced: float = 0.5
+    """Share of the rows whose refusal follows the beginning of the unsafe answer."""
+    prefix: int = 10
+    """Tokens of such a beginning at most; their number is uniform."""
+    arsenal: Arsenal = Arsenal()
+
+    def __post_init__(self) -> None:
+        check_coefficients(weight=self.weight)
+        if min(self.rows, self.refit, self.prefix, self.edits + self.plain) < 1 or min(self.edits, self.plain) < 0:
+            raise ReplibError(f"edits={self.edits}, plain={self.plain}, rows={self.rows}, refit={self.refit}, "
+                              f"prefix={self.prefix}: no row is hardened; give one at least of each.")  # fmt: skip
+        if not 0 <= self.forced <= 1:
+            raise ReplibError(f"forced={self.forced} is a share of rows: give a number within 0 and 1.")
+
+
+@dataclass
+class Hardened(Objective):
+    """Any objective, with hardened refusals beside it."""
+
+    inner: Objective
+    harmful: Sequence[Contrast]
+    """Prompts with both answers: what is refused, and what edits are fitted on."""
+    harmless: Sequence[Dialogue]
+    """Requests that are answered: what edits make harmful ones look like."""
+    hardening: Hardening = field(default_factory=Hardening)
+    seed: int = 0
+    """Draws rows and edits."""
+    met: int = field(default=0, repr=False)
+    """Micro-batches since the run began."""
+
+    def __post_init__(self) -> None:
+        self.adversary = Adversary(self.hardening.arsenal, self.harmful, self.harmless, self.seed)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """What results call it."""
+        return f"{self.inner.name} + hardening"
+
+    def check(self, chat: ChatModel, data: Any) -> None:
+        """Raise ReplibError for what the inner objective lacks, answers that are missing, or too little to fit on."""
+        self.inner.check(chat, data)
+        self.hardening.arsenal.check(chat.n_layers, self.harmful, self.harmless)
+        if bad := sum(not c.safe_response.strip() or not c.unsafe_response.strip() for c in self.harmful):
+            raise ReplibError(f"{bad} of {len(self.harmful)} harmful prompts lack an answer: fill or drop them.")
+
+    def draws(self, config: TrainConfig) -> dict[str, int]:
+        """Those of the inner objective; refusals are drawn by the seed of this one."""
+        return self.inner.draws(config)
+
+    def lora(self, depth: int) -> Lora:
+        """As the inner objective."""
+        return self.inner.lora(depth)
+
+    def lowest(self, depth: int) -> int:
+        """As the inner objective."""
+        return self.inner.lowest(depth)
+
+    def announced(self, config: TrainConfig, depth: int) -> str:
+        """What the inner objective says, and what is drawn."""
+        h = self.hardening
+        return (f"{self.inner.announced(config, depth)} Hardening: {h.rows * (h.edits + h.plain)} refusals a "
+                f"micro-batch under {h.edits} random edits, fitted anew every {h.refit} on {h.arsenal.prompts} prompts "
+                "a class.")  # fmt: skip
+
+    def about(self, depth: int) -> dict[str, Any]:
+        """Hyper-parameters of both, and hashes of the prompts."""
+        own = {"harmful": content_hash(list(self.harmful)), "harmless": content_hash(list(self.harmless))}
+        inner = {"method": self.inner.name} | self.inner.about(depth)
+        return {"inner": inner, "hardening": asdict(self.hardening), "seed": self.seed} | own
+
+    def state(self) -> dict[str, Tensor]:
+        """That of the inner objective and of the adversary."""
+        inner = {f"inner.{name}": x for name, x in self.inner.state().items()}
+        return inner | self.adversary.state() | {"met": torch.tensor(self.met)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take both back."""
+        inner = {name.removeprefix("inner."): x for name, x in state.items() if name.startswith("inner.")}
+        self.inner.restore(inner)
+        self.adversary.restore(state)
+        self.met = int(state.get("met", 0))
+
+    def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
+        """Those of the inner objective, then the hardened refusals."""
+        yield from self.inner.parts(chat, items, progress)
+        loss = self._refused(chat, self._drawn(chat))
+        yield Part(self.hardening.weight * loss, {"hardening": loss.detach()})
+
+    def _drawn(self, chat: ChatModel) -> list[Drawn]:
+        """The edits of a micro-batch; what they are fitted on is read anew where it is due."""
+        if self.hardening.edits and self.met % self.hardening.refit == 0:
+            self.adversary.fit(chat)
+        self.met += 1
+        plain = [Drawn({}, "all")] * self.hardening.plain
+        return [self.adversary.draw(chat) for _ in range(self.hardening.edits)] + plain
+
+    def _refused(self, chat: ChatModel, drawn: Sequence[Drawn]) -> Tensor:
+        rows = [c for _ in drawn for c in self.adversary.sample(self.harmful, self.hardening.rows)]
+        heads = [self._head() for _ in rows]
+        with applied_each(chat, [d.edited for d in drawn]), recomputing_nothing(chat):
+            return refusal_loss(chat, rows, heads)
+
+    def _head(self) -> int:
+        """How many tokens of the unsafe answer a refusal comes after."""
+        forced = self.adversary.uniform() < self.hardening.forced
+        return 1 + self.adversary.pick(range(self.hardening.prefix)) if forced else 0
+
+
+def refusal_loss(chat: ChatModel, rows: Sequence[Contrast], heads: Sequence[int]) -> Tensor:
+    """Mean −log p over the tokens of the safe answers, each after so many tokens of the unsafe one, nats."""
+    batch, refusal = refusals(chat, rows, heads)
+    final = passed(chat, batch)
+    assert final is not None  # the pass went to the end
+    return token_losses(chat, final[:, :-1][refusal[:, 1:]], batch.input_ids[refusal]).mean()
+
+
+def refusals(chat: ChatModel, rows: Sequence[Contrast], heads: Sequence[int]) -> tuple[Batch, Tensor]:
+    """Prompts, so many tokens of each unsafe answer, and the safe one with its end; and which tokens are of the latter.
+
+    An answer shorter than its head is taken whole. ``[rows, tokens]``
+    """
+    end, ids = chat.tokenizer.eos_token or "", lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    begun = [ids(c.unsafe_response)[:n] for c, n in zip(rows, heads, strict=True)]
+    safe = [ids(" " * bool(head) + c.safe_response + end) for c, head in zip(rows, begun, strict=True)]
+    asked = chat.tokenize([c.prompt for c in rows])
+    whole = [row.answered(head + tail) for row, head, tail in zip(asked, begun, safe, strict=True)]
+    batch = chat.pad(fitted(whole, chat.context, "truncate", chat.name))
+    column = torch.arange(batch.input_ids.shape[1], device=chat.device)
+    lengths = torch.tensor([[len(tail)] for tail in safe], device=chat.device)
+    return batch, column >= len(column) - lengths

@@ -1,0 +1,1 @@
+"""RepBend (arXiv 2504.01550): configuration, presets, batches, loss and objective."""

@@ -1,0 +1,208 @@
+"""What one pass over a batch leaves for RepBend's terms: which tokens of which rows each of them is taken on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from replib.data.prompts import Contrast, Dialogue
+from replib.defences.repbend.config import PAIRED, BendConfig
+from replib.models.chat_model import ChatModel
+from replib.models.forward import passed
+from replib.models.hooks import Hook
+from replib.models.tokens import Batch
+
+SAFE, UNSAFE, RETAIN, TURNED, KEPT = range(5)
+TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # terms over pairs of rows, and their rows
+Mask = Bool[Tensor, "rows tokens"]
+States = Float[Tensor, "_layers _tokens dim"] | None
+
+
+def collate(
+    chat: ChatModel,
+    contrasts: Sequence[Contrast],
+    retain: Sequence[Dialogue],
+    complied: Sequence[Contrast] = (),
+    safe: Sequence[Dialogue] = (),
+    unsafe: Sequence[Dialogue] = (),
+    *,
+    ended: bool = True,
+) -> tuple[Batch, Tensor]:
+    """One padded batch of refusals, benign dialogues and unsafe answers, and the group of each row.
+
+    TURNED rows are refusals of prompts that the model complies with: their answers are kept, their decision is not.
+    KEPT rows are unpaired safe answers to prompts that are not harmful: kept as refusals are, and never gathered on.
+    ``ended``: each answer with an end-of-sequence token.
+    """
+    rows = (
+        [(SAFE, c.prompt, c.safe_response) for c in contrasts]
+        + [(TURNED, c.prompt, c.safe_response) for c in complied]
+        + [(RETAIN, d.prompt, d.response) for d in retain]
+        + [(UNSAFE, c.prompt, c.unsafe_response) for c in complied or contrasts]
+        + [(SAFE if d.label == "harmful" else KEPT, d.prompt, d.response) for d in safe]
+        + [(UNSAFE, d.prompt, d.response) for d in unsafe]
+    )
+    groups, prompts, responses = zip(*rows, strict=True)
+    end = (chat.tokenizer.eos_token or "") if ended else ""
+    batch = chat.encode(prompts, [r + end for r in responses])
+    return batch, torch.tensor(groups, device=batch.input_ids.device)
+
+
+def masks(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> dict[str, Mask]:
+    """For each field of a ``Reading`` the tokens that it is read on."""
+    last = _last_prompt(batch)
+    unsafe, refusals = _rows(groups, UNSAFE), _rows(groups, _partners(groups))
+    kept = _rows(groups, SAFE, TURNED, KEPT, *([RETAIN] if config.scope.retained else []))
+    harmful = _rows(groups, UNSAFE, *([SAFE] if config.scope.gathered == "harmful" and TURNED in groups else []))
+    tokens = _tokens(batch, config.loss_mode, kept | unsafe)
+    tokens |= last & ~_rows(groups, TURNED) & config.decision
+    found = {"safe": tokens & kept, "unsafe": tokens & unsafe, "last": last & harmful}
+    if config.anchored:
+        found["refused"] = last & _rows(groups, SAFE)
+    if config.eta:
+        paired = _from(batch, batch.last_prompt, _shortest(batch, unsafe | refusals))
+        found |= {"paired_unsafe": paired & unsafe, "paired_safe": paired & refusals}
+    return found | {"final": _predicting(batch, groups, config)}
+
+
+def _tokens(batch: Batch, mode: str, rows: Bool[Tensor, "rows 1"]) -> Mask:
+    """The tokens of a loss mode; ``rows`` are those among which the shortest answer is looked for."""
+    read = batch.attention_mask.bool()
+    if mode == "request_last":
+        return _last_prompt(batch)
+    if mode in ("request_all", "request_response"):
+        return read & ~batch.response_mask if mode == "request_all" else read
+    if mode == "response_all":
+        return batch.response_mask.clone()
+    count = 1 if mode == "response_one" else _shortest(batch, rows)
+    return batch.response_mask & _from(batch, batch.last_prompt + 1, count)
+
+
+def _last_prompt(batch: Batch) -> Mask:
+    return _from(batch, batch.last_prompt, 1)
+
+
+def _from(batch: Batch, start: Int[Tensor, " rows"], count: int) -> Mask:
+    """So many tokens of each row from a column on."""
+    columns = torch.arange(batch.input_ids.shape[1], device=start.device)
+    return (columns >= start[:, None]) & (columns < start[:, None] + count)
+
+
+def _shortest(batch: Batch, rows: Bool[Tensor, "rows 1"]) -> int:
+    """Tokens of the shortest answer among some rows, at least 1 and PAIRED at most."""
+    return max(1, min(PAIRED, int(batch.response_mask.sum(dim=1)[rows[:, 0]].min())))
+
+
+def _rows(groups: Int[Tensor, " rows"], *which: int) -> Bool[Tensor, "rows 1"]:
+    return torch.isin(groups, torch.tensor(which, device=groups.device))[:, None]
+
+
+def _partners(groups: Int[Tensor, " rows"]) -> int:
+    """The group whose i-th row is the refusal of the i-th unsafe row's prompt."""
+    return TURNED if TURNED in groups else SAFE
+
+
+def _predicting(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> Mask:
+    """Tokens whose next token the KL is taken on."""
+    kept = _rows(groups, RETAIN, *((SAFE, TURNED, KEPT) if config.scope.kl_rows == "safe" else ()))
+    if config.scope.kl_tokens == "all":
+        return batch.attention_mask.bool() & kept
+    shifted = torch.zeros_like(batch.response_mask)
+    shifted[:, :-1] = batch.response_mask[:, 1:]
+    return shifted & kept & ~(_last_prompt(batch) & _rows(groups, TURNED))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of a micro-batch, and the tokens of them that each term is taken on."""
+
+    batch: Batch
+    groups: Int[Tensor, " rows"]
+    masks: dict[str, Mask]
+    """By field of ``Reading``, ``final`` among them."""
+
+    @classmethod
+    def of(cls, chat: ChatModel, items: Mapping[str, Sequence], config: BendConfig) -> Plan:
+        """The plan of a micro-batch of contrasts and dialogues, see ``collate``."""
+        batch, groups = collate(chat, **items, ended=config.scope.ended)
+        return cls(batch, groups, masks(batch, groups, config))
+
+    def rows(self, index: Int[Tensor, " chosen"]) -> Plan:
+        """Some of its rows, without the padding that only other rows need."""
+        width = int(self.batch.attention_mask[index].sum(dim=1).max())
+        start = self.batch.input_ids.shape[1] - width
+        cut = {name: mask[index, start:] for name, mask in self.masks.items()}
+        return Plan(self.batch.rows(index).columns(start, None), self.groups[index], cut)
+
+    def count(self, name: str) -> int:
+        """Tokens of a term."""
+        return int(self.masks[name].sum())
+
+    def parts(self, tokens: int) -> Iterator[Plan]:
+        """First the rows that some term compares with each other, in their order; then the others.
+
+        The others are sorted by length and cut so that no part is longer than ``tokens``, padding included, if it has
+        more than one row.
+        """
+        together = torch.stack([m.any(dim=1) for name, m in self.masks.items() if name in TOGETHER]).any(dim=0)
+        yield self.rows(together.nonzero()[:, 0])
+        lengths = self.batch.attention_mask.sum(dim=1)
+        rest = sorted((~together).nonzero()[:, 0].tolist(), key=lambda i: -int(lengths[i]))
+        while rest:
+            size = max(1, tokens // int(lengths[rest[0]]))
+            yield self.rows(torch.tensor(rest[:size], device=lengths.device))
+            rest = rest[size:]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one pass leaves for the terms; None where the rows have nothing of it."""
+
+    safe: States = None
+    """[blocks, tokens, dim] of refusals and benign answers; [target blocks, ...] with ``alpha_mode`` "target"."""
+    unsafe: States = None
+    """[target blocks, tokens, dim] of unsafe answers."""
+    last: States = None
+    """[target blocks, rows, dim] of the last tokens of the prompts in A_u."""
+    refused: States = None
+    """[target blocks, rows, dim] of the last tokens of refused prompts; with ``anchored`` alone."""
+    paired_unsafe: States = None
+    """[target blocks, tokens, dim] of unsafe answers, from the last prompt token on; with eta alone."""
+    paired_safe: States = None
+    """The same of the refusals of the same prompts, token by token."""
+    final: Tensor | None = None
+    """[tokens, dim] that left the final norm, of the tokens whose next token the KL covers."""
+
+
+def read(chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig) -> Reading:
+    """One forward pass, keeping only what the terms need, and going no further up than they do."""
+    wanted = {name: mask for name, mask in plan.masks.items() if mask.any()}
+    normed = config.scope.hidden_states and config.site == "resid_post"  # the last layer is behind the final norm
+    depth = {name: _depth(name, chat.n_layers, layers, config) for name in wanted if name != "final"}
+    seen: dict[int, Tensor] = {}
+    read_at = sorted({i for kept in depth.values() for i in kept} - ({chat.n_layers - 1} if normed else set()))
+    hooks = {(config.site, i): _keep(seen, i) for i in read_at}
+    through = "final" in wanted or (normed and any(chat.n_layers - 1 in kept for kept in depth.values()))
+    final = passed(chat, plan.batch, hooks, last=None if through else read_at[-1])
+    if normed and final is not None:
+        seen[chat.n_layers - 1] = final
+    states = {name: torch.stack([seen[i][wanted[name]] for i in kept]) for name, kept in depth.items()}
+    return Reading(**states, final=None if final is None or "final" not in wanted else final[wanted["final"]])
+
+
+def _depth(name: str, depth: int, layers: Sequence[int], config: BendConfig) -> Sequence[int]:
+    """The layers on which a term is taken."""
+    return range(depth) if name == "safe" and config.alpha_mode == "all" else layers
+
+
+def _keep(seen: dict[int, Tensor], layer: int) -> Hook:
+    """Whole states: nothing may be computed on them inside a block, which may be computed anew for the gradient."""
+
+    def hook(hidden: Tensor) -> None:
+        seen[layer] = hidden
+
+    return hook

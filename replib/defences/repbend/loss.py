@@ -1,0 +1,100 @@
+"""The terms of RepBend as pure functions (arXiv 2504.01550, Algorithm 1), with the paper's coefficients.
+
+    L = 1/2 ||v_s||_2  -  alpha ||v_u||_2  -  beta cos_sim(A_u)  +  gamma KL(M || M')
+
+v_s and v_u are the differences between bent and base activations on safe and unsafe answers, A_u the bent activations
+of unsafe prompts. Norms are per token and not squared, as in the authors' code, which calls the coefficients alpha
+(our 1/2), beta (alpha), gamma (beta) and epsilon (gamma), and adds eta times a fifth term, off by default. Every
+distance is a mean over layers and tokens, the cosine one over layers and pairs.
+
+**The start.** With LoRA-B = 0 bent and base are equal, and there the gradients of all distances and of the KL are zero.
+The cosine (and the pairing term) alone have one, so beta > 0 is what moves the first step, the same way every time.
+With beta = eta = 0 the first step follows rounding noise; ``TrainConfig.perturbation`` is the way out then.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replib.core.errors import ReplibError
+from replib.defences.repbend.config import BendConfig
+
+
+class BendTerms(NamedTuple):
+    """The terms before weighting, each a scalar; None where it is not taken."""
+
+    safe: Tensor | None = None
+    """Mean distance of safe answers from the base model: kept small."""
+    unsafe: Tensor | None = None
+    """Mean distance of unsafe answers: made large."""
+    cosine: Tensor | None = None
+    """Mean cosine similarity between unsafe prompts: made large."""
+    kl: Tensor | None = None
+    """KL divergence to the base model, nats per token or per sequence: kept small."""
+    pairing: Tensor | None = None
+    """Mean distance of unsafe answers from the base's refusals of the same prompts: made small."""
+
+    def taken(self) -> dict[str, Tensor]:
+        """Those that are taken, by name."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
+
+
+class Weights(NamedTuple):
+    """What each term is multiplied by; all are zero or more, their signs are those of Algorithm 1."""
+
+    safe: float
+    unsafe: float
+    cosine: float
+    kl: float
+    pairing: float
+
+
+def weights(config: BendConfig, progress: float = 0.0) -> Weights:
+    """Coefficients after a share of training, from 0 to 1."""
+    keep, change = (progress / 2, 1 - progress / 2) if config.schedule == "ramps" else (1.0, 1.0)
+    return Weights(0.5 * keep, config.alpha * change, config.beta * change, config.gamma * keep, config.eta * change)
+
+
+def bend_loss(terms: BendTerms, config: BendConfig, progress: float = 0.0) -> Tensor:
+    """The weighted sum of Algorithm 1, line 13, and the pairing term, over the terms that are taken."""
+    w = weights(config, progress)
+    signed = w._replace(unsafe=-w.unsafe, cosine=-w.cosine)._asdict()
+    return torch.stack([signed[name] * x for name, x in terms.taken().items()]).sum()
+
+
+def mean_cosine(x: Float[Tensor, "layers rows dim"]) -> Float[Tensor, ""]:
+    """Mean cosine similarity over all pairs of different rows, averaged over layers.
+
+    sum_{i != j} u_i . u_j = ||sum_i u_i||^2 - n for unit vectors, so no pair is formed.
+    """
+    n = x.shape[1]
+    if n < 2:
+        raise ReplibError("The cosine term compares pairs: give at least two unsafe prompts a step.")
+    units = torch.nn.functional.normalize(x.float(), dim=-1)
+    return ((units.sum(dim=1).square().sum(dim=-1) - n) / (n * (n - 1))).mean()
+
+
+def anchored_cosine(
+    bent: Float[Tensor, "layers rows dim"],
+    refused: Float[Tensor, "layers others dim"],
+    centre: Float[Tensor, "layers 1 dim"],
+) -> Float[Tensor, ""]:
+    """Mean cosine among unsafe prompts and refused ones about a centre; the refused ones are the base model's.
+
+    Ours, not the paper's: it says on which side the prompts are gathered.
+    """
+    return mean_cosine(torch.cat([bent, refused], dim=1).float() - centre.float())
+
+
+def remembered(
+    queue: Float[Tensor, "layers before dim"] | None, new: Float[Tensor, "layers rows dim"], length: int
+) -> Float[Tensor, "layers kept dim"] | None:
+    """A_u for the next step: the newest ``length`` rows, without gradients; None where nothing is kept."""
+    if not length:
+        return None
+    rows = new.detach() if queue is None else torch.cat([queue, new.detach()], dim=1)
+    return rows[:, -length:]

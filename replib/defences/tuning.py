@@ -1,0 +1,210 @@
+"""Search for RepBend's alpha, beta and gamma: several objectives, resumable, answered by a Pareto front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from replib.core.errors import Diverged, ReplibError
+from replib.core.progress import progress
+from replib.defences.repbend.config import BendConfig
+
+if TYPE_CHECKING:
+    import optuna
+
+
+MINIMISE = ("attack_success", "kl")
+"""What a good bend lowers: share of attacks complied with, and KL(base ‖ bent) on harmless text in nats."""
+MAXIMISE = ("harmless_compliance",)
+"""What a good bend keeps high: share of harmless requests answered."""
+RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"alpha": (0.05, 1.0), "beta": (0.01, 1.0), "gamma": (0.1, 100.0)}
+)
+"""Searched range of each coefficient, uniform in its logarithm; coefficients have the paper's meaning."""
+Objective = Callable[..., Mapping[str, float]]
+"""Train and measure once: called with `alpha=, beta=, gamma=`, it returns a finite number for every name in
+`MINIMISE` and `MAXIMISE`; further numbers are kept beside them."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """All finished trials, one a row, and those of them that no other trial beats."""
+
+    table: pd.DataFrame
+    front: pd.DataFrame
+    pruned: int = 0
+    """Trials that diverged: they count as run, and have no row."""
+
+
+def tune(
+    objective: Objective,
+    *,
+    trials: int,
+    storage: str | Path,
+    seed: int = 0,
+    ranges: Mapping[str, tuple[float, float]] = RANGES,
+) -> Tuning:
+    """Run trials until `storage`, an Optuna journal file, holds `trials` finished ones; then return them all.
+
+    A training that diverges (`Diverged`) is recorded as pruned: it counts as finished, and the search goes on.
+
+    Each trial is on disk before the next begins, and trial n depends on `seed + n` and the finished trials
+    alone: a search that was stopped (Ctrl-C, an error in the objective) and run again equals an unbroken one.
+
+    Raises:
+        ReplibError: optuna is absent, `storage` cannot be written or holds another search, a range has no
+            logarithm, or the objective leaves a number out or returns one that is not finite.
+    """
+    study = _open_study(Path(storage), seed, ranges)
+    finished = len(_finished(study))
+    for number in progress(range(finished, trials), "tuning"):
+        _run_trial(study, objective, seed=seed + number, ranges=ranges)
+    table, state = _table(study), need_optuna().trial.TrialState
+    pruned = len(study.get_trials(deepcopy=False, states=[state.PRUNED]))
+    return Tuning(table, pareto(table, minimise=MINIMISE, maximise=MAXIMISE), pruned)
+
+
+def pareto(table: pd.DataFrame, *, minimise: Collection[str] = (), maximise: Collection[str] = ()) -> pd.DataFrame:
+    """Rows that no other row dominates (nowhere worse, somewhere better) in these columns; ties stay."""
+    absent = [name for name in (*minimise, *maximise) if name not in table.columns]
+    if absent or not (minimise or maximise):
+        raise ReplibError(f"no Pareto front over {absent or 'no columns'}; the table has {list(table.columns)}.")
+    costs = table[[*minimise, *maximise]].to_numpy(dtype=float) * ([1.0] * len(minimise) + [-1.0] * len(maximise))
+    if np.isnan(costs).any():
+        raise ReplibError(f"columns {[*minimise, *maximise]} hold NaN, which has no order; drop those rows first.")
+    no_worse = (costs[:, None] <= costs[None]).all(axis=-1)
+    better = (costs[:, None] < costs[None]).any(axis=-1)
+    return table[~(no_worse & better).any(axis=0)]
+
+
+def _open_study(path: Path, seed: int, ranges: Mapping[str, tuple[float, float]]) -> optuna.Study:
+    optuna = need_optuna()
+    _check_ranges(ranges)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        backend = optuna.storages.journal.JournalFileBackend(str(path))
+        study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            study_name="replib",
+            directions=["minimize"] * len(MINIMISE) + ["maximize"] * len(MAXIMISE),
+            load_if_exists=True,
+        )
+    except OSError as error:
+        raise ReplibError(f"cannot keep the search in '{path}': {error.strerror}; name a writable file.") from error
+    _remember(study, {"seed": seed, "ranges": {name: list(ranges[name]) for name in RANGES}}, path)
+    return study
+
+
+def _remember(study: optuna.Study, settings: Mapping[str, object], path: Path) -> None:
+    """Write the settings of a new study; refuse to mix two searches in one file."""
+    for key, value in settings.items():
+        if study.user_attrs.get(key, value) != value:
+            raise ReplibError(
+                f"'{path}' holds a search with {key} {study.user_attrs[key]}, not {value}; "
+                "give the same settings to continue it, or another file."
+            )
+        if key not in study.user_attrs:
+            study.set_user_attr(key, value)
+
+
+def _run_trial(
+    study: optuna.Study, objective: Objective, *, seed: int, ranges: Mapping[str, tuple[float, float]]
+) -> None:
+    """One ask, one call, one tell; a trial that ends badly is closed as failed and its error goes on."""
+    optuna = need_optuna()
+    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=False)
+    trial = study.ask()
+    try:
+        measured = objective(**{name: trial.suggest_float(name, *ranges[name], log=True) for name in RANGES})
+        values = _values(measured)
+    except Diverged as error:
+        trial.set_user_attr("diverged", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        return
+    except BaseException:  # KeyboardInterrupt too: the journal must not keep a trial that runs for ever
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        raise
+    for name in measured.keys() - {*MINIMISE, *MAXIMISE}:
+        trial.set_user_attr(name, float(measured[name]))
+    study.tell(trial, values)
+
+
+def _values(measured: Mapping[str, float]) -> list[float]:
+    absent = [name for name in (*MINIMISE, *MAXIMISE) if name not in measured]
+    if absent:
+        raise ReplibError(f"the objective returned {sorted(measured)} without {absent}; return all of them.")
+    values = [float(measured[name]) for name in (*MINIMISE, *MAXIMISE)]
+    if not all(map(math.isfinite, values)):
+        raise ReplibError(
+            f"the objective returned {dict(measured)}; for a run that diverged raise replib.core.errors.Diverged: "
+            "it is then recorded as pruned."
+        )
+    return values
+
+
+def _check_ranges(ranges: Mapping[str, tuple[float, float]]) -> None:
+    if ranges.keys() != RANGES.keys() or not all(0 < low <= high < math.inf for low, high in ranges.values()):
+        raise ReplibError(f"ranges {dict(ranges)} must give 0 < low <= high for each of {list(RANGES)}.")
+
+
+def _finished(study: optuna.Study) -> Sequence[optuna.trial.FrozenTrial]:
+    """Complete and pruned ones, in their order."""
+    state = need_optuna().trial.TrialState
+    return study.get_trials(deepcopy=False, states=[state.COMPLETE, state.PRUNED])
+
+
+def _table(study: optuna.Study) -> pd.DataFrame:
+    """One row a finished trial, in their order: coefficients, objectives, further numbers."""
+    names = (*MINIMISE, *MAXIMISE)
+    rows = [
+        {"trial": number, **trial.params, **dict(zip(names, trial.values, strict=True)), **trial.user_attrs}
+        for number, trial in enumerate(_finished(study))
+        if trial.values is not None
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["trial", *RANGES, *names])
+
+
+def need_optuna() -> Any:
+    """Optuna, or ReplibError where it is absent."""
+    try:
+        import optuna
+        import optuna.storages.journal
+    except ImportError as error:
+        raise ReplibError("the coefficient search needs optuna; install it with: pip install 'replib[tune]'") from error
+    return optuna
+
+
+def ranges_around(bend: BendConfig, factor: float = 10.0) -> dict[str, tuple[float, float]]:
+    """From a ``factor`` below to a ``factor`` above a configuration; the default range where it has a zero."""
+    values = {name: getattr(bend, name) for name in RANGES}
+    return {name: (x / factor, x * factor) if x else RANGES[name] for name, x in values.items()}
+
+
+def importances(tuning: Tuning, *, ranges: Mapping[str, tuple[float, float]] = RANGES, seed: int = 0) -> dict[str, Any]:
+    """Share of each objective's variance by fANOVA (Hutter, Hoos and Leyton-Brown 2014), on Optuna's random forest.
+
+    Returns:
+        Objective -> a row a coefficient, with the share that it explains ``alone``; shares are scaled to add up to 1.
+        Fewer than two trials, or trials that all ended alike, explain nothing: shares of 0.
+    """
+    optuna = need_optuna()
+    spaces = {name: optuna.distributions.FloatDistribution(*ends, log=True) for name, ends in ranges.items()}
+    found = {}
+    for name in (*MINIMISE, *MAXIMISE):
+        shares = dict.fromkeys(RANGES, 0.0)
+        if tuning.table[name].nunique() > 1:
+            search = optuna.create_study()
+            for row in tuning.table.to_dict("records"):
+                point = {c: row[c] for c in RANGES}
+                search.add_trial(optuna.create_trial(params=point, distributions=spaces, value=row[name]))
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+            shares |= optuna.importance.get_param_importances(search, evaluator=evaluator)
+        found[name] = pd.DataFrame({"alone": [shares[c] for c in RANGES]}, index=list(RANGES))
+    return found
