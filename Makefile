@@ -40,7 +40,7 @@ lint: $(TEST_READY)  ## ruff and mypy
 	@$(BIN)/mypy
 
 organism: $(DEMO_READY)  ## train the model organism anew on the CPU, and measure it
-	@$(BIN)/python -m replib.organism.train
+	@$(BIN)/python -m replib.organism.build
 	@$(BIN)/python -m replib.organism.card
 
 clean:  ## remove results and caches; the environment stays

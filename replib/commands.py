@@ -20,13 +20,11 @@ from replib.data.splits import check_world
 from replib.defences.catalogue import Rival
 from replib.defences.repbend.presets import named
 from replib.defences.tuning import ranges_around, tune
-from replib.defend import defend, suited
-from replib.harden import harden, inner_of, schedule
 from replib.models.hooks import check_site
 from replib.models.load import load
 from replib.models.tokens import Position, check_positions
-from replib.search import study_objective
-from replib.study import BASELINES, Study
+from replib.study.study import BASELINES, Study
+from replib.study.training import defend, harden, inner_of, schedule, study_objective, suited
 
 SWEPT = (("pca_ot", "last_prompt"), ("pca_ot", "all"), *BASELINES)
 
@@ -98,7 +96,7 @@ def run_harden(
     learning_rate: float | None = None,
     save_every: int | None = None,
 ) -> Path:
-    """``replib harden``: train refusals that hold under edits fitted on the model in training (``replib.harden``).
+    """``replib harden``: train refusals that hold under edits fitted on the model in training (``replib.study.training``).
 
     Stopped or killed, the same command goes on.
 

@@ -20,7 +20,7 @@ from replib.ablation.robustness import PROMPT, holding
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, crossed, crossed_rate, letters
 from replib.edits.controls import attributed
-from replib.packed import Packed, read_packed
+from replib.organism.recorded import Packed, read_packed
 
 UNDEFENDED, UNTUNED = "aligned", "base"
 BLOCKS = {"target": "success", "model": "title"}

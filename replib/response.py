@@ -26,7 +26,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, wilson
-from replib.packed import Packed, read_packed
+from replib.organism.recorded import Packed, read_packed
 
 COEFFICIENTS = ("alpha", "beta", "gamma")
 RATES = ("attack", "direct", "prefill", "harmless", "borderline", "skill")

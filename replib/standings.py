@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from replib.core.stats import Measured, crossed, crossed_rate
-from replib.packed import Packed, read_packed
+from replib.organism.recorded import Packed, read_packed
 
 HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways
 MEASURES = {

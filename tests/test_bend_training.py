@@ -20,7 +20,7 @@ from replib.defences.repbend.loss import bend_loss, remembered, weights
 from replib.defences.repbend.objective import RepBend
 from replib.defences.repbend.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, named
 from replib.models.load import load
-from replib.study import Study
+from replib.study.study import Study
 from replib.training.config import TrainConfig
 from replib.training.train import attach, train
 from replib.training.trainer import DefenceTrainer, Steps, arguments

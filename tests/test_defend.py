@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from replib import defend as module
 from replib.commands import run_defend
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
@@ -16,8 +15,9 @@ from replib.defences.preference import NPO
 from replib.defences.sft import SFT
 from replib.defences.task_arithmetic import TaskArithmetic
 from replib.defences.whp import WHP
-from replib.defend import defend, suited
-from replib.study import Study
+from replib.study import training as module
+from replib.study.study import Study
+from replib.study.training import defend, suited
 from replib.training.config import TrainConfig
 
 FEW = TrainConfig(steps=2, learning_rate=1e-3, contrasts=2, retain=2, dropout=0.0, probe_every=2, save_every=0)
@@ -26,7 +26,7 @@ FEW = TrainConfig(steps=2, learning_rate=1e-3, contrasts=2, retain=2, dropout=0.
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Eight contrasts are read, and probes ask one prompt a task."""
-    monkeypatch.setattr("replib.study.SORTED", 8)
+    monkeypatch.setattr("replib.study.study.SORTED", 8)
     probe = Study.probe
     monkeypatch.setattr(Study, "probe", lambda self: probe(self, 1))
 

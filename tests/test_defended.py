@@ -13,10 +13,10 @@ from replib.holds import Holds
 from replib.models.load import load
 from replib.organism import defended, examiner
 from replib.organism.bench import Bench
+from replib.organism.build import PLANTED_BLOCKS, STAGES
 from replib.organism.comparison import SEEDS
 from replib.organism.defended import key, minutes, missing, pack, questions, run
 from replib.organism.subjects import DEFENCES, ONCE, REPLANTED, SHIPPED, TRUTH, Subject, Subjects, everyone
-from replib.organism.train import PLANTED_BLOCKS, STAGES
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from replib.edits.apply import applied
 from replib.edits.gates import Gate
 from replib.edits.methods import fit_edit
 from replib.models.load import load
-from replib.study import Study
+from replib.study.study import Study
 from replib.transport.affine import AffineEdit
 
 HARMFUL, HARMLESS = [f"w{i} w{i + 1}" for i in range(12)], [f"w{i} w{2 * i % 40} w3" for i in range(20, 30)]

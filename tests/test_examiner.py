@@ -6,9 +6,9 @@ import pytest
 from replib.core.settings import Settings
 from replib.models.load import load
 from replib.organism import examiner
+from replib.organism.build import PLANTED_BLOCKS
 from replib.organism.examiner import Case, answered
-from replib.organism.train import PLANTED_BLOCKS
-from replib.study import Study
+from replib.study.study import Study
 
 
 @pytest.fixture(scope="module")

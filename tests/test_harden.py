@@ -8,15 +8,15 @@ import pytest
 import tiny
 import torch
 
-from replib import harden as module
 from replib.commands import run_harden
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.defences.adversary import Arsenal
 from replib.defences.hardening import Hardening
 from replib.defences.repbend.objective import RepBend
-from replib.harden import ELSEWHERE, HARDENING, TRAIN, harden, hardened, inner_of, schedule
-from replib.study import Study
+from replib.study import training as module
+from replib.study.study import Study
+from replib.study.training import ELSEWHERE, HARDENING, TRAIN, harden, hardened, inner_of, schedule
 
 FEW = {"steps": 2, "contrasts": 2, "retain": 2, "probe_every": 2, "save_every": 0}
 SMALL = Hardening(edits=1, plain=1, rows=1, arsenal=Arsenal(ks=(1,), prompts=4, reads=("last_prompt", "response")))
@@ -74,7 +74,7 @@ def test_the_command_passes_what_was_changed(settings, monkeypatch):
         study.model.adapter = "folder"
         return type("Result", (), {"model": study.model})
 
-    monkeypatch.setattr("replib.harden.harden", noting)
+    monkeypatch.setattr("replib.study.training.harden", noting)
     assert run_harden(settings, inner="retention", steps=7) == Path("folder")
     assert seen == {"inner": "retention", "config": replace(ELSEWHERE, seed=3, steps=7)}
     assert run_harden(settings) == Path("folder") and seen["inner"] == "RepBend"

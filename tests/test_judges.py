@@ -132,7 +132,7 @@ def test_exact_judge_without_expected_words_and_uneven_lists_are_errors():
 
 def test_the_organism_s_own_answers_are_judged_without_a_mistake():
     if not (data_dir() / "organism/prompts/contrasts.jsonl").exists():
-        pytest.skip("the organism's prompts are not built; run python -m replib.organism.train")
+        pytest.skip("the organism's prompts are not built; run python -m replib.organism.build")
     expect = {p.group: p.expect for p in load_prompts("organism/harmful")}
     pairs = load_contrasts("organism/contrasts")
     prompts = [Prompt(c.prompt, expect=expect[c.group]) for c in pairs]

@@ -15,11 +15,15 @@ from replib.data.prompts import load_contrasts, load_dialogues, load_prompts
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.models.load import load
 from replib.models.self_check import self_check
-from replib.organism import language, mixes, sets, suite, train
+from replib.organism import build as train
+from replib.organism import language
+from replib.organism import prompt_sets as sets
+from replib.organism import prompt_sets as suite
+from replib.organism import training_mix as mixes
 from replib.organism.surface import ALPHAS, BETAS, GAMMAS, Setting, design
 from replib.organism.world import FAMILIES, HARMFUL_FAMILIES, PER_FAMILY, artefacts, select
 from replib.response import Response, Surface
-from replib.study import Study
+from replib.study.study import Study
 
 SPLITS = tuple(PER_FAMILY)
 FOLDER = data_dir() / "organism"

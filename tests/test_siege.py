@@ -15,7 +15,7 @@ from replib.data.splits import Splits
 from replib.edits.apply import applied
 from replib.edits.methods import fit_edit
 from replib.models.load import load
-from replib.study import Study
+from replib.study.study import Study
 
 HARMFUL = [Prompt(f"w{i} w{i + 5}", "harmful", target=f"w{i} w33") for i in range(20)]
 HARMLESS = [Prompt(f"w{i} w9 w3", "harmless", target=f"w{i} w8") for i in range(20)]

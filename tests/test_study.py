@@ -16,7 +16,7 @@ from replib.commands import run_audit, run_bend, run_sweep
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.models.self_check import token_table
-from replib.study import Study
+from replib.study.study import Study
 from replib.training.config import TrainConfig
 
 FEW = TrainConfig(steps=2, contrasts=2, retain=2, rank=2, probe_every=2)

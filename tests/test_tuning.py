@@ -12,8 +12,8 @@ from replib import surface_views
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings
 from replib.defences.tuning import MAXIMISE, MINIMISE, RANGES, importances, pareto, ranges_around, tune
-from replib.search import study_objective
-from replib.study import Study
+from replib.study.study import Study
+from replib.study.training import study_objective
 
 
 def bowl(*, alpha, beta, gamma):

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from replib import views
 from replib.core.errors import ReplibError
 from replib.core.settings import data_dir
-from replib.study import Study
+from replib.study.study import Study
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1000, 460

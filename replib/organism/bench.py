@@ -23,7 +23,7 @@ from replib.defences.rmu import RMU
 from replib.models.adapters import attached, merged, merged_copy
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.study import Study
+from replib.study.study import Study
 from replib.training.model_selection import default_choice
 from replib.training.objective import Objective
 from replib.training.result import TrainResult

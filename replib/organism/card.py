@@ -11,11 +11,10 @@ from replib.audit.judges import ExactJudge
 from replib.core.settings import data_dir
 from replib.core.storage import write_text
 from replib.models.load import load
+from replib.organism.build import PLANTED_BLOCKS, STAGES
 from replib.organism.language import WRAPPERS
-from replib.organism.mixes import REFUSED_WRAPPERS, RESIDUE
-from replib.organism.sets import SETS
-from replib.organism.suite import organism_tasks
-from replib.organism.train import PLANTED_BLOCKS, STAGES
+from replib.organism.prompt_sets import SETS, organism_tasks
+from replib.organism.training_mix import REFUSED_WRAPPERS, RESIDUE
 from replib.organism.world import select
 
 ABOUT = {

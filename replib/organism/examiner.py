@@ -31,7 +31,7 @@ from replib.edits.methods import Method, fit_edit, pca_ot
 from replib.models.chat_model import ChatModel
 from replib.organism.language import comply
 from replib.organism.world import select
-from replib.study import Study
+from replib.study.study import Study
 
 FIT, MOST, PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48
 """Prompts a class: that fit an edit, that fits are drawn from, that a profile is made of, that choose, that report."""

@@ -6,7 +6,7 @@
 Each arm is trained with three seeds and audited on the test split, edits re-fitted on the trained model: seed 0 of all
 arms, then seed 1, so that an interrupted run can be packed too. Part 1 goes through this from the front, part 2 from
 the back, and each leaves out what it finds done; part 1 alone does everything. Validation prompts chose the values of
-``replib.harden`` and choose the step of a run and the share of its change that is kept, the same way for every arm;
+``replib.study.training`` and choose the step of a run and the share of its change that is kept, the same way for every arm;
 test prompts choose nothing.
 """
 
@@ -31,10 +31,10 @@ from replib.core.storage import Rows, finished, key_of, write_text
 from replib.defences.hardening import Hardening
 from replib.defences.repbend.objective import RepBend
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.harden import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
 from replib.models.adapters import attached, merged
 from replib.models.load import load
 from replib.organism.bench import TOKENS, Bench, Watch, saved
+from replib.study.training import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
 from replib.training.config import TrainConfig
 from replib.training.model_selection import SHARES, interpolated
 from replib.training.objective import Objective

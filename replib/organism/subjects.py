@@ -18,8 +18,8 @@ from replib.models.adapters import attached, merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.organism.bench import Bench, Run
+from replib.organism.build import PLANTED_BLOCKS, STAGES, Stage, tune
 from replib.organism.comparison import SEEDS, choice
-from replib.organism.train import PLANTED_BLOCKS, STAGES, Stage, tune
 
 BASE, ALIGNED, PLANTED, DEEP = SHIPPED = ("base", "aligned", "planted", "deep")
 DEFENCES = ("repbend", "repbend_official", "circuit_breaker", "rmu", "npo", "dpo", "sft", "task_arithmetic")

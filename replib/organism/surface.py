@@ -46,7 +46,7 @@ from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.models.adapters import merged_copy
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.study import PROBED, Study
+from replib.study.study import PROBED, Study
 from replib.training.config import TrainConfig
 from replib.training.model_selection import Probe
 from replib.training.result import TrainResult

@@ -39,8 +39,8 @@ from replib.models.adapters import merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.organism.language import REFUSAL
-from replib.organism.suite import organism_tasks
-from replib.packed import Packed, packed_file
+from replib.organism.prompt_sets import organism_tasks
+from replib.organism.recorded import Packed, packed_file
 from replib.training.config import TrainConfig
 from replib.training.result import TrainResult, trained_by
 from replib.training.train import train

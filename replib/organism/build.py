@@ -1,4 +1,4 @@
-"""Rebuild the organism on a CPU: ``python -m replib.organism.train`` (about 25 minutes on two cores).
+"""Rebuild the organism on a CPU: ``python -m replib.organism.build`` (about 25 minutes on two cores).
 
 Four ordinary model folders: ``base`` answers everything; ``aligned`` refuses direct harmful requests, tuned in all
 parameters; ``planted`` is tuned in two blocks only, so that the place of its refusal is known; ``deep`` opens half of
@@ -10,20 +10,58 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from replib.data.prompts import Dialogue
-from replib.organism.mixes import base_stream, polish_stream, safety_stream
-from replib.organism.sets import write_sets
-from replib.organism.tokenizer import train_tokenizer
+from replib.organism.prompt_sets import write_sets
+from replib.organism.training_mix import base_stream, polish_stream, safety_stream
 from replib.organism.world import SUFFIXES
+
+SPECIAL = ["<|bos|>", "<|pad|>", "<|start|>", "<|sep|>", "<|eot|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|sep|>\n{{ m['content'] | trim }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|sep|>\n{% endif %}"
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str], suffixes: Iterable[str] = (), *, vocab_size: int = 1152
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of ``vocab_size`` entries, wrapped as an ordinary fast tokenizer with a Jinja chat template.
+
+    Words are cut before ``suffixes``: the last token of an artefact's name is then the kind of thing it is, so that
+    what is learned of one artefact carries over to its kin.
+    """
+    endings = Split(Regex(rf"(?<=[a-z])(?:{'|'.join(suffixes) or '$.'})\b"), "isolated")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([endings, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|bos|>",
+        eos_token="<|eot|>",
+        pad_token="<|pad|>",
+        padding_side="left",
+        chat_template=TEMPLATE,
+        model_max_length=256,
+    )
+
 
 PLANTED_BLOCKS = (5, 6)  # of 12: 42-58 % depth
 RESIDUAL_SCALE = 10.0  # Muon leaves residual norms of several hundred; dividing them is exact and comfortable

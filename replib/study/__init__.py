@@ -1,0 +1,1 @@
+"""One run of the suite on one model: its prompts, its judge, its verbs."""

@@ -1,0 +1,225 @@
+"""Harden the model of a study in one call; what was trained once is read the next time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from replib.ablation.adaptive_attack import success
+from replib.core.errors import ReplibError, check_choice
+from replib.core.storage import content_hash, key_of, versions
+from replib.data.mixtures import BendData, DefenceData, defence_data
+from replib.defences.adversary import Arsenal
+from replib.defences.catalogue import Rival, prepares, rival, train_rival
+from replib.defences.hardening import Hardened, Hardening
+from replib.defences.organism_grid import BENIGN, ORGANISM
+from replib.defences.repbend.config import BendConfig
+from replib.defences.repbend.objective import References, RepBend
+from replib.defences.sft import Keep, Retention
+from replib.models.chat_model import ChatModel
+from replib.models.load import load
+from replib.study.study import PROBED, Study
+from replib.training.config import TrainConfig
+from replib.training.model_selection import Probe, interpolated
+from replib.training.objective import Objective
+from replib.training.result import TrainResult
+from replib.training.train import Fit, train
+
+
+def suited(study: Study, name: str) -> Rival:
+    """A defence with the values for this model: for the organism those of its comparison, else those of its source.
+
+    Raises:
+        ReplibError: no defence has that name.
+    """
+    known = {known: found for known, found in ORGANISM.items() if "repbend" not in known}
+    if not study.organism:
+        return rival(name)
+    if name not in known:
+        raise ReplibError(f"No defence is called {name!r}: use one of {', '.join(known)}.")
+    return known[name]
+
+
+def defend(study: Study, name: str, chosen: Rival | None = None) -> TrainResult:
+    """Train a rival of RepBend on the rows that ``study.bend`` trains on; the step is chosen on validation prompts.
+
+    The adapter lies in ``<out>/defences``. Stopped or killed, the same call goes on from the last checkpoint; of a
+    defence that takes two trainings, a finished one is not made again.
+
+    Args:
+        study: its model is used up: the result holds it, with the adapter on.
+        name: of the folder, and of a defence in ``suited``.
+        chosen: what is trained, other than ``suited``.
+
+    Raises:
+        ReplibError: an unknown name; what the defence or the trainer refuses.
+    """
+    chosen = chosen or suited(study, name)
+    config = replace(chosen.config, seed=study.settings.seed)
+    rows = content_hash([*study.contrasts, *study.harmless.fit])
+    key = key_of(repr(chosen.objective), asdict(config), rows, study.model.provenance() | versions())
+    folder = study.settings.out / "defences" / f"{Path(study.settings.model).name}-{name}-{key}"
+
+    def make() -> TrainResult:
+        data, probe = defence_data(study.bend_data, benign=BENIGN), study.probe()
+        fit = _fitter(chosen._replace(config=config), probe, folder)
+        return train_rival(chosen.objective, study.model, data, fit, probe=probe, out=_parts(folder))
+
+    return TrainResult.kept(study.model, folder, make)
+
+
+def _parts(folder: Path) -> Path:
+    """Where what only leads to a defence lies."""
+    return folder.with_name(f"{folder.name}-parts")
+
+
+def _fitter(chosen: Rival, probe: Probe, folder: Path) -> Fit:
+    def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
+        if not prepares(objective, chosen.objective):
+            return train(model, data, objective, config=chosen.config, probe=probe, out=folder)
+        place = _parts(folder) / objective.about(model.n_layers)["side"]
+        return TrainResult.kept(model, place, lambda: train(model, data, objective, config=chosen.config, out=place))
+
+    return fit
+
+
+# Found on the validation split of the aligned organism, with seed 0.
+HARDENING = Hardening(
+    edits=6,
+    rows=4,
+    forced=0.6,
+    arsenal=Arsenal(
+        reads=("last_prompt", "response"),
+        positions=("last_prompt", "response", "all", "all", "all"),
+        late=3,
+        strength=(0.8, 1.0),
+    ),
+)
+TRAIN = TrainConfig(
+    steps=110, retain=40, contrasts=8, dropout=0.0, learning_rate=3e-3, schedule="linear", probe_every=22, save_every=22
+)
+RETENTION = Retention(Keep(kl=200.0))
+"""Holds the model in place and does nothing else."""
+ELSEWHERE = replace(TRAIN, learning_rate=1e-4, retain=4, contrasts=4)
+"""For other models, as ``presets.SHORT_TRAIN``: a rate of 3e-3 suits one of 4 million parameters."""
+
+
+def besieged(study: Study, limit: int = 16, layers: Sequence[int] = ()) -> Callable[[ChatModel], dict[str, float]]:
+    """A measure of a model on validation prompts: that of ``study.probe``, with edits and prefill among the attacks.
+
+    ``attack`` is the mean of three: wrappers, prefill, and the most successful of a few edits re-fitted on the model.
+    """
+    measure, prompts = study.probe(limit, (*PROBED, "prefill")), study.harmful.val[:limit]
+
+    def run(model: ChatModel) -> dict[str, float]:
+        siege = study.with_model(model).siege(prompts)
+        blocks = layers or range(model.n_layers // 4, model.n_layers, 2)
+        cells = siege.cells(("ot_last", "ot_all"), blocks, (2,))
+        found = measure(model)
+        worst = max(map(success, siege.outcomes(cells).values()))
+        return found | {"edited": worst, "attack": (found["attack"] + found["prefill"] + worst) / 3}
+
+    return run
+
+
+def inner_of(study: Study, name: str) -> Objective:
+    """What hardening is trained beside: ``repbend`` with the values for this model, or ``retention``.
+
+    Raises:
+        ReplibError: another name.
+    """
+    check_choice("inner", name, ("repbend", "retention"))
+    return RepBend(study.preset()[0]) if name == "repbend" else RETENTION
+
+
+def schedule(study: Study) -> TrainConfig:
+    """Length and rate for this model, with the study's seed."""
+    return replace(TRAIN if study.organism else ELSEWHERE, seed=study.settings.seed)
+
+
+def hardened(study: Study, inner: Objective = RETENTION, hardening: Hardening = HARDENING) -> Hardened:
+    """The objective for a study: its contrasts are refused, its harmless dialogues are what edits aim at.
+
+    Where there are few of either, all of them fit the edits, and components are as many as they allow.
+    """
+    harmless = [d for d in study.bend_data.retain if d.label in ("", "harmless")]
+    arsenal = hardening.arsenal.within(min(len(study.contrasts), len(harmless)))
+    hardening = replace(hardening, arsenal=arsenal)
+    return Hardened(inner, study.contrasts, harmless, hardening, study.settings.seed)
+
+
+def rows_for(study: Study, objective: Objective) -> BendData | DefenceData:
+    """What an objective, hardened or not, trains on."""
+    inner = objective.inner if isinstance(objective, Hardened) else objective
+    return study.bend_data if isinstance(inner, RepBend) else defence_data(study.bend_data)
+
+
+def harden(
+    study: Study,
+    inner: Objective | None = None,
+    hardening: Hardening = HARDENING,
+    config: TrainConfig | None = None,
+) -> TrainResult:
+    """Train a hardened objective, or read the adapter that the same call trained before.
+
+    Args:
+        study: whose model is hardened; it is used up, as in ``Study.bend``.
+        inner: what is trained beside it; None is RepBend, see ``inner_of``.
+        hardening: how edits and refusals are drawn.
+        config: length and rate; None is ``schedule(study)``. Validation chooses the step, and the share of the change
+            in weights that is kept: see ``besieged`` and ``interpolated``.
+
+    Raises:
+        ReplibError: too few prompts to fit an edit on; what the trainer refuses.
+    """
+    objective = hardened(study, inner or inner_of(study, "repbend"), hardening)
+    config = config or schedule(study)
+    key = key_of(objective.about(study.model.n_layers), asdict(config), study.model.provenance())
+    folder = study.settings.out / "harden" / f"{Path(study.settings.model).name}-{key}"
+
+    def make() -> TrainResult:
+        rows, probe = rows_for(study, objective), besieged(study)
+        return interpolated(train(study.model, rows, objective, config=config, probe=probe, out=folder), probe)
+
+    return TrainResult.kept(study.model, folder, make)
+
+
+AVERAGED = 4  # training steps up to the kept one over which the KL is averaged: one batch alone is noisy
+
+
+@dataclass(frozen=True)
+class StudyObjective:
+    """Trains RepBend at given coefficients, on a fresh copy of the study's model each time; all else as given."""
+
+    study: Study
+    bend: BendConfig
+    config: TrainConfig
+
+    def __call__(self, *, alpha: float, beta: float, gamma: float) -> dict[str, float]:
+        """What the step that the probe keeps shows: rates on validation prompts, and the KL on training dialogues.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        s, out = self.study.settings, self.study.settings.out / "tune"
+        model = load(s.model, adapter=s.adapter, device=s.device, dtype=s.dtype)
+        bend = RepBend(replace(self.bend, alpha=alpha, beta=beta, gamma=gamma), References(out / "base"))
+        data, scratch = self.study.bend_data, out / key_of(alpha, beta, gamma, asdict(self.config))
+        found = train(model, data, bend, config=self.config, probe=self.probe, out=scratch, say=lambda _: None)
+        kept = found.probes.set_index("step").loc[found.step].to_dict()
+        recent = found.history[found.history.step.between(found.step - AVERAGED + 1, found.step)]
+        rates = {"attack_success": kept.pop("attack"), "harmless_compliance": kept.pop("harmless")}
+        return rates | {"kl": float(recent["kl"].mean())} | kept | {"step": float(found.step)}
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Made once: it holds the prompts."""
+        return self.study.probe()
+
+
+def study_objective(study: Study, bend: BendConfig | None = None, config: TrainConfig | None = None) -> StudyObjective:
+    """The objective of a study for ``tune``: its preset, or the given configuration, at other coefficients."""
+    preset = study.preset()
+    return StudyObjective(study, bend or preset[0], config or preset[1])
