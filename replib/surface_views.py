@@ -13,10 +13,9 @@ from replib.ablation.adaptive_attack import ASSAULTS
 from replib.coefficient_figures import Sweep, importance, pareto_front, sensitivity
 from replib.core.stats import Measured
 from replib.defences.tuning import Tuning
+from replib.experiments.comparison_results import MEASURES, Hardness, Standings
+from replib.experiments.response_surface import COEFFICIENTS, Response, Surface
 from replib.figures import layer_lines
-from replib.hardness import Hardness
-from replib.response import COEFFICIENTS, Response, Surface
-from replib.standings import MEASURES, Standings
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 SHOWN = ("attack", "prefill", "harmless", "borderline")

@@ -19,7 +19,7 @@ import traitlets
 from plotly.offline import get_plotlyjs
 
 from replib.core.errors import ReplibError
-from replib.response import COEFFICIENTS, Response
+from replib.experiments.response_surface import COEFFICIENTS, Response
 from replib.response_view import ResponseView
 
 VIEW_MIME = "application/vnd.replib.view+json"

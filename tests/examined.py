@@ -3,7 +3,7 @@
 import numpy as np
 
 from replib.ablation.localisation import Features
-from replib.holds import Holds
+from replib.experiments.transport_results import Holds
 
 PROMPTS, LAYERS = 24, 6
 STRENGTHS, SIZES = [0.0, 0.5, 1.0, 2.0], [8, 32, 128]

@@ -18,12 +18,12 @@ from replib.defences import organism_grid as contenders
 from replib.defences.catalogue import DEFENCES
 from replib.defences.organism_grid import CHOSEN, CONTENDERS, ORGANISM
 from replib.defences.repbend.objective import RepBend
+from replib.experiments import comparison
+from replib.experiments import runner as benches
+from replib.experiments.comparison import SEEDS, choice, cost, finals, missing, pack, trials
+from replib.experiments.comparison_results import MEASURES, Standings
+from replib.experiments.runner import Bench, Run
 from replib.models.load import load
-from replib.organism import bench as benches
-from replib.organism import comparison
-from replib.organism.bench import Bench, Run
-from replib.organism.comparison import SEEDS, choice, cost, finals, missing, pack, trials
-from replib.standings import MEASURES, Standings
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,29 @@ import torch
 
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
-from replib.holds import Holds
+from replib.experiments import transport_audit as defended
+from replib.experiments import transport_questions as examiner
+from replib.experiments.comparison import SEEDS
+from replib.experiments.runner import Bench
+from replib.experiments.transport_audit import (
+    DEFENCES,
+    ONCE,
+    REPLANTED,
+    SHIPPED,
+    TRUTH,
+    Subject,
+    Subjects,
+    everyone,
+    key,
+    minutes,
+    missing,
+    pack,
+    questions,
+    run,
+)
+from replib.experiments.transport_results import Holds
 from replib.models.load import load
-from replib.organism import defended, examiner
-from replib.organism.bench import Bench
 from replib.organism.build import PLANTED_BLOCKS, STAGES
-from replib.organism.comparison import SEEDS
-from replib.organism.defended import key, minutes, missing, pack, questions, run
-from replib.organism.subjects import DEFENCES, ONCE, REPLANTED, SHIPPED, TRUTH, Subject, Subjects, everyone
 
 
 @pytest.fixture(scope="module")

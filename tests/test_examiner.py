@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from replib.core.settings import Settings
+from replib.experiments import transport_questions as examiner
+from replib.experiments.transport_questions import Case, answered
 from replib.models.load import load
-from replib.organism import examiner
 from replib.organism.build import PLANTED_BLOCKS
-from replib.organism.examiner import Case, answered
 from replib.study.study import Study
 
 

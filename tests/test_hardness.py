@@ -8,9 +8,9 @@ import pytest
 
 from replib import surface_views
 from replib.ablation.adaptive_attack import ASSAULTS, GOAL
-from replib.hardness import Hardness
-from replib.organism import hardening
-from replib.organism.hardening import ARMS, ASKED, SEEDS, Run, packed, runs
+from replib.experiments import hardening
+from replib.experiments.comparison_results import Hardness
+from replib.experiments.hardening import ARMS, ASKED, SEEDS, Run, packed, runs
 
 TASKS = {"direct": "direct", "prefill": "prefill", "story": "attack", "harmless": "benign", "borderline": "benign",
          "copy": "skill"}  # fmt: skip

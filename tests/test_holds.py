@@ -9,7 +9,7 @@ from examined import LAYERS, PROMPTS, SEEDS, SIZES, STRENGTHS, examined
 from replib.ablation.localisation import AT_DEPTH
 from replib.core.errors import ReplibError
 from replib.core.stats import crossed, crossed_rate
-from replib.holds import Holds
+from replib.experiments.transport_results import Holds
 
 
 @pytest.fixture(scope="module")

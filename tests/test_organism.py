@@ -13,6 +13,8 @@ from replib.audit.judges import ExactJudge, Outcome
 from replib.core.settings import Settings, data_dir
 from replib.data.prompts import load_contrasts, load_dialogues, load_prompts
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
+from replib.experiments.coefficients import ALPHAS, BETAS, GAMMAS, Setting, design
+from replib.experiments.response_surface import Response, Surface
 from replib.models.load import load
 from replib.models.self_check import self_check
 from replib.organism import build as train
@@ -20,9 +22,7 @@ from replib.organism import language
 from replib.organism import prompt_sets as sets
 from replib.organism import prompt_sets as suite
 from replib.organism import training_mix as mixes
-from replib.organism.surface import ALPHAS, BETAS, GAMMAS, Setting, design
 from replib.organism.world import FAMILIES, HARMFUL_FAMILIES, PER_FAMILY, artefacts, select
-from replib.response import Response, Surface
 from replib.study.study import Study
 
 SPLITS = tuple(PER_FAMILY)

@@ -3,10 +3,9 @@
 import pytest
 
 from replib.core.errors import ReplibError
-from replib.hardness import Hardness
-from replib.holds import Holds
-from replib.response import Surface
-from replib.standings import Standings
+from replib.experiments.comparison_results import Hardness, Standings
+from replib.experiments.response_surface import Surface
+from replib.experiments.transport_results import Holds
 
 PROGRAMS = {"surface": Surface, "comparison": Standings, "hardening": Hardness, "defended": Holds}
 

@@ -11,8 +11,16 @@ from replib import surface_views
 from replib.coefficient_figures import importance, pareto_front
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured
-from replib.organism.surface import Setting, design
-from replib.response import COEFFICIENTS, RATES, Response, Scale, Surface, empirical_logit, variance_shares
+from replib.experiments.coefficients import Setting, design
+from replib.experiments.response_surface import (
+    COEFFICIENTS,
+    RATES,
+    Response,
+    Scale,
+    Surface,
+    empirical_logit,
+    variance_shares,
+)
 from replib.response_view import ResponseView
 
 N = dict.fromkeys(RATES, 48) | {"attack": 192}

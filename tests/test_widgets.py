@@ -12,7 +12,7 @@ import pytest
 from replib.core.errors import ReplibError
 
 pytest.importorskip("anywidget", reason="the extra `notebooks` is not installed")
-from replib.response import Response  # noqa: E402
+from replib.experiments.response_surface import Response  # noqa: E402
 from replib.response_view import ResponseView  # noqa: E402
 from replib.widgets import VIEW_MIME, scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
 

@@ -39,7 +39,7 @@ class Holds(Packed):
 
     @classmethod
     def load(cls, path: Path | None = None) -> Holds:
-        """Read what ``python -m replib.organism.defended --pack`` wrote; raises ReplibError as ``read_packed``."""
+        """Read what ``python -m replib.experiments.transport_audit --pack`` wrote; raises ReplibError as ``read_packed``."""
         found = read_packed(cls.program, path)
         return cls(found.pop("subjects"), found)
 

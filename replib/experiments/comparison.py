@@ -1,7 +1,7 @@
-"""Compare the defences on the organism: ``python -m replib.organism.comparison``, about two hours of one core.
+"""Compare the defences on the organism: ``python -m replib.experiments.comparison``, about two hours of one core.
 
-    python -m replib.organism.comparison --part 1 &  python -m replib.organism.comparison --part 2;  wait
-    python -m replib.organism.comparison --pack
+    python -m replib.experiments.comparison --part 1 &  python -m replib.experiments.comparison --part 2;  wait
+    python -m replib.experiments.comparison --pack
 
 First each method of ``contenders`` is trained at every point of its grid (seed 0), and validation chooses the point.
 Then the chosen ones are trained with five seeds and audited on the test split: seed 0 of all methods, then seed 1 of
@@ -26,7 +26,7 @@ from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.storage import Rows, finished, write_text
 from replib.defences.organism_grid import CONTENDERS
-from replib.organism.bench import Bench, Run
+from replib.experiments.runner import Bench, Run
 
 SEEDS = range(5)
 PROBING, AUDITING = 14, 15  # CPU seconds of a busy core: the probes of one run, one audit

@@ -50,7 +50,7 @@ class Surface(Packed):
 
     @classmethod
     def load(cls, path: Path | None = None) -> Surface:
-        """Read what ``python -m replib.organism.surface --pack`` wrote; settings that diverged have no rows.
+        """Read what ``python -m replib.experiments.coefficients --pack`` wrote; settings that diverged have no rows.
 
         Raises ReplibError as ``read_packed``.
         """

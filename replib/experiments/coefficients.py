@@ -1,7 +1,7 @@
-"""Train RepBend at seventy settings: ``python -m replib.organism.surface``, a good minute a setting on one core.
+"""Train RepBend at seventy settings: ``python -m replib.experiments.coefficients``, a good minute a setting on one core.
 
-    python -m replib.organism.surface --part 1/2 &  python -m replib.organism.surface --part 2/2;  wait
-    python -m replib.organism.surface --pack
+    python -m replib.experiments.coefficients --part 1/2 &  python -m replib.experiments.coefficients --part 2/2;  wait
+    python -m replib.experiments.coefficients --pack
 
 The table is what the coefficient scrubber moves over, what the sensitivity figures (Figs 5 to 7 of arXiv 2504.01550)
 are drawn from, and what the interpolation is fitted and tested on. Its design, around the organism preset:

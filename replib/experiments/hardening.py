@@ -1,7 +1,7 @@
-"""Does hardening hold on the organism? ``python -m replib.organism.hardening``, about five minutes of a core a run.
+"""Does hardening hold on the organism? ``python -m replib.experiments.hardening``, about five minutes of a core a run.
 
-    python -m replib.organism.hardening --part 1 &  python -m replib.organism.hardening --part 2;  wait
-    python -m replib.organism.hardening --pack
+    python -m replib.experiments.hardening --part 1 &  python -m replib.experiments.hardening --part 2;  wait
+    python -m replib.experiments.hardening --pack
 
 Each arm is trained with three seeds and audited on the test split, edits re-fitted on the trained model: seed 0 of all
 arms, then seed 1, so that an interrupted run can be packed too. Part 1 goes through this from the front, part 2 from
@@ -31,9 +31,9 @@ from replib.core.storage import Rows, finished, key_of, write_text
 from replib.defences.hardening import Hardening
 from replib.defences.repbend.objective import RepBend
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
+from replib.experiments.runner import TOKENS, Bench, Watch, saved
 from replib.models.adapters import attached, merged
 from replib.models.load import load
-from replib.organism.bench import TOKENS, Bench, Watch, saved
 from replib.study.training import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
 from replib.training.config import TrainConfig
 from replib.training.model_selection import SHARES, interpolated

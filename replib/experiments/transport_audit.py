@@ -1,8 +1,8 @@
-"""Does a defence hold when the attack is fitted on the defended model: ``python -m replib.organism.defended``.
+"""Does a defence hold when the attack is fitted on the defended model: ``python -m replib.experiments.transport_audit``.
 
-    python -m replib.organism.comparison          # trains the defences; its adapters are read
-    python -m replib.organism.defended            # about an hour of one core, goes on where it stopped
-    python -m replib.organism.defended --pack     # writes data/organism/defended.json
+    python -m replib.experiments.comparison          # trains the defences; its adapters are read
+    python -m replib.experiments.transport_audit            # about an hour of one core, goes on where it stopped
+    python -m replib.experiments.transport_audit --pack     # writes data/organism/defended.json
 
 Subjects are those of ``subjects``, questions those of ``examiner``: every subject is asked every question, one seed of
 all first. Maps of the undefended model are tried on the others too, and four variants whose refusal is planted at
@@ -12,19 +12,96 @@ other depths are trained, to score what is said about depth; their weights stay 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.storage import Rows, finished, key_of, write_text
-from replib.organism.bench import Bench
-from replib.organism.examiner import DESIGN, QUESTIONS, Case, answered
-from replib.organism.subjects import ALIGNED, BASE, REPLANTED, TRUTH, Subject, Subjects, everyone
+from replib.defences.organism_grid import CONTENDERS
+from replib.experiments.comparison import SEEDS, choice
+from replib.experiments.runner import Bench, Run
+from replib.experiments.transport_questions import DESIGN, QUESTIONS, Case, answered
+from replib.models.adapters import attached, merged
+from replib.models.chat_model import ChatModel
+from replib.models.load import load
+from replib.organism.build import PLANTED_BLOCKS, STAGES, Stage, tune
+
+BASE, ALIGNED, PLANTED, DEEP = SHIPPED = ("base", "aligned", "planted", "deep")
+DEFENCES = ("repbend", "repbend_official", "circuit_breaker", "rmu", "npo", "dpo", "sft", "task_arithmetic")
+ONCE = ("repbend_official",)  # it changes next to nothing on the organism, whatever the seed
+REPLANTED = {f"planted_{a}_{b}": (a, b) for a, b in ((1, 2), (3, 4), (7, 8), (9, 10))}
+TRUTH = {PLANTED: PLANTED_BLOCKS} | REPLANTED
+"""Blocks that may have learned to refuse, where only some may."""
+
+
+class Subject(NamedTuple):
+    """One model of the audit."""
+
+    name: str
+    seed: int = 0
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call it."""
+        return CONTENDERS[self.name].title if self.name in DEFENCES else self.name.replace("_", " ")
+
+
+def everyone() -> list[Subject]:
+    """One seed of all, then the other seeds of the defences."""
+    first = [Subject(name) for name in (*SHIPPED, *DEFENCES, *REPLANTED)]
+    return first + [Subject(name, seed) for seed in SEEDS if seed for name in DEFENCES if name not in ONCE]
+
+
+class Subjects:
+    """Finds and loads them."""
+
+    def __init__(self, bench: Bench):
+        self.bench, self.folder = bench, bench.study.settings.out / "defended"
+        self.chosen = choice(bench)
+
+    def run(self, subject: Subject) -> Run:
+        """The training in the comparison that a defended version comes from."""
+        return Run(subject.name, self.chosen.get(subject.name, 0), subject.seed)
+
+    def weights(self, subject: Subject) -> Path:
+        """Where its own weights lie, adapter or model."""
+        if subject.name in DEFENCES:
+            return self.bench.adapter(self.run(subject))
+        return (self.folder if subject.name in REPLANTED else data_dir() / "organism") / subject.name
+
+    def ready(self, subject: Subject) -> bool:
+        """Whether it can be loaded, or made here."""
+        return subject.name in REPLANTED or self.weights(subject).exists()
+
+    def key(self, subject: Subject) -> str:
+        """What tells it from others: its training, or its weights."""
+        if subject.name in DEFENCES:
+            return self.bench.key(self.run(subject))
+        if subject.name in REPLANTED:
+            stage = _stage(subject.name)
+            return key_of(vars(stage) | {"stream": stage.stream.__name__})
+        return hashlib.sha256((self.weights(subject) / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+    def load(self, subject: Subject) -> ChatModel:
+        """The model, ready to be asked; one that is planted elsewhere is trained first, in three minutes or so."""
+        where = self.weights(subject)
+        if subject.name in DEFENCES:
+            return merged(attached(load(self.bench.study.settings.model), where))
+        if subject.name in REPLANTED and not where.exists():
+            tune(where.parent, where.name, _stage(subject.name), data_dir() / "organism" / BASE)
+        return load(str(where))
+
+
+def _stage(name: str) -> Stage:
+    return replace(STAGES[PLANTED], blocks=REPLANTED[name])
+
 
 TRAINING = 250  # CPU seconds of a busy core: one planted variant
 Task = tuple[Subject, str]
@@ -85,7 +162,9 @@ def pack(subjects: Subjects) -> Path:
         if answers:
             lines.append(_line(subject, answers))
     if not lines:
-        raise ReplibError(f"Nothing is answered in {subjects.folder}: run python -m replib.organism.defended first.")
+        raise ReplibError(
+            f"Nothing is answered in {subjects.folder}: run python -m replib.experiments.transport_audit first."
+        )
     about = {"about": subjects.bench.about, "design": DESIGN, "chosen": subjects.chosen}
     head = json.dumps(about, indent=1)[:-2]
     path = data_dir() / "organism" / "defended.json"

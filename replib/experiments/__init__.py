@@ -1,0 +1,1 @@
+"""Programs whose results are recorded in data/organism, and the readers of these results."""
