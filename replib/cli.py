@@ -160,7 +160,7 @@ def _report(_: Namespace, settings: Settings) -> None:
 
 def _export(executed: list[Path], settings: Settings) -> None:
     report = settings.out / "report.html"
-    import_module("replib.export").export_html(executed, report, title=f"replib: {settings.model}")
+    import_module("replib.figures.report").export_html(executed, report, title=f"replib: {settings.model}")
     print(f"Report, to open in any browser without a network: {report.absolute()}")
 
 

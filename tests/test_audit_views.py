@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from examined import LAYERS, SEEDS, examined
 
-from replib import audit_views
 from replib.ablation.localisation import errors
 from replib.core.errors import ReplibError
+from replib.figures import audit as audit_views
 
 FOUND = examined()
 NAMES = [*SEEDS]

@@ -9,8 +9,8 @@ from replib.audit.judges import PhraseJudge
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 from replib.edits.methods import METHODS
+from replib.figures.sweeps import edit_name
 from replib.models.load import load
-from replib.views import edit_name
 
 DATA = AblationData([f"w{i}" for i in range(8)], [f"w{i}" for i in range(8, 14)], [Prompt("w39")], ["w38"])
 

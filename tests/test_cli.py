@@ -169,9 +169,9 @@ def test_a_report_needs_executed_notebooks(tmp_path, capsys):
 @pytest.fixture
 def exported(monkeypatch):
     calls = []
-    module = ModuleType("replib.export")
+    module = ModuleType("replib.figures.report")
     module.export_html = lambda paths, target, *, title: calls.append((list(paths), target, title))
-    monkeypatch.setitem(sys.modules, "replib.export", module)
+    monkeypatch.setitem(sys.modules, "replib.figures.report", module)
     return calls
 
 

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from replib import surface_views
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir
 from replib.core.stats import crossed, crossed_rate, wilson
@@ -23,6 +22,7 @@ from replib.experiments import runner as benches
 from replib.experiments.comparison import SEEDS, choice, cost, finals, missing, pack, trials
 from replib.experiments.comparison_results import MEASURES, Standings
 from replib.experiments.runner import Bench, Run
+from replib.figures.audit import pareto_defences
 from replib.models.load import load
 
 
@@ -212,8 +212,8 @@ def test_the_table_has_a_row_a_defence_and_the_figure_a_name():
     assert list(wide.index) == ["NONE", "SFT", "REPBEND"] and wide.seeds.tolist() == [1, 2, 2]
     assert wide["mean attack success"]["NONE"].startswith("75\N{NO-BREAK SPACE}[") and wide.seconds["SFT"] == 30
     assert {"story", "prefill", "skills", "parameters"} <= set(wide.columns)
-    figure = surface_views.pareto_defences(found)
+    figure = pareto_defences(found)
     assert {note.text for note in figure.layout.annotations} == set(found.titles)
     heights = sorted(note.ay for note in figure.layout.annotations)
     assert min(np.diff(heights)) > 0.07 and heights[-1] < figure.layout.yaxis.range[1]
-    assert surface_views.pareto_defences(found, "skill").layout.xaxis.title.text == "skills"
+    assert pareto_defences(found, "skill").layout.xaxis.title.text == "skills"

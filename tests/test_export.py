@@ -10,8 +10,8 @@ import pytest
 from replib.core.errors import ReplibError
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
-from replib.export import FIGURE_MIME, WIDGET_MIME, export_html  # noqa: E402
-from replib.widgets import scrub_layers  # noqa: E402
+from replib.figures.report import FIGURE_MIME, WIDGET_MIME, export_html  # noqa: E402
+from replib.figures.widgets import scrub_layers  # noqa: E402
 
 TAG = "<script>alert('a title must stay text')</script>"
 

@@ -7,10 +7,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from replib import figures
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured
-from replib.figure_style import COLOURS, TEMPLATE, VERMILLION
+from replib.figures import sweeps as figures
+from replib.figures.audit import audit_dots
+from replib.figures.layers import cluster_scatter, cluster_scatter_grid, cluster_scatter_pair, layer_lines
+from replib.figures.lens import lens_heatmap, lens_heatmap_pair
+from replib.figures.style import COLOURS, TEMPLATE, VERMILLION
+from replib.figures.training import training_curves
 
 RNG = np.random.default_rng(0)
 LABELS = ["harmful"] * 5 + ["harmless"] * 4
@@ -40,15 +44,15 @@ def every_figure() -> dict[str, go.Figure]:
     probe = np.where(np.arange(12) % 5 == 0, RATES[:, 1], np.nan)
     panels = {"loss": {"safe": RATES[:, 0]}, "rate": {"attack success": probe}}
     return {
-        "clusters": figures.cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2]),
-        "clusters_pair": figures.cluster_scatter_pair(POINTS, 9 * POINTS, **pair),
-        "clusters_grid": figures.cluster_scatter_grid({0: POINTS, 5: POINTS, "output": POINTS}, LABELS),
-        "layer_lines": figures.layer_lines({"base": curve}, "rate", title="t", null=curve, marks={"here": 3}),
-        "lens_heatmap": figures.lens_heatmap(ENTROPY, TOKENS, **lens),
-        "lens_pair": figures.lens_heatmap_pair([ENTROPY, ENTROPY], [TOKENS, TOKENS], **lens),
+        "clusters": cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2]),
+        "clusters_pair": cluster_scatter_pair(POINTS, 9 * POINTS, **pair),
+        "clusters_grid": cluster_scatter_grid({0: POINTS, 5: POINTS, "output": POINTS}, LABELS),
+        "layer_lines": layer_lines({"base": curve}, "rate", title="t", null=curve, marks={"here": 3}),
+        "lens_heatmap": lens_heatmap(ENTROPY, TOKENS, **lens),
+        "lens_pair": lens_heatmap_pair([ENTROPY, ENTROPY], [TOKENS, TOKENS], **lens),
         "sweep_heatmap": figures.sweep_heatmap({"base": rates, "bent": rates}, [1, 2, 4], title="t"),
-        "training_curves": figures.training_curves(panels, steps=range(12), chosen=5),
-        "audit_dots": figures.audit_dots(audit_table()),
+        "training_curves": training_curves(panels, steps=range(12), chosen=5),
+        "audit_dots": audit_dots(audit_table()),
         "tradeoff": figures.tradeoff_scatter(point, point, names=["base", "bent"], unit="KL (nats)"),
     }
 
@@ -64,7 +68,7 @@ def test_every_figure_has_the_template_a_title_and_named_axes(name):
 
 
 def test_clusters_carry_each_label_in_its_colour():
-    harmful, harmless = figures.cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2], texts=["<b>?"] * 9).data
+    harmful, harmless = cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2], texts=["<b>?"] * 9).data
     np.testing.assert_allclose(np.c_[harmful.x, harmful.y], POINTS[:5], rtol=1e-6)
     np.testing.assert_allclose(np.c_[harmless.x, harmless.y], POINTS[5:], rtol=1e-6)
     assert (harmful.marker.color, harmless.marker.color) == (COLOURS["harmful"], COLOURS["harmless"])
@@ -73,12 +77,12 @@ def test_clusters_carry_each_label_in_its_colour():
 
 def test_no_label_is_dropped_when_there_are_many():
     labels = [f"group {place}" for place in range(9)]
-    assert sum(len(trace.x) for trace in figures.cluster_scatter(POINTS, labels, explained=[0.5, 0.2]).data) == 9
+    assert sum(len(trace.x) for trace in cluster_scatter(POINTS, labels, explained=[0.5, 0.2]).data) == 9
 
 
 def test_a_shared_basis_shares_the_axes_and_own_bases_do_not():
-    own = figures.cluster_scatter_pair(POINTS, POINTS, labels=LABELS, explained=[[0.5, 0.2], [0.9, 0.1]])
-    joint = figures.cluster_scatter_pair(POINTS, POINTS, labels=LABELS, explained=[0.5, 0.2])
+    own = cluster_scatter_pair(POINTS, POINTS, labels=LABELS, explained=[[0.5, 0.2], [0.9, 0.1]])
+    joint = cluster_scatter_pair(POINTS, POINTS, labels=LABELS, explained=[0.5, 0.2])
     assert own.layout.xaxis2.matches is None
     assert {joint.layout.xaxis.matches, joint.layout.xaxis2.matches} == {
         None,
@@ -89,7 +93,7 @@ def test_a_shared_basis_shares_the_axes_and_own_bases_do_not():
 
 def test_a_model_keeps_its_colour_and_methods_differ_by_dash():
     curves = {"base": RATES[:, 0], "bent, K = 2": RATES[:, 1], "bent, K = 8": RATES[:, 2]}
-    base, two, eight = figures.layer_lines(curves, "rate", title="t").data
+    base, two, eight = layer_lines(curves, "rate", title="t").data
     assert two.line.color == eight.line.color == COLOURS["bent"]
     assert base.line.color == COLOURS["base"]
     assert two.line.dash != eight.line.dash
@@ -97,20 +101,20 @@ def test_a_model_keeps_its_colour_and_methods_differ_by_dash():
 
 def test_curves_carry_values_intervals_and_n():
     curve = Measured([0.1, 0.2], [0.0, 0.1], [0.3, 0.4], n=[96, 80])
-    band, line = figures.layer_lines({"base": curve}, "rate", title="t").data
+    band, line = layer_lines({"base": curve}, "rate", title="t").data
     np.testing.assert_allclose(line.y, [0.1, 0.2])
     np.testing.assert_allclose(sorted(band.y), [0.0, 0.1, 0.3, 0.4])
     assert list(line.text) == ["0.1 [0, 0.3], n = 96", "0.2 [0.1, 0.4], n = 80"]
 
 
 def test_marks_are_drawn_as_lines_and_windows_with_a_legend():
-    figure = figures.layer_lines({"base": [0.1, 0.2]}, "rate", title="t", marks={"best": 1, "planted": (0.5, 1.5)})
+    figure = layer_lines({"base": [0.1, 0.2]}, "rate", title="t", marks={"best": 1, "planted": (0.5, 1.5)})
     assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [(1, 1), (0.5, 1.5)]
     assert all(shape.showlegend for shape in figure.layout.shapes)
 
 
 def test_the_window_is_framed_behind_the_curves():
-    figure = figures.layer_lines({"base": [0.1, 0.2, 0.3]}, "rate", title="t", window=(1, 2))
+    figure = layer_lines({"base": [0.1, 0.2, 0.3]}, "rate", title="t", window=(1, 2))
     (frame,) = figure.layout.shapes
     assert (frame.x0, frame.x1, frame.layer, frame.fillcolor) == (0.5, 2.5, "below", None)
     assert "framed: 40–60 %" in figure.layout.title.text
@@ -140,31 +144,31 @@ def test_the_window_is_framed_in_its_own_panel_and_deep_models_stay_readable():
 
 
 def test_the_lens_shortens_tokens_and_keeps_them_whole_in_hover():
-    (heat,) = figures.lens_heatmap(ENTROPY, TOKENS, inputs=list("abcdefghijkl")[:3]).data
+    (heat,) = lens_heatmap(ENTROPY, TOKENS, inputs=list("abcdefghijkl")[:3]).data
     np.testing.assert_allclose(heat.z, ENTROPY, rtol=1e-6)
     assert heat.text[0][1] == "·I"
     assert heat.text[0][2] == "&lt;|eot|&gt;"
-    wide = figures.lens_heatmap(np.ones((1, 19)), [["supercalifragilistic"] * 19], inputs=["x"] * 19).data[0]
+    wide = lens_heatmap(np.ones((1, 19)), [["supercalifragilistic"] * 19], inputs=["x"] * 19).data[0]
     assert wide.text[0][0].endswith("…")
     assert wide.customdata[0][0].startswith("supercalifragilistic")
 
 
 def test_the_lens_names_its_layers():
-    chosen = figures.lens_heatmap(ENTROPY, TOKENS, inputs=["a", "b", "c"], layers=[3, 9])
-    every = figures.lens_heatmap(ENTROPY, TOKENS, inputs=["a", "b", "c"])
+    chosen = lens_heatmap(ENTROPY, TOKENS, inputs=["a", "b", "c"], layers=[3, 9])
+    every = lens_heatmap(ENTROPY, TOKENS, inputs=["a", "b", "c"])
     assert list(chosen.layout.yaxis.ticktext) == ["3", "9"]
     assert list(every.layout.yaxis.ticktext) == ["0", "output"]
 
 
 def test_a_sparse_probe_is_drawn_as_one_line():
     probe = [1.0, np.nan, np.nan, 0.5]
-    (line,) = figures.training_curves({"rate": {"attack": probe}}, steps=[0, 5, 10, 15], chosen=15).data
+    (line,) = training_curves({"rate": {"attack": probe}}, steps=[0, 5, 10, 15], chosen=15).data
     assert list(line.x) == [0, 15]
     assert list(line.y) == [1.0, 0.5]
 
 
 def test_audit_dots_split_attack_from_benign_and_keep_the_intervals():
-    figure = figures.audit_dots(audit_table())
+    figure = audit_dots(audit_table())
     attack = figure.data[0]
     assert attack.marker.color == VERMILLION
     assert list(attack.y) == ["direct"]
@@ -176,29 +180,29 @@ def test_audit_dots_split_attack_from_benign_and_keep_the_intervals():
 
 
 def test_arrays_travel_in_single_precision():
-    trace = figures.cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2]).to_plotly_json()["data"][0]
+    trace = cluster_scatter(POINTS, LABELS, explained=[0.5, 0.2]).to_plotly_json()["data"][0]
     assert trace["x"]["dtype"] == "f4"
     assert len(base64.b64decode(trace["x"]["bdata"])) == 5 * 4
 
 
 def test_values_that_are_not_finite_draw_a_gap_and_no_crash():
     bad = np.array([[np.nan, 1], [np.inf, 2], [3, 4]])
-    assert figures.cluster_scatter(bad, ["harmful", "harmless", "safe"], explained=[np.nan, 0.2]).to_json()
+    assert cluster_scatter(bad, ["harmful", "harmless", "safe"], explained=[np.nan, 0.2]).to_json()
     nothing = Measured(np.full(4, np.nan), np.full(4, np.nan), np.full(4, np.nan), n=0)
-    assert figures.layer_lines({"base": nothing}, "rate", title="t").to_json()
+    assert layer_lines({"base": nothing}, "rate", title="t").to_json()
     assert figures.sweep_heatmap({"base": np.full((4, 2), np.nan)}, [1, 2], title="t").to_json()
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.cluster_scatter([], [], explained=[0.5, 0.2]),
-        lambda: figures.cluster_scatter_grid({}, []),
-        lambda: figures.layer_lines({}, "rate", title="t"),
-        lambda: figures.lens_heatmap(np.ones((0, 0)), [], inputs=[]),
+        lambda: cluster_scatter([], [], explained=[0.5, 0.2]),
+        lambda: cluster_scatter_grid({}, []),
+        lambda: layer_lines({}, "rate", title="t"),
+        lambda: lens_heatmap(np.ones((0, 0)), [], inputs=[]),
         lambda: figures.sweep_heatmap({}, [1], title="t"),
-        lambda: figures.training_curves({}, steps=[]),
-        lambda: figures.audit_dots(audit_table()[:0]),
+        lambda: training_curves({}, steps=[]),
+        lambda: audit_dots(audit_table()[:0]),
         lambda: figures.tradeoff_scatter(Measured([]), Measured([]), names=[], unit="KL"),
     ],
 )
@@ -210,9 +214,9 @@ def test_nothing_to_draw_is_said(draw):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.cluster_scatter(POINTS, LABELS[:3], explained=[0.5, 0.2]),
+        lambda: cluster_scatter(POINTS, LABELS[:3], explained=[0.5, 0.2]),
         lambda: figures.sweep_heatmap({"base": RATES}, [1, 2], title="t"),
-        lambda: figures.lens_heatmap(ENTROPY[:1], TOKENS, inputs=["a", "b", "c"]),
+        lambda: lens_heatmap(ENTROPY[:1], TOKENS, inputs=["a", "b", "c"]),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(draw):
@@ -222,8 +226,8 @@ def test_shapes_that_do_not_fit_are_named(draw):
 
 def test_intervals_of_many_curves_are_read_on_hovering_and_not_drawn_on_each_other():
     curve = Measured([0.5, 0.6], low=[0.4, 0.5], high=[0.6, 0.7], n=9)
-    few = figures.layer_lines(dict.fromkeys("abc", curve), "rate", title="t")
-    many = figures.layer_lines(dict.fromkeys("abcd", curve), "rate", title="t")
+    few = layer_lines(dict.fromkeys("abc", curve), "rate", title="t")
+    many = layer_lines(dict.fromkeys("abcd", curve), "rate", title="t")
     assert len(few.data) == 6 and "hovering" not in few.layout.title.text
     assert len(many.data) == 4 and "n = 9 a point; 95 % intervals on hovering" in many.layout.title.text
     assert many.data[0].text[0] == "0.5 [0.4, 0.6], n = 9"
@@ -231,7 +235,7 @@ def test_intervals_of_many_curves_are_read_on_hovering_and_not_drawn_on_each_oth
 
 def test_an_edit_has_its_colour_in_every_figure():
     names = ["PCA-OT, all", "RFA, all", "ActAdd, last prompt"]
-    lines = figures.layer_lines({name: [0.1, 0.2] for name in names}, "rate", title="t")
+    lines = layer_lines({name: [0.1, 0.2] for name in names}, "rate", title="t")
     points = figures.tradeoff_scatter(
         Measured([0.1, 0.5, 0.9]), Measured([0.1, 0.2, 0.3]), names=names[::-1], unit="KL"
     )

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from replib import surface_views
 from replib.ablation.adaptive_attack import ASSAULTS, GOAL
 from replib.experiments import hardening
 from replib.experiments.comparison_results import Hardness
 from replib.experiments.hardening import ARMS, ASKED, SEEDS, Run, packed, runs
+from replib.figures.audit import hardening_blocks, hardening_frontier
 
 TASKS = {"direct": "direct", "prefill": "prefill", "story": "attack", "harmless": "benign", "borderline": "benign",
          "copy": "skill"}  # fmt: skip
@@ -93,8 +93,8 @@ def test_success_by_block_is_the_best_k_of_each(rows, found):
 
 
 def test_figures_are_drawn_from_it(found):
-    assert {t.name for t in surface_views.hardening_blocks(found).data} >= set(found.titles)
-    assert "most successful" in surface_views.hardening_frontier(found).layout.title.text
+    assert {t.name for t in hardening_blocks(found).data} >= set(found.titles)
+    assert "most successful" in hardening_frontier(found).layout.title.text
 
 
 def test_a_run_in_words_names_its_worst_edits(rows):

@@ -7,8 +7,6 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from replib import surface_views
-from replib.coefficient_figures import importance, pareto_front
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured
 from replib.experiments.coefficients import Setting, design
@@ -21,7 +19,9 @@ from replib.experiments.response_surface import (
     empirical_logit,
     variance_shares,
 )
-from replib.response_view import ResponseView
+from replib.figures import training as surface_views
+from replib.figures.response import ResponseView
+from replib.figures.training import importance, pareto_front
 
 N = dict.fromkeys(RATES, 48) | {"attack": 192}
 GRID = {"alpha": (0.0, 0.1, 0.4), "beta": (0.0, 3.0, 30.0), "gamma": (10.0, 100.0)}

@@ -8,13 +8,14 @@ import pytest
 import tiny
 import torch
 
-from replib import views
 from replib.analysis.geometry import layer_profile
 from replib.analysis.logit_lens import compare, logit_lens
 from replib.audit.judges import ExactJudge, PhraseJudge
 from replib.commands import run_audit, run_bend, run_sweep
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
+from replib.figures import layers as views
+from replib.figures.lens import lens_grid
 from replib.models.self_check import token_table
 from replib.study.study import Study
 from replib.training.config import TrainConfig
@@ -60,7 +61,7 @@ def test_every_verb_runs_on_a_foreign_model_and_real_files(foreign):
         views.transport_gap(profile),
         views.clusters((harmful, harmless)),
     )
-    assert views.lens_grid(logit_lens(study.model, study.harmful.val[0].text)).data
+    assert lens_grid(logit_lens(study.model, study.harmful.val[0].text)).data
     assert len(token_table(study.model, study.harmful.val[0].text).columns) > 3
     table = study.audit(study.tasks(limit=2)[:3]).frame
     assert (table.n == 2).all() and (study.settings.out / "audit.jsonl").exists()

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from replib import surface_views
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings
 from replib.defences.tuning import MAXIMISE, MINIMISE, RANGES, importances, pareto, ranges_around, tune
+from replib.figures import training as surface_views
 from replib.study.study import Study
 from replib.study.training import study_objective
 

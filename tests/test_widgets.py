@@ -13,8 +13,8 @@ from replib.core.errors import ReplibError
 
 pytest.importorskip("anywidget", reason="the extra `notebooks` is not installed")
 from replib.experiments.response_surface import Response  # noqa: E402
-from replib.response_view import ResponseView  # noqa: E402
-from replib.widgets import VIEW_MIME, scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
+from replib.figures.response import ResponseView  # noqa: E402
+from replib.figures.widgets import VIEW_MIME, scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
 
 VALUES = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
 POINTS = [

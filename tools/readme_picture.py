@@ -7,9 +7,9 @@ import shutil
 
 import plotly.graph_objects as go
 
-from replib import views
 from replib.core.errors import ReplibError
 from replib.core.settings import data_dir
+from replib.figures import layers as views
 from replib.study.study import Study
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

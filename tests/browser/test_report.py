@@ -9,9 +9,9 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 from replib.experiments.response_surface import Response  # noqa: E402
-from replib.export import FIGURE_MIME, export_html  # noqa: E402
-from replib.figures import cluster_scatter  # noqa: E402
-from replib.widgets import scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
+from replib.figures.layers import cluster_scatter  # noqa: E402
+from replib.figures.report import FIGURE_MIME, export_html  # noqa: E402
+from replib.figures.widgets import scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
 
 pytestmark = pytest.mark.browser
 LABELS = ["harmful"] * 20 + ["harmless"] * 20

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, Numbers, Values, numbers
-from replib.figure_style import BLUE, INK, SYMBOLS, VERMILLION, cell, faint, safe, styled, wrapped
+from replib.figures.style import BLUE, INK, SYMBOLS, VERMILLION, cell, faint, safe, styled, wrapped
 
 BENIGN = frozenset({"harmless", "borderline", "skill", "skills", "benign"})
 

@@ -10,10 +10,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from replib.ablation.adaptive_attack import ASSAULTS
 from replib.ablation.localisation import AT_DEPTH
 from replib.core.stats import Measured, numbers, spearman
-from replib.figure_parts import band, cases, curve_lines, need, whiskers
-from replib.figure_style import AMBER, BLUE, DASHES, GREY, INK, SYMBOLS, VERMILLION, colour_bar, dress, safe
+from replib.experiments.comparison_results import MEASURES, Hardness, Standings
+from replib.figures.layers import layer_lines
+from replib.figures.style import AMBER, BLUE, DASHES, GREY, GRID, INK, SYMBOLS, VERMILLION, colour_bar, dress, safe
+from replib.figures.traces import audit_points, band, cases, curve_lines, need, whiskers
+from replib.figures.training import pareto_front
 
 COLUMNS = 4
 Panels = Mapping[str, Mapping[str, Measured]]
@@ -207,3 +211,53 @@ def _lines(curves: Mapping[str, Measured], x: str, y: str, *, shape: str = "line
         figure.add_trace(line.update(line_shape=shape))
     figure.update_xaxes(title_text=x).update_yaxes(title_text=y, range=[-0.04, 1.04], tickformat=".0%")
     return figure
+
+
+def audit_dots(table: pd.DataFrame, *, title: str = "") -> go.Figure:
+    """Draw the audit: a row an attack or benign set, a panel a model, points with their Wilson intervals.
+
+    Args:
+        table: columns `model`, `attack`, `kind`, `n`, `compliance`, `low`, `high`, `degenerate`.
+        title: what the figure shows.
+    """
+    need(table, "audit_dots", "rows")
+    models, attacks = table["model"].unique(), table["attack"].unique()
+    names = [safe(model) for model in models]
+    figure = make_subplots(1, len(models), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03)
+    for column, model in enumerate(models, start=1):
+        figure.add_traces([*audit_points(table[table["model"] == model], legend=column == 1)], rows=1, cols=column)
+    figure.update_xaxes(
+        range=[-0.06, 1.06], tickvals=[0, 0.5, 1], ticktext=["0", "50", "100"], showgrid=True, gridcolor=GRID
+    )
+    figure.update_xaxes(title_text="complied (%)")
+    order = [safe(attack) for attack in reversed(attacks)]
+    figure.update_yaxes(categoryorder="array", categoryarray=order, range=[-0.6, len(attacks) - 0.4], dtick=1)
+    note = f"with Wilson 95 % intervals; {cases([Measured(table['compliance'], n=table['n'])])}"
+    return dress(figure, title or "Share of prompts complied with, by attack", note, height=190 + 25 * len(attacks))
+
+
+def audit_success(table: pd.DataFrame) -> go.Figure:
+    """Every attack and benign task, a panel a model."""
+    return audit_dots(table)
+
+
+def pareto_defences(found: Standings, against: str = "benign") -> go.Figure:
+    """The defences: mean attack success against what is left of a rate that ought to stay high."""
+    both = (found.measured(rate) for rate in ("attack", against))
+    title = f"Defences on the test split: attack success against {MEASURES[against]}"
+    figure = pareto_front(*both, names=found.titles, title=title, listed=True)
+    return figure.update_xaxes(title_text=MEASURES[against])
+
+
+def hardening_frontier(found: Hardness) -> go.Figure:
+    """Hardened and other models: the most successful attack of the goal against what is left of benign answers."""
+    both = found.measured_worst(), found.measured("benign")
+    title = "The most successful of all re-fitted edits and prefill, against harmless and borderline answers"
+    figure = pareto_front(*both, names=found.titles, title=title, listed=True)
+    return figure.update_xaxes(title_text=MEASURES["benign"])
+
+
+def hardening_blocks(found: Hardness, assault: str = "ot_all") -> go.Figure:
+    """Success of one way to edit refusal away by block, each block at its best K, a curve a defence."""
+    title = f"{ASSAULTS[assault].title}: success by block, best of K = {found.ks(assault)}"
+    return layer_lines(found.by_block(assault), "attack success", title=title)

@@ -19,8 +19,8 @@ from plotly.subplots import make_subplots
 
 from replib.core.stats import Measured, numbers, wilson
 from replib.experiments.response_surface import COEFFICIENTS, Array, Response
-from replib.figure_parts import BENIGN
-from replib.figure_style import BLUE, GREY, INK, VERMILLION, colour_bar, dress
+from replib.figures.style import BLUE, GREY, INK, VERMILLION, colour_bar, dress
+from replib.figures.traces import BENIGN
 
 GREEK = dict(zip(COEFFICIENTS, "αβγ", strict=True))
 MAPPED = ("attack", "harmless")

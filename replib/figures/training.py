@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,11 @@ from plotly.subplots import make_subplots
 
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, Numbers, numbers
-from replib.defences.tuning import pareto
-from replib.figure_parts import cases, curve_lines, need, whiskers
-from replib.figure_style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, dress, faint, safe, styled
+from replib.defences.tuning import Tuning, pareto
+from replib.experiments.response_surface import COEFFICIENTS, Response, Surface
+from replib.figures.style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, dress, faint, safe, styled
+from replib.figures.traces import as_measured, cases, curve_lines, need, present, whiskers
+from replib.training.result import TrainResult
 
 NAMED = 8  # points that can be labelled without overlap; more are named on hovering
 
@@ -178,3 +181,147 @@ def importance(shares: Mapping[str, pd.DataFrame], *, estimator: str, title: str
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_layout(barmode="stack")
     return dress(figure, title or "Which hyper-parameter matters", estimator, height=330)
+
+
+def training_curves(
+    panels: Mapping[str, Mapping[str, Measured | Numbers]],
+    *,
+    steps: Numbers,
+    chosen: int | None = None,
+    title: str = "",
+) -> go.Figure:
+    """Draw what a training logged, panels above each other on one step axis.
+
+    Args:
+        panels: vertical axis with its unit -> name -> [steps]; NaN where a probe did not run.
+        steps: [steps] the step numbers.
+        chosen: the step that the validation probe chose.
+        title: what the figure shows.
+    """
+    need(panels, "training_curves", "panels")
+    rows = len(panels)
+    figure = make_subplots(rows, 1, shared_xaxes=True, vertical_spacing=0.16 / rows)
+    for row, (unit, curves) in enumerate(panels.items(), start=1):
+        legend = f"legend{row + 1}"  # the first legend is the one below the figure
+        for name, curve, colour, used in styled(curves.items()):
+            probed = present(as_measured(curve), np.asarray(steps, np.float64))
+            lines = curve_lines(probed, name, colour, dash=DASHES[used % len(DASHES)], axis="step")
+            figure.add_traces([line.update(legend=legend) for line in lines], rows=row, cols=1)
+        figure.update_yaxes(title_text=safe(unit), row=row)
+        top = next(figure.select_yaxes(row=row)).domain[1]
+        place = {"orientation": "v", "x": 1.01, "xref": "paper", "y": top, "yref": "paper", "yanchor": "top"}
+        figure.update_layout({legend: place})
+    if chosen is not None:
+        figure.add_vline(chosen, line={"color": INK, "dash": "dot", "width": 1.5})
+    figure.update_xaxes(title_text="step", row=rows)
+    note = "" if chosen is None else f"dotted: step {chosen}, chosen on the validation prompts"
+    return dress(figure, title or "What the training did, step by step", note, height=110 + 165 * rows)
+
+
+TERMS: dict[str, dict[str, str]] = {
+    "distance moved": {"safe": "safe", "unsafe": "unsafe"},
+    "residual norm": {"safe_norm": "safe answers", "unsafe_norm": "unsafe answers"},
+    "KL (nats a token)": {"kl": "benign answers", "retain_kl": "benign answers"},
+    "mean cosine": {"cosine": "unsafe prompts"},
+    "loss (nats a token)": {"hardening": "refusals under edits"},
+}
+"""Panels of a training, and what each term of its log is called there."""
+
+
+def training_history(result: TrainResult) -> go.Figure:
+    """Terms, norms and validation probe of a run, with the chosen step marked; terms it does not have are left out."""
+    history = result.history.set_index("step")
+    probes = result.probes.set_index("step").reindex(history.index.union([0]))
+    history = history.reindex(probes.index)
+    panels: dict[str, dict[str, Any]] = {
+        title: {name: history[term] for term, name in names.items() if term in history}
+        for title, names in TERMS.items()
+        if set(names) & set(history)
+    } or {"loss": {"loss": history["loss"]}}
+    if len(probes.columns):
+        panels["validation rate"] = {name: probes[name] for name in probes.columns}
+    return training_curves(panels, steps=probes.index.to_numpy(), chosen=result.step)
+
+
+GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
+SHOWN = ("attack", "prefill", "harmless", "borderline")
+
+
+def coefficient_sweeps(surface: Surface, when: str = "last") -> go.Figure:
+    """Outcomes over one coefficient at a time, the others as in the preset; thin lines: others elsewhere."""
+    table = surface.at(when)
+    alike = surface.like_preset(table, *COEFFICIENTS)
+    panels = {GREEK[c]: _swept(surface, alike, c, [x for x in COEFFICIENTS if x != c]) for c in COEFFICIENTS}
+    return sensitivity(
+        panels, title="What each coefficient does, the others as in the preset", note=_read_at(surface, when)
+    )
+
+
+def window_sweep(surface: Surface, when: str = "last") -> go.Figure:
+    """Outcomes over windows of target blocks, a panel an alpha at which several windows were trained."""
+    rows = surface.like_preset(surface.at(when), "alpha", "layers")
+    several = rows.groupby("alpha")["layers"].nunique()
+    panels = {
+        f"α {alpha:g}": _swept(surface, rows[rows.alpha == alpha], "layers", []) for alpha in several.index[several > 1]
+    }
+    return sensitivity(panels, title="Which blocks are bent, all else as in the preset", note=_read_at(surface, when))
+
+
+def step_curves(surface: Surface) -> go.Figure:
+    """Outcomes over the steps of one run, a panel a length of the schedule, all else as in the preset."""
+    rows = surface.like_preset(surface.table, "steps")
+    panels = {f"{steps} steps": _swept(surface, run, "step", []) for steps, run in rows.groupby("steps")}
+    note = f"in each run the rate falls to zero at its last step ({surface.about['schedule']})"
+    return sensitivity(panels, title="How long is trained", note=note)
+
+
+def pareto_settings(surface: Surface, benign: str = "harmless", when: str = "last") -> go.Figure:
+    """Every trained setting: attack success against a benign rate."""
+    rows = surface.at(when)
+    names = [
+        f"α {r.alpha:g}, β {r.beta:g}, γ {r.gamma:g}, blocks {r.layers}, step {r.step} of {r.steps}, seed {r.seed}"
+        for r in rows.itertuples()
+    ]
+    both = (surface.measured(rows, rate) for rate in ("attack", benign))
+    return pareto_front(*both, names=names, title=f"Attack success against {benign} compliance")
+
+
+def variance_shares(response: Response) -> go.Figure:
+    """Which coefficient moves attack success and benign compliance, over the box that was trained."""
+    found = response.shares()
+    estimator = "Sobol indices of the interpolated rates, coefficients independent and uniform in log(1 + c / c0)"
+    return importance({name: found[name] for name in SHOWN}, estimator=estimator)
+
+
+def tuning(found: Tuning) -> go.Figure:
+    """Trials of a search: attack success against harmless compliance."""
+    t = found.table
+    names = [
+        f"trial {r.trial}: α {r.alpha:.3g}, β {r.beta:.3g}, γ {r.gamma:.3g}, KL {r.kl:.2g}" for r in t.itertuples()
+    ]
+    success, benign = Measured(t.attack_success), Measured(t.harmless_compliance)
+    return pareto_front(success, benign, names=names, title=f"{len(t)} trials of the search")
+
+
+def _swept(surface: Surface, table: pd.DataFrame, name: str, others: Sequence[str]) -> Sweep:
+    """Rows of a table over one of its columns; ``others`` are free to differ and make the thin lines."""
+    values = sorted(table[name].unique(), key=lambda v: [*map(int, v.split("-"))] if isinstance(v, str) else [v])
+    rows = surface.like_preset(table, name) if others else table
+    rows = rows.set_index(name).sort_index(key=lambda found: [values.index(v) for v in found])
+    curves = {rate: _placed(surface, rows, rate, values) for rate in SHOWN}
+    thin = []
+    if others:
+        wide = table.pivot(index=others, columns=name, values=SHOWN[0]).reindex(columns=values)
+        thin = [*wide[wide.notna().sum(axis=1) > 1].to_numpy()]
+    words = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+    return Sweep(words, curves, thin, linked=name != "layers")
+
+
+def _placed(surface: Surface, rows: pd.DataFrame, rate: str, values: Sequence[Any]) -> Measured:
+    """A rate of some rows, each at the place of its value among all values."""
+    return replace(surface.measured(rows, rate), at=[values.index(v) for v in rows.index])
+
+
+def _read_at(surface: Surface, when: str) -> str:
+    step = "last step" if when == "last" else "step that the probe kept"
+    return f"at the {step}, one run a point, seed {surface.about['preset']['seed']}"

@@ -1,7 +1,7 @@
 """Live figures: ipywidgets controls around one thin view (`static/view.js`) that draws with `Plotly.react`.
 
 A scrub sends its figures once and moves in the browser, with no call to the kernel. Its display data also
-carry the figures under `VIEW_MIME`, from which `replib.export` builds the same interaction without a kernel.
+carry the figures under `VIEW_MIME`, from which `replib.figures.report` builds the same interaction without a kernel.
 """
 
 import base64
@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from replib.core.errors import ReplibError
 from replib.experiments.response_surface import COEFFICIENTS, Response
-from replib.response_view import ResponseView
+from replib.figures.response import ResponseView
 
 VIEW_MIME = "application/vnd.replib.view+json"
 STATIC = Path(__file__).parent / "static"

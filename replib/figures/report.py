@@ -1,6 +1,6 @@
 """Executed notebooks -> one HTML report that works with no kernel and no network.
 
-nbconvert renders the cells. Stored plotly figures and the views of `replib.widgets` stay alive: plotly.js is
+nbconvert renders the cells. Stored plotly figures and the views of `replib.figures.widgets` stay alive: plotly.js is
 written into the page once, and `static/view.js`, which draws the live widget, draws the page too.
 """
 
@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from pygments.formatters import HtmlFormatter
 
 from replib.core.errors import ReplibError
-from replib.widgets import STATIC, VIEW_MIME
+from replib.figures.widgets import STATIC, VIEW_MIME
 
 FIGURE_MIME = "application/vnd.plotly.v1+json"
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
