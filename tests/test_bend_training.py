@@ -9,7 +9,7 @@ import torch
 from parts import bend_terms, items_of
 from transformers import TrainerCallback
 
-from replib import cli
+from replib.cli import main as cli
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.data.mixtures import BendData

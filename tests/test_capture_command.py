@@ -14,9 +14,10 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from replib import cli, commands
 from replib.activations.capture import capture, capture_to, price
 from replib.activations.store import Activations, Shards
+from replib.cli import commands
+from replib.cli import main as cli
 from replib.core.errors import ReplibError
 from replib.data.prompts import load_prompts
 from replib.models.load import load

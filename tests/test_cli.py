@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import replib
-from replib import cli
+from replib.cli import main as cli
 from replib.core import settings
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir, setting
@@ -67,7 +67,7 @@ def verb(monkeypatch):
             name,
             lambda settings, **extra: calls.append((settings, extra)) or Path("runs/result.json"),
         )
-    monkeypatch.setitem(sys.modules, "replib.commands", module)
+    monkeypatch.setitem(sys.modules, "replib.cli.commands", module)
     return SimpleNamespace(calls=calls, module=module)
 
 
@@ -189,9 +189,9 @@ def test_demo_runs_the_notebooks_of_the_checkout_and_exports_what_they_gave(tmp_
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks/02_b.ipynb").touch()
     (tmp_path / "notebooks/01_a.ipynb").touch()
-    runner, seen = ModuleType("replib.run"), []
+    runner, seen = ModuleType("replib.cli.notebooks"), []
     runner.run_notebooks = lambda paths, out, env: seen.extend([*(p.name for p in paths), env]) or [out / "x.ipynb"]
-    monkeypatch.setitem(sys.modules, "replib.run", runner)
+    monkeypatch.setitem(sys.modules, "replib.cli.notebooks", runner)
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     assert cli.main(["demo", "--out", str(tmp_path / "o"), "--model", "deep"]) == 0
     assert seen[:2] == ["01_a.ipynb", "02_b.ipynb"]
@@ -200,9 +200,9 @@ def test_demo_runs_the_notebooks_of_the_checkout_and_exports_what_they_gave(tmp_
 
 
 def test_run_gives_assignments_to_the_kernel_and_an_option_wins_over_them(monkeypatch, capsys):
-    runner, seen = ModuleType("replib.run"), []
+    runner, seen = ModuleType("replib.cli.notebooks"), []
     runner.run_notebooks = lambda paths, out, env: seen.append((paths, env)) or [out / "notebooks/x.ipynb"]
-    monkeypatch.setitem(sys.modules, "replib.run", runner)
+    monkeypatch.setitem(sys.modules, "replib.cli.notebooks", runner)
     assignments = ["--set", "ALPHA=0.3", "--set", "replib_model=planted", "--set", "SEED=4"]
     assert cli.main(["run", "x.ipynb", "--seed", "5", *assignments]) == 0
     paths, env = seen[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from replib.commands import run_defend
+from replib.cli.commands import run_defend
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.defences.catalogue import DEFENCES, Rival

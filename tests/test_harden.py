@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from replib.commands import run_harden
+from replib.cli.commands import run_harden
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.defences.adversary import Arsenal

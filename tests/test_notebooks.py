@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import tiny
 
-from replib.run import run_notebooks
+from replib.cli.notebooks import run_notebooks
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 QUICK = {"REPLIB_LIMIT": "12", "REPLIB_STEPS": "2"}

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from replib import cli
 from replib.activations.capture import capture
+from replib.cli import main as cli
 from replib.core.settings import data_dir
 from replib.defences.repbend.config import OFFICIAL
 from replib.models.load import KNOWN

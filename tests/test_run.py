@@ -14,9 +14,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from replib import run
+from replib.cli import notebooks as run
+from replib.cli.notebooks import run_notebooks
 from replib.core.errors import ReplibError
-from replib.run import run_notebooks
 
 WRITE = "import os, pathlib\nout = pathlib.Path(os.environ['REPLIB_OUT'])\n(out / 'a.txt').write_text('from one')"
 READ = "import os, pathlib\nprint((pathlib.Path(os.environ['REPLIB_OUT']) / 'a.txt').read_text())"

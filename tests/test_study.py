@@ -11,7 +11,7 @@ import torch
 from replib.analysis.geometry import layer_profile
 from replib.analysis.logit_lens import compare, logit_lens
 from replib.audit.judges import ExactJudge, PhraseJudge
-from replib.commands import run_audit, run_bend, run_sweep
+from replib.cli.commands import run_audit, run_bend, run_sweep
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.figures import layers as views
