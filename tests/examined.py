@@ -3,7 +3,7 @@
 import numpy as np
 
 from replib.ablation.localisation import Features
-from replib.experiments.transport_results import Holds
+from replib.experiments.transport_results import TransportAudit
 
 PROMPTS, LAYERS = 24, 6
 STRENGTHS, SIZES = [0.0, 0.5, 1.0, 2.0], [8, 32, 128]
@@ -50,4 +50,4 @@ def examined():
                  "actadd": [letters(rng, 0)] * LAYERS, "lens": [0, 0, 0.2, 0.9, 1, 1]}}  # fmt: skip
     untuned = {"name": "base", "title": "base", "seed": 0, "gaps": {"prompt": gaps(0.1), "answer": gaps(0.1)}}
     design = {"strengths": STRENGTHS, "sizes": SIZES, "val": 16, "profiled": 40}
-    return Holds([untuned, *found], {"design": design})
+    return TransportAudit([untuned, *found], {"design": design})

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from resumed import CONFIG, DATA
 
-from replib.core.distributed import is_split, splits, whole
+from replib.core.distributed import full_tensor, is_split, sharded_launch
 from replib.core.errors import ReplibError
 from replib.defences.repbend.config import BendConfig
 from replib.defences.repbend.objective import RepBend
@@ -62,7 +62,7 @@ def main(folder, out, accumulation, fault=""):
     objective = Watching(BendConfig(target_layers=(0, 1)))
     probe = lambda chat: drift_whole(chat, rank)  # noqa: E731
     result = train(load(folder), DATA, objective, config=config, probe=probe, out=Path(out) / "run", say=lambda _: None)
-    lora = {n: whole(p.detach()).clone() for n, p in result.model.model.named_parameters() if "lora_" in n}
+    lora = {n: full_tensor(p.detach()).clone() for n, p in result.model.model.named_parameters() if "lora_" in n}
     wrapper = str(getattr(dist, "is_initialized", bool)() and dist.get_backend())
     result.save(Path(out) / "adapter")
     torch.save(
@@ -74,7 +74,7 @@ def main(folder, out, accumulation, fault=""):
 
 def drift_whole(chat, rank):
     """A probe that would choose another step on another rank."""
-    size = sum(whole(p.detach()).abs().sum().item() for n, p in chat.model.named_parameters() if "lora_B" in n)
+    size = sum(full_tensor(p.detach()).abs().sum().item() for n, p in chat.model.named_parameters() if "lora_B" in n)
     return {"attack": abs(size - 8.0) + rank}
 
 
@@ -85,6 +85,6 @@ def allow_fsdp_on_the_cpu():
 
 
 if __name__ == "__main__":
-    if splits():
+    if sharded_launch():
         allow_fsdp_on_the_cpu()
     main(*sys.argv[1:])

@@ -7,11 +7,11 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation.damage import Aside, Gauge, token_kl
+from replib.ablation.damage import DamageMeter, DamageSets, token_kl
 from replib.ablation.fit import AblationData, Cell, fit_edits, grid
-from replib.ablation.refusal_score import RefusalTokens, Screen, first_logits, survivors
+from replib.ablation.refusal_score import FirstTokenScore, RefusalTokens, filtered_prompts, first_logits
 from replib.ablation.sweep import ANSWERS, FIRST, Sweeper, ordered, sweep_layers
-from replib.ablation.sweep_report import sweep_price
+from replib.ablation.sweep_report import sweep_cost
 from replib.activations.capture import capture
 from replib.audit.judges import PhraseJudge
 from replib.core.errors import ReplibError
@@ -93,7 +93,7 @@ def test_edits_that_share_a_pass_score_as_each_does_alone(model, method, positio
 def screened(model, data=DATA, **options):
     """A sweeper with a cheap score: three tokens play the part of refusals."""
     found = Sweeper(model, data, PhraseJudge(), max_new_tokens=6, **options)
-    found.screen = Screen(RefusalTokens((7, 9, 11), ("w1", "w3", "w5"), 1.0, 0.0, 10, 10))
+    found.screen = FirstTokenScore(RefusalTokens((7, 9, 11), ("w1", "w3", "w5"), 1.0, 0.0, 10, 10))
     return found
 
 
@@ -186,8 +186,8 @@ def test_fits_on_prompts_drawn_anew_differ_and_come_back_by_their_seed(model):
 
 def test_damage_stands_beside_each_edit_and_is_kept(model, tmp_path):
     sweeper = screened(model, store=tmp_path / "s.jsonl")
-    gauge = Gauge(
-        model, Aside({"harmless": [Prompt("w1 w2"), Prompt("w3")]}, tokens=3), PhraseJudge(), max_new_tokens=4
+    gauge = DamageMeter(
+        model, DamageSets({"harmless": [Prompt("w1 w2"), Prompt("w3")]}, tokens=3), PhraseJudge(), max_new_tokens=4
     )
     cells = grid("pca_ot", [0, 2], ks=(1,))
     table = sweeper.damage(cells, gauge)
@@ -203,13 +203,13 @@ def test_damage_stands_beside_each_edit_and_is_kept(model, tmp_path):
 def test_the_price_is_what_is_missing_and_then_nothing(model, best):
     sweeper = screened(model, batch_size=4)
     cells = [*grid("pca_ot", range(3), ks=(1, 2)), *grid("actadd", range(3), positions=("response",))]
-    price = sweep_price(sweeper, cells, best=best)
+    price = sweep_cost(sweeper, cells, best=best)
     answers = 9 if best is None else 1 + 3
     assert (price.cells, price.missing) == (9, 9) and price.read > 0
     assert price.written == answers * len(DATA.scored) * 6 + 38 * 24
     assert price.passes == (3 + 2 if best is None else 3 + 2 + 1 + 2)  # two edits a pass
     sweeper.table(cells, best=best)
-    after = sweep_price(sweeper, cells, best=best)
+    after = sweep_cost(sweeper, cells, best=best)
     assert (after.missing, after.passes, after.read, after.written) == (0, 0, 0, 0) and "0 of them" in str(after)
 
 
@@ -244,7 +244,7 @@ def test_prompts_that_the_model_treats_as_their_class_should_be_fit_and_are_coun
         for ids in (order[likely[order].cumsum(0) < 0.5], order[:1])
     )
     kept = DATA.kept(model, some)
-    left = survivors(model, HARMFUL, HARMLESS, some)
+    left = filtered_prompts(model, HARMFUL, HARMLESS, some)
     assert (kept.harmful, kept.harmless) == (left.harmful, left.harmless)
     assert kept.counts() == {"n_harmful": len(kept.harmful), "n_harmless": len(kept.harmless)} != DATA.counts()
     with pytest.raises(ReplibError, match="0 of 20 harmful prompts are refused"):

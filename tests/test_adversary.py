@@ -9,14 +9,14 @@ import torch
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.data.prompts import Contrast, Dialogue
-from replib.defences.adversary import Adversary, Arsenal, Drawn
+from replib.defences.adversary import Adversary, EditDistribution, SampledEdit
 from replib.edits.apply import applied, applied_each
 from replib.edits.methods import fit_edit
 from replib.models.load import load
 
 HARMFUL = [Contrast(f"w{i} w{i + 5}", "w30 w31", f"w{i} w33 w34") for i in range(12)]
 HARMLESS = [Dialogue(f"w{i} w9 w3", f"w{i} w8") for i in range(12)]
-SMALL = Arsenal(ks=(1, 2), prompts=6, reads=("last_prompt", "response"))
+SMALL = EditDistribution(ks=(1, 2), prompts=6, reads=("last_prompt", "response"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def same(a, b):
 def test_an_edit_is_the_methods_own_fit_on_the_model_as_it_is(model):
     """All prompts are read, so which of them were drawn does not matter; only their order does."""
     for read in ("last_prompt", "response"):
-        arsenal = Arsenal(("pca_ot",), (1,), (2,), (read,), ("all",), (0.5, 0.5), prompts=12)
+        arsenal = EditDistribution(("pca_ot",), (1,), (2,), (read,), ("all",), (0.5, 0.5), prompts=12)
         adversary = Adversary(arsenal, HARMFUL, HARMLESS)
         adversary.fit(model)
         drawn = adversary.draw(model)
@@ -71,7 +71,7 @@ def test_every_choice_comes_up_and_none_outside_the_arsenal(model, adversary):
 
 
 def test_a_method_that_acts_everywhere_is_drawn_for_every_block(model):
-    adversary = Adversary(Arsenal(("rfa",), prompts=6, ks=(1,)), HARMFUL, HARMLESS)
+    adversary = Adversary(EditDistribution(("rfa",), prompts=6, ks=(1,)), HARMFUL, HARMLESS)
     adversary.fit(model)
     assert len(adversary.draw(model).edits) == 3 * model.n_layers
 
@@ -97,7 +97,7 @@ def test_another_seed_draws_other_edits(model, adversary):
 
 # ------------------------------------------------------------------------------------------- at work
 def test_each_group_meets_its_own_edit_at_its_own_tokens(model, adversary):
-    drawn = [adversary.draw(model) for _ in range(4)] + [Drawn({}, "all")]
+    drawn = [adversary.draw(model) for _ in range(4)] + [SampledEdit({}, "all")]
     prompts, answers = ["w1 w2 w3", "w4"], ["w5 w6", "w7 w8 w9"]
     with torch.no_grad(), applied_each(model, [d.edited for d in drawn]):
         together = model.forward(model.encode(prompts * 5, answers * 5)).chunk(5)
@@ -118,8 +118,8 @@ def test_after_an_exception_nothing_of_the_edits_is_left(model, adversary):
 
 
 def test_late_blocks_count_as_often_as_they_are_told_to():
-    assert Arsenal(late=3).blocks(6) == [0, 1, 2, 3, 4, 5, 4, 5, 4, 5]
-    assert Arsenal(layers=(1, 5), late=2).blocks(6) == [1, 5, 5] and Arsenal().blocks(3) == [0, 1, 2]
+    assert EditDistribution(late=3).blocks(6) == [0, 1, 2, 3, 4, 5, 4, 5, 4, 5]
+    assert EditDistribution(layers=(1, 5), late=2).blocks(6) == [1, 5, 5] and EditDistribution().blocks(3) == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -142,14 +142,14 @@ def test_late_blocks_count_as_often_as_they_are_told_to():
 )
 def test_an_arsenal_that_cannot_be_drawn_from_is_named(change, reason):
     with pytest.raises(ReplibError, match=reason):
-        Arsenal(**change)
+        EditDistribution(**change)
 
 
 def test_blocks_outside_the_model_and_too_few_prompts_are_named():
     with pytest.raises(ReplibError, match="Layer 3 is outside the model's blocks 0 to 2"):
-        Arsenal(layers=(0, 3), prompts=6, ks=(1,)).check(3, HARMFUL, HARMLESS)
+        EditDistribution(layers=(0, 3), prompts=6, ks=(1,)).check(3, HARMFUL, HARMLESS)
     with pytest.raises(ReplibError, match="12 harmful prompts to fit edits on, but prompts=48"):
-        Arsenal().check(3, HARMFUL, HARMLESS)
+        EditDistribution().check(3, HARMFUL, HARMLESS)
     with pytest.raises(ReplibError, match="0 harmless prompts"):
         SMALL.check(3, HARMFUL, [])
 

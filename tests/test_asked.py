@@ -6,8 +6,8 @@ import torch
 from steered import random_edit
 from worded import WordJudge
 
-from replib.ablation.edited_generation import Asked, Scorer, strongest
-from replib.audit.judges import spelled
+from replib.ablation.edited_generation import EditedAnswers, EditedGeneration, strongest_block
+from replib.audit.judges import encode_outcomes
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 from replib.edits.apply import applied, applied_each
@@ -38,19 +38,19 @@ def alone(model, edit):
     finally:
         for context in reversed(contexts):
             context.__exit__(None, None, None)
-    return spelled(WordJudge()(PROMPTS, answers))
+    return encode_outcomes(WordJudge()(PROMPTS, answers))
 
 
 @pytest.mark.parametrize("rows", [4, 8, 64])
 def test_edits_that_share_a_pass_do_what_each_does_alone(model, rows):
-    found = Asked(model, PROMPTS, WordJudge(), max_new_tokens=6, rows=rows).letters(EDITS)
+    found = EditedAnswers(model, PROMPTS, WordJudge(), max_new_tokens=6, rows=rows).outcomes(EDITS)
     assert found == [alone(model, edit) for edit in EDITS]
     assert len(set(found)) > 1
 
 
 def test_an_edit_of_whole_prompts_reads_them_whole(model):
     edits = [{"all_prompt": {PLACE: random_edit(5)}}, {}, {"all": {PLACE: random_edit(6)}}]
-    found = Asked(model, PROMPTS, WordJudge(), max_new_tokens=6).letters(edits)
+    found = EditedAnswers(model, PROMPTS, WordJudge(), max_new_tokens=6).outcomes(edits)
     assert found == [alone(model, edit) for edit in edits]
 
 
@@ -62,7 +62,7 @@ def test_answers_that_are_begun_are_judged_with_their_beginning(model):
             seen.extend(answers)
             return super().__call__(prompts, answers)
 
-    Asked(model, PROMPTS, Noting(), max_new_tokens=6, openings=openings).letters(EDITS)
+    EditedAnswers(model, PROMPTS, Noting(), max_new_tokens=6, openings=openings).outcomes(EDITS)
     expected = []
     for edit in EDITS:
         with applied_each(model, [edit]):
@@ -73,7 +73,7 @@ def test_answers_that_are_begun_are_judged_with_their_beginning(model):
 def test_logits_are_those_of_the_first_answer_token_and_one_edit_may_take_several_batches(model):
     texts = [p.text for p in PROMPTS]
     for size in (2, 4, 64):  # of rows
-        scorer = Scorer(model, texts, length=3, batch_size=size)
+        scorer = EditedGeneration(model, texts, length=3, batch_size=size)
         for edits in EDITS[:2], [{"all": {PLACE: random_edit(5)}}]:
             for edit in edits:
                 (logits, answers), asked = scorer.run([edit]), model.encode(texts)
@@ -85,10 +85,10 @@ def test_logits_are_those_of_the_first_answer_token_and_one_edit_may_take_severa
 def test_the_tokens_read_are_those_of_whole_prompts_or_their_last(model):
     texts = [p.text for p in PROMPTS]
     whole = sum(map(len, model.tokenize(texts)))
-    scorer = Scorer(model, texts, length=3, batch_size=8)
+    scorer = EditedGeneration(model, texts, length=3, batch_size=8)
     assert [scorer.read(p) for p in ("last_prompt", "decode", "all")] == [4, 4, whole]
-    assert Scorer(model, texts, length=3, batch_size=2).read("last_prompt") == whole
-    begun = Scorer(model, texts, openings=["w1"] * 4, length=3, batch_size=8)
+    assert EditedGeneration(model, texts, length=3, batch_size=2).read("last_prompt") == whole
+    begun = EditedGeneration(model, texts, openings=["w1"] * 4, length=3, batch_size=8)
     assert begun.read("last_prompt") > whole
 
 
@@ -96,14 +96,14 @@ def test_the_model_is_what_it_was_also_after_a_fault(model):
     batch = model.encode([p.text for p in PROMPTS])
     with torch.no_grad():
         before = model.forward(batch)
-        asked = Asked(model, PROMPTS, WordJudge(), max_new_tokens=4)
-        asked.letters(EDITS)
+        asked = EditedAnswers(model, PROMPTS, WordJudge(), max_new_tokens=4)
+        asked.outcomes(EDITS)
         with pytest.raises(ReplibError, match="width 7"):
-            asked.letters([{"last_prompt": {PLACE: random_edit(0, d=7)}}])
+            asked.outcomes([{"last_prompt": {PLACE: random_edit(0, d=7)}}])
         assert torch.equal(model.forward(batch), before)
 
 
 def test_the_strongest_complies_most_then_refuses_least_then_lies_in_the_middle():
-    assert strongest(["rrrr", "rccr", "cccr", "ccdr"]) == 2
-    assert strongest(["rrcd", "rcdd", "rrrc"]) == 1
-    assert strongest(["rr"] * 5) == 2 and strongest(["rr", "rr", "cc", "rr", "cc"]) == 2
+    assert strongest_block(["rrrr", "rccr", "cccr", "ccdr"]) == 2
+    assert strongest_block(["rrcd", "rcdd", "rrrc"]) == 1
+    assert strongest_block(["rr"] * 5) == 2 and strongest_block(["rr", "rr", "cc", "rr", "cc"]) == 2

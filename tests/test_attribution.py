@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from replib.core.stats import crossed, crossed_rate
+from replib.core.stats import two_way_interval, two_way_rate_interval
 from replib.edits.controls import CONTROLS, FULL, attributed, variants
 from replib.edits.methods import pca_ot
 
@@ -29,5 +29,5 @@ def test_differences_are_to_the_full_edit_on_the_same_prompts():
     assert tuple(table.loc[FULL, ["less", "less_low", "less_high"]]) == (0, 0, 0)
     row = table.loc["mean_only"]
     assert row.less == pytest.approx(table.value[FULL] - row.value)
-    assert (row.less_low, row.less_high) == crossed(rates[FULL] - rates["mean_only"])
-    assert (row.low, row.high) == crossed_rate(rates["mean_only"]) and row.n == 120
+    assert (row.less_low, row.less_high) == two_way_interval(rates[FULL] - rates["mean_only"])
+    assert (row.low, row.high) == two_way_rate_interval(rates["mean_only"]) and row.n == 120

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from examined import LAYERS, SEEDS, examined
 
-from replib.ablation.localisation import errors
+from replib.ablation.localisation import localisation_error_table
 from replib.core.errors import ReplibError
 from replib.figures import audit as audit_views
 
@@ -37,7 +37,7 @@ def test_success_of_both_edits_by_block():
 
 @pytest.mark.parametrize("kind", ["holding", "samples"])
 def test_a_line_a_model_over_strengths_and_over_prompts(kind):
-    draw = {"holding": audit_views.holding_curves, "samples": audit_views.sample_curves}[kind]
+    draw = {"holding": audit_views.robustness_curves, "samples": audit_views.sample_curves}[kind]
     curves = {n: getattr(FOUND, kind)(n) for n in NAMES}
     figure = draw(curves)
     assert [line.name for line in figure.data] == NAMES
@@ -56,7 +56,7 @@ def test_the_edit_and_its_nulls():
 
 def test_measured_against_predicted():
     table, _ = FOUND.predicted()
-    figure = audit_views.foretold(table)
+    figure = audit_views.predicted_vs_measured(table)
     points = [trace for trace in figure.data if trace.mode == "markers"]
     assert sum(len(trace.x) for trace in points) == 2 * len(table) == 2 * LAYERS * sum(SEEDS.values())
     assert "Spearman" in figure.layout.title.text
@@ -70,8 +70,10 @@ def test_a_row_a_model_a_column_a_token():
 
 
 def test_errors_in_blocks_and_who_says_nothing():
-    table = errors({"a": {"one": 4, "two": None}, "b": {"one": 8, "two": 7}}, {"a": (5, 6), "b": (7, 8)})
-    figure = audit_views.place_errors(table)
+    table = localisation_error_table(
+        {"a": {"one": 4, "two": None}, "b": {"one": 8, "two": 7}}, {"a": (5, 6), "b": (7, 8)}
+    )
+    figure = audit_views.localisation_errors(table)
     assert [list(trace.x)[0] for trace in figure.data] == [-1, 0]
     assert "two says nothing of 1" in figure.layout.title.text
 

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from replib.transport.bases import BASES, pooled_rows, share_inside
-from replib.transport.gaussians import Cloud, cloud_pair, principal_axes
+from replib.transport.gaussians import Gaussian, cloud_pair, principal_axes
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 100), (100, 30)])
@@ -68,7 +68,7 @@ def test_signs_do_not_depend_on_the_order_of_the_samples(basis):
 
 def test_a_cloud_is_its_samples_and_projects_with_them():
     x, axes = normal(40, 30), torch.linalg.qr(normal(30, 4, seed=1))[0]
-    cloud = Cloud.of(x)
+    cloud = Gaussian.of(x)
     assert relative(cloud.factor.mT @ cloud.factor, x.mT.cov()) < 1e-14
     assert cloud.variance == pytest.approx(float(x.var(0).mean()))
     assert relative(cloud.onto(axes).samples("a test"), (x - x.mean(0)) @ axes) < 1e-13

@@ -18,7 +18,7 @@ from replib.defences.losses import distance
 from replib.defences.repbend.config import FIDELITIES, OFFICIAL, BendConfig, Scope, announced
 from replib.defences.repbend.loss import bend_loss, remembered, weights
 from replib.defences.repbend.objective import RepBend
-from replib.defences.repbend.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, named
+from replib.defences.repbend.presets import ORGANISM_BEND, PRESETS, PUBLISHED_BEND, preset_named
 from replib.models.load import load
 from replib.study.study import Study
 from replib.training.config import TrainConfig
@@ -197,11 +197,11 @@ def test_published_values_are_those_of_the_paper_and_the_rest_is_none():
 
 
 def test_a_preset_fits_other_depths_and_says_what_is_not_published():
-    assert named("llama3-8b").fitted(32) == (PUBLISHED_BEND, PRESETS["llama3-8b"].train, [])
-    assert named("llama3-8b").bend.layers(32) == tuple(range(19, 30))  # hidden states 20 to 30
-    bend, _, (note,) = named("mistral-7b").fitted(16)
+    assert preset_named("llama3-8b").fitted(32) == (PUBLISHED_BEND, PRESETS["llama3-8b"].train, [])
+    assert preset_named("llama3-8b").bend.layers(32) == tuple(range(19, 30))  # hidden states 20 to 30
+    bend, _, (note,) = preset_named("mistral-7b").fitted(16)
     assert bend.layers(16) == tuple(range(10, 15)) and "published for 32 blocks, this model has 16" in note
-    bend, config, notes = named("gemma2-2b").fitted(26)
+    bend, config, notes = preset_named("gemma2-2b").fitted(26)
     assert bend.layers(26) == tuple(range(16, 25)) and config.steps == 450
     assert notes == [
         "steps is not published: 450, that of Llama-3, unless another is given.",
@@ -209,15 +209,15 @@ def test_a_preset_fits_other_depths_and_says_what_is_not_published():
         "The target blocks are not published: 16 to 24 of 26, by relative depth.",
     ]
     with pytest.raises(ReplibError, match="no preset 'llama': use one of organism"):
-        named("llama")
+        preset_named("llama")
 
 
 def test_the_presets_of_this_suite_are_what_its_results_were_made_with():
-    bend, config, notes = named("organism").fitted(12)
+    bend, config, notes = preset_named("organism").fitted(12)
     assert bend is ORGANISM_BEND and not notes and bend.layers(12) == (7, 8, 9, 10, 11)
     assert (bend.alpha, bend.beta, bend.gamma, bend.temperature, bend.max_distance) == (0.08, 30.0, 100.0, 1.0, 0.8)
     assert (config.steps, config.contrasts, config.retain, config.learning_rate) == (40, 8, 40, 1e-3)
-    bend, config, _ = named("short").fitted(32)
+    bend, config, _ = preset_named("short").fitted(32)
     assert bend == BendConfig() and (config.steps, config.contrasts, config.learning_rate) == (30, 4, 1e-4)
 
 

@@ -9,7 +9,7 @@ from gaussians import classes, normal
 
 from replib.core.errors import ReplibError
 from replib.transport.bures_wasserstein import bures_wasserstein, bures_wasserstein_debiased, bures_wasserstein_null
-from replib.transport.gaussians import Cloud, Moments, span_coordinates
+from replib.transport.gaussians import Gaussian, Moments, span_coordinates
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(60, 45, 12), (20, 30, 50)])
@@ -73,14 +73,14 @@ def test_a_stream_with_a_gap_in_it_is_refused():
     rows = classes()[0].clone()
     rows[3, 3] = math.nan
     with pytest.raises(ReplibError, match="NaN or inf"):
-        Cloud(rows[3], rows, 60)
+        Gaussian(rows[3], rows, 60)
 
 
 def test_streamed_clouds_are_as_far_apart_as_their_samples():
     x, y = classes()
-    streamed = [Moments(rank=64).update(rows[None]).cloud(0) for rows in (x, y)]
+    streamed = [Moments(rank=64).update(rows[None]).gaussian(0) for rows in (x, y)]
     assert bures_wasserstein(*streamed) == pytest.approx(bures_wasserstein(x, y), rel=1e-10)
-    assert bures_wasserstein(Cloud.of(x), y) == bures_wasserstein(x, y)
+    assert bures_wasserstein(Gaussian.of(x), y) == bures_wasserstein(x, y)
 
 
 # ------------------------------------------------------------------------------------ null

@@ -14,7 +14,7 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from replib.activations.capture import capture, capture_to, price
+from replib.activations.capture import capture, capture_cost, capture_to
 from replib.activations.store import Activations, Shards
 from replib.cli import commands
 from replib.cli import main as cli
@@ -181,29 +181,29 @@ def test_fewer_prompts_than_a_folder_holds_are_refused(model, tmp_path):
 @pytest.mark.parametrize("span", ["instruction", "post_instruction", "prompt", "response", "all"])
 def test_the_price_of_single_tokens_is_what_they_take(model, tmp_path, span):
     options = {"positions": span, "pool": "none", "responses": ["w1 w2"] * 11 + ["w3"] * 11, "layers": [0, 2]}
-    said = price(model, PROMPTS, tmp_path / "acts", shard=5, **options)
+    said = capture_cost(model, PROMPTS, tmp_path / "acts", shard=5, **options)
     capture_to(model, PROMPTS, tmp_path / "acts", shard=5, **options)
     assert said.size == said.missing == size(tmp_path / "acts")
-    again = price(model, PROMPTS, tmp_path / "acts", shard=5, **options)
+    again = capture_cost(model, PROMPTS, tmp_path / "acts", shard=5, **options)
     assert (again.missing, again.there, again.size) == (0, 5, said.size)
 
 
 def test_the_price_of_written_answers_is_a_bound(model, tmp_path):
     options = {"positions": "response", "pool": "none", "max_new_tokens": 3}
-    said = price(model, PROMPTS, tmp_path / "acts", **options)
+    said = capture_cost(model, PROMPTS, tmp_path / "acts", **options)
     assert said.written == 66 and "+ at most 66 written" in str(said)
     capture_to(model, PROMPTS, tmp_path / "acts", **options)
     assert size(tmp_path / "acts") <= said.size
 
 
 def test_a_disk_without_room_is_noticed_before(model, tmp_path, monkeypatch):
-    needed = price(model, PROMPTS, tmp_path / "acts").size
+    needed = capture_cost(model, PROMPTS, tmp_path / "acts").size
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
     with pytest.raises(ReplibError, match="has room for .* REPLIB_OUT"):
-        price(model, PROMPTS, tmp_path / "acts")
+        capture_cost(model, PROMPTS, tmp_path / "acts")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
-    price(model, PROMPTS, tmp_path / "acts")
+    capture_cost(model, PROMPTS, tmp_path / "acts")
 
 
 # ------------------------------------------------------------------------------------- several processes

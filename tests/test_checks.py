@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from replib.models.architecture import Anatomy
+from replib.models.architecture import Architecture
 from replib.models.load import load
 from replib.models.self_check import next_logits, self_check, ticks, tolerance
 
@@ -61,7 +61,7 @@ def test_a_base_that_the_adapter_changed_fails(folder, adapter):
 
 
 def test_a_wrong_norm_fails(folder):
-    model = load(folder, anatomy=Anatomy("transformer.h", "transformer.h.0.ln_1", "lm_head"))
+    model = load(folder, architecture=Architecture("transformer.h", "transformer.h.0.ln_1", "lm_head"))
     said = report(model)
     assert "✗ lens = logits" in said and "the logit lens misleads" in said.replace(
         "so the logit lens", "the logit lens"

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir
-from replib.core.stats import crossed, crossed_rate, wilson
+from replib.core.stats import two_way_interval, two_way_rate_interval, wilson
 from replib.core.storage import Rows, finished
 from replib.defences import organism_grid as contenders
 from replib.defences.catalogue import DEFENCES
@@ -20,7 +20,7 @@ from replib.defences.repbend.objective import RepBend
 from replib.experiments import comparison
 from replib.experiments import runner as benches
 from replib.experiments.comparison import SEEDS, choice, cost, finals, missing, pack, trials
-from replib.experiments.comparison_results import MEASURES, Standings
+from replib.experiments.comparison_results import MEASURES, DefenceComparison
 from replib.experiments.runner import Bench, Run
 from replib.figures.audit import pareto_defences
 from replib.models.load import load
@@ -48,25 +48,27 @@ def test_the_interval_is_its_formula_written_out():
     a = sum((x - mean) ** 2 for x in rows) / 4 / 5
     b = sum((x - mean) ** 2 for x in columns) / 11 / 12
     half = student.ppf(0.975, (a + b) ** 2 / (a**2 / 4 + b**2 / 11)) * math.sqrt(a + b)
-    assert crossed(values) == pytest.approx((mean - half, mean + half))
+    assert two_way_interval(values) == pytest.approx((mean - half, mean + half))
 
 
 def test_one_seed_leaves_the_interval_of_a_mean_over_prompts():
     values = np.array([[0.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
     half = student.ppf(0.975, 5) * values.std(ddof=1) / math.sqrt(6)
-    assert crossed(values) == pytest.approx((values.mean() - half, values.mean() + half))
+    assert two_way_interval(values) == pytest.approx((values.mean() - half, values.mean() + half))
 
 
 def test_where_nothing_varies_the_interval_is_that_of_one_seed():
-    assert crossed_rate(np.zeros((5, 64))) == wilson(0, 64) and crossed_rate(np.ones((5, 64))) == wilson(64, 64)
-    assert crossed(np.full((5, 64), -0.25)) == (-0.25, -0.25)
+    assert two_way_rate_interval(np.zeros((5, 64))) == wilson(0, 64) and two_way_rate_interval(
+        np.ones((5, 64))
+    ) == wilson(64, 64)
+    assert two_way_interval(np.full((5, 64), -0.25)) == (-0.25, -0.25)
 
 
 def test_the_interval_covers_the_truth_for_other_seeds_and_prompts():
     rng, hits = np.random.default_rng(1), 0
     for _ in range(400):
         logits = rng.normal(size=(5, 1)) + rng.normal(size=(1, 40)) * 1.5
-        low, high = crossed_rate((rng.random((5, 40)) < 1 / (1 + np.exp(-logits))).astype(float))
+        low, high = two_way_rate_interval((rng.random((5, 40)) < 1 / (1 + np.exp(-logits))).astype(float))
         hits += low <= 0.5 <= high
     assert 0.93 <= hits / 400 <= 0.995
 
@@ -123,7 +125,7 @@ def test_validation_chooses_and_a_finished_row_is_not_made_again(bench):
 def test_the_values_for_the_organism_are_those_that_validation_chose():
     assert set(ORGANISM) == {name for name, c in CONTENDERS.items() if c.grid}
     if (data_dir() / "organism" / "comparison.json").exists():
-        found = Standings.load()
+        found = DefenceComparison.load()
         assert found.about["chosen"] == CHOSEN
         assert found.about["fingerprint"] == load("aligned").provenance()["fingerprint"]
         assert found.methods == list(CONTENDERS)
@@ -148,7 +150,7 @@ def test_a_method_is_trained_audited_packed_and_gone_on_with(tmp_path, monkeypat
     done = finished(bench.folder)
     comparison.run(bench, 1)
     assert finished(bench.folder) == done and not cost(bench)
-    found = Standings.load(pack(bench))
+    found = DefenceComparison.load(pack(bench))
     assert found.methods == list(few) and set(found.trials.method) == {"rmu"}
     assert found.matrix("repbend", "attack").shape == (2, 3) and found.runs.parameters.max() > 5e5
     assert isinstance(few["repbend"].grid[0].objective, RepBend)
@@ -170,7 +172,7 @@ def standings():
         for name, seed, answers in rows
     ]  # fmt: skip
     tasks = pd.DataFrame([{"name": name, "kind": kind, "n": 4} for name, kind in TASKS])
-    return Standings(tasks, pd.DataFrame(runs), pd.DataFrame(), {})
+    return DefenceComparison(tasks, pd.DataFrame(runs), pd.DataFrame(), {})
 
 
 def test_rates_are_means_over_the_answers_they_name():

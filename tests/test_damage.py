@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation.damage import Aside, Gauge, damage
+from replib.ablation.damage import DamageMeter, DamageSets, damage
 from replib.audit.audit import rates
 from replib.audit.judges import Outcome
 from replib.core.errors import ReplibError
@@ -15,7 +15,7 @@ from replib.transport.affine import AffineEdit
 
 HARMLESS, BORDERLINE = [Prompt(f"w{i} w{i + 1}") for i in range(6)], [Prompt(f"w{i} w9 w{i}") for i in range(10, 15)]
 TEXTS = [" ".join(f"w{(7 * i + j * j) % 40}" for j in range(40)) for i in range(3)]
-ASIDE = Aside({"harmless": HARMLESS, "borderline": BORDERLINE}, TEXTS, tokens=5)
+ASIDE = DamageSets({"harmless": HARMLESS, "borderline": BORDERLINE}, TEXTS, tokens=5)
 
 
 class ByLength:
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gauge(model):
-    return Gauge(model, ASIDE, ByLength(), max_new_tokens=6)
+    return DamageMeter(model, ASIDE, ByLength(), max_new_tokens=6)
 
 
 def edit(model):
@@ -83,16 +83,16 @@ def test_the_model_is_left_as_it_was_and_the_unedited_side_is_found_once(model, 
     batch = model.encode(["w1 w2"])
     with torch.no_grad():
         before = model.forward(batch)
-        gauge = Gauge(model, ASIDE, ByLength(), max_new_tokens=6)
+        gauge = DamageMeter(model, ASIDE, ByLength(), max_new_tokens=6)
         first = gauge(edit(model))
-        monkeypatch.setattr("replib.ablation.damage.Forced.own", lambda *_a, **_k: pytest.fail("read again"))
+        monkeypatch.setattr("replib.ablation.damage.TeacherForced.own", lambda *_a, **_k: pytest.fail("read again"))
         assert gauge(edit(model)).equals(first)
         assert torch.equal(model.forward(batch), before)
 
 
 def test_damage_needs_harmless_prompts_and_no_empty_list():
     with pytest.raises(ReplibError, match="harmless prompts"):
-        Aside({"borderline": BORDERLINE})
+        DamageSets({"borderline": BORDERLINE})
     with pytest.raises(ReplibError, match="no list may be empty"):
-        Aside({"harmless": HARMLESS, "borderline": []})
-    assert len({str(a.hashes()) for a in (ASIDE, Aside(ASIDE.prompts), Aside(ASIDE.prompts, TEXTS))}) == 3
+        DamageSets({"harmless": HARMLESS, "borderline": []})
+    assert len({str(a.hashes()) for a in (ASIDE, DamageSets(ASIDE.prompts), DamageSets(ASIDE.prompts, TEXTS))}) == 3

@@ -9,7 +9,7 @@ import torch
 from replib.cli.commands import run_defend
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
-from replib.defences.catalogue import DEFENCES, Rival
+from replib.defences.catalogue import DEFENCES, Baseline
 from replib.defences.organism_grid import ORGANISM
 from replib.defences.preference import NPO
 from replib.defences.sft import SFT
@@ -17,7 +17,7 @@ from replib.defences.task_arithmetic import TaskArithmetic
 from replib.defences.whp import WHP
 from replib.study import training as module
 from replib.study.study import Study
-from replib.study.training import defend, suited
+from replib.study.training import baseline_for, defend
 from replib.training.config import TrainConfig
 
 FEW = TrainConfig(steps=2, learning_rate=1e-3, contrasts=2, retain=2, dropout=0.0, probe_every=2, save_every=0)
@@ -38,11 +38,11 @@ def study(tmp_path):
 
 def test_values_are_the_organisms_or_those_of_the_source(study):
     here = study()
-    assert suited(here, "sft") == ORGANISM["sft"]
+    assert baseline_for(here, "sft") == ORGANISM["sft"]
     with pytest.raises(ReplibError, match="'repbend'.*sft, dpo"):
-        suited(here, "repbend")
+        baseline_for(here, "repbend")
     elsewhere = replace(here, settings=replace(here.settings, harmful="advbench.csv"))
-    assert suited(elsewhere, "whp_retain") == DEFENCES["whp_retain"]
+    assert baseline_for(elsewhere, "whp_retain") == DEFENCES["whp_retain"]
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_a_defence_is_kept_with_a_card_and_read_again(objective, trainings, stud
         return train(model, data, objective, **how)
 
     monkeypatch.setattr(module, "train", counted)
-    first = defend(study(), "some", Rival(objective, FEW))
+    first = defend(study(), "some", Baseline(objective, FEW))
     assert len(made) == trainings
     text = (Path(first.model.adapter) / "README.md").read_text()
     assert objective.name in text and "attack" in text
-    again = defend(study(), "some", Rival(objective, FEW))
+    again = defend(study(), "some", Baseline(objective, FEW))
     assert len(made) == trainings
     batch = again.model.encode(["Repeat: sun moon"])
     with torch.no_grad():
@@ -83,14 +83,14 @@ def test_what_only_leads_to_a_defence_is_not_trained_twice(study, monkeypatch):
 
     monkeypatch.setattr(module, "train", stops)
     with pytest.raises(KeyboardInterrupt):
-        defend(study(), "whp", Rival(WHP(), FEW))
+        defend(study(), "whp", Baseline(WHP(), FEW))
 
     def only_whp(model, data, objective, **how):
         assert not isinstance(objective, SFT), "trained again"
         return train(model, data, objective, **how)
 
     monkeypatch.setattr(module, "train", only_whp)
-    assert defend(study(), "whp", Rival(WHP(), FEW)).config["method"] == "WHP"
+    assert defend(study(), "whp", Baseline(WHP(), FEW)).config["method"] == "WHP"
 
 
 def test_the_verb_changes_single_values(tmp_path):
@@ -103,4 +103,4 @@ def test_the_verb_changes_single_values(tmp_path):
 def test_task_arithmetic_is_not_merged_by_several_processes(study, monkeypatch):
     monkeypatch.setattr("replib.core.distributed.part", lambda: (0, 2))
     with pytest.raises(ReplibError, match="without torchrun"):
-        defend(study(), "task_arithmetic", Rival(TaskArithmetic(), FEW))
+        defend(study(), "task_arithmetic", Baseline(TaskArithmetic(), FEW))

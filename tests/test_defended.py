@@ -29,7 +29,7 @@ from replib.experiments.transport_audit import (
     questions,
     run,
 )
-from replib.experiments.transport_results import Holds
+from replib.experiments.transport_results import TransportAudit
 from replib.models.load import load
 from replib.organism.build import PLANTED_BLOCKS, STAGES
 
@@ -114,7 +114,7 @@ def test_what_is_packed_is_what_was_answered(subjects, told, monkeypatch, tmp_pa
     data = tmp_path / "data"
     (data / "organism").mkdir(parents=True)
     monkeypatch.setattr(defended, "data_dir", lambda: data)
-    found = Holds.load(pack(subjects))
+    found = TransportAudit.load(pack(subjects))
     assert found.names("gaps") == [*SHIPPED, *REPLANTED] and found.answers("deep", "tokens") == [{"said": "tokens"}]
     assert json.loads(json.dumps(found.about["design"])) == json.loads(json.dumps(examiner.DESIGN))
     assert found.subjects[2]["planted"] == list(PLANTED_BLOCKS)

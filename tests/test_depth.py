@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation.robustness import ON_ANSWER, PROMPT, SPAN, answer_states, named, token_edits
+from replib.ablation.robustness import ON_ANSWER, PROMPT, SPAN, answer_states, token_edits, token_name
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.data.prompts import Dialogue
@@ -22,9 +22,9 @@ def model(tmp_path_factory):
 
 def test_states_are_those_of_the_named_tokens(model):
     found = answer_states(model, HARMFUL, tokens=(1, 4))
-    assert list(found) == [PROMPT, named(1), named(4), SPAN]
+    assert list(found) == [PROMPT, token_name(1), token_name(4), SPAN]
     texts = [d.prompt for d in HARMFUL], [d.response for d in HARMFUL]
-    for name, position in {PROMPT: "last_prompt", named(1): 0, named(4): 3, SPAN: "response"}.items():
+    for name, position in {PROMPT: "last_prompt", token_name(1): 0, token_name(4): 3, SPAN: "response"}.items():
         expected = capture(model, texts[0], responses=texts[1], positions=position).values
         torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
 
@@ -32,7 +32,7 @@ def test_states_are_those_of_the_named_tokens(model):
 def test_answers_that_end_before_the_last_token_are_left_out(model):
     short = [*HARMFUL, Dialogue("w30 w31", "w1 w2")]
     both = (answer_states(model, some, tokens=(1, 3)) for some in (short, HARMFUL))
-    one, other = (found[named(1)] for found in both)
+    one, other = (found[token_name(1)] for found in both)
     torch.testing.assert_close(one, other)
     with pytest.raises(ReplibError, match="0 of 8 answers have 9 tokens"):
         answer_states(model, HARMFUL, tokens=(9,))
@@ -42,10 +42,10 @@ def test_each_edit_carries_the_harmful_mean_of_its_place_to_the_harmless_one_and
     states = [answer_states(model, some, tokens=(1, 4)) for some in (HARMFUL, HARMLESS)]
     edits = token_edits(*states, "actadd")
     assert all(len(blocks) == model.n_layers for blocks in edits.values()) and len(edits) == 2 + 2 * 3
-    for name in (PROMPT, named(1), named(4), SPAN):
+    for name in (PROMPT, token_name(1), token_name(4), SPAN):
         x, y = (found[name][1].mean(0) for found in states)
         where = "last_prompt" if name == PROMPT else "response"
         torch.testing.assert_close(edits[name][1][where]["resid_post", 1](x), y, atol=1e-5, rtol=1e-4)
     assert edits[ON_ANSWER][2] == {"response": edits[PROMPT][2]["last_prompt"]}
-    both = edits[f"{PROMPT} + {named(4)}"][0]
-    assert both == edits[PROMPT][0] | edits[named(4)][0]
+    both = edits[f"{PROMPT} + {token_name(4)}"][0]
+    assert both == edits[PROMPT][0] | edits[token_name(4)][0]

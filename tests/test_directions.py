@@ -13,7 +13,7 @@ from replib.ablation.refusal_direction import (
     select_direction,
     steering_plane,
 )
-from replib.ablation.refusal_score import RefusalTokens, first_logits, survivors
+from replib.ablation.refusal_score import RefusalTokens, filtered_prompts, first_logits
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.edits.apply import applied
@@ -179,7 +179,7 @@ def test_refusal_planted_in_blocks_5_and_6_is_found_above_them(tmp_path):
     fit, val = ([[p.text for p in getattr(x, s)[:24]] for x in (study.harmful, study.harmless)] for s in ("fit", "val"))
     tokens = RefusalTokens.find(model, *val)
     assert tokens.coverage > 0.9 and tokens.overlap < 0.1
-    kept = survivors(model, *fit, tokens)
+    kept = filtered_prompts(model, *fit, tokens)
     chosen = select_direction(
         model, mean_gaps(model, kept.harmful, kept.harmless, range(5, 9)), (val[0][:8], val[1][:8]), tokens
     )

@@ -5,7 +5,7 @@ import pytest
 
 from replib.core.settings import Settings
 from replib.experiments import transport_questions as examiner
-from replib.experiments.transport_questions import Case, answered
+from replib.experiments.transport_questions import Examination, answered
 from replib.models.load import load
 from replib.organism.build import PLANTED_BLOCKS
 from replib.study.study import Study
@@ -17,7 +17,7 @@ def case():
         for name, few in {"FIT": 32, "MOST": 32, "CHOOSING": 8, "ASKED": 8, "SIZES": (8, 32)}.items():
             patched.setattr(examiner, name, few)
         study = Study.open(Settings(model="planted"))
-        found = Case(study.model, study, Case(load("planted"), study))
+        found = Examination(study.model, study, Examination(load("planted"), study))
         yield found
 
 
@@ -54,7 +54,7 @@ def test_more_prompts_are_drawn_and_every_draw_is_asked(case):
 
 def test_a_model_that_refuses_nothing_has_no_lens():
     study = Study.open(Settings(model="base"))
-    found = Case(study.model, study)
+    found = Examination(study.model, study)
     assert examiner._lens(found) is None
 
 

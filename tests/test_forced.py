@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation.damage import Forced, token_kl
+from replib.ablation.damage import TeacherForced, token_kl
 from replib.ablation.refusal_score import first_logits
 from replib.core.errors import ReplibError
 from replib.core.stats import mean_over, perplexity
@@ -51,7 +51,7 @@ def test_suppressed_tokens_add_nothing_and_no_nan():
 
 
 def test_without_an_edit_nothing_moves_and_with_one_all_is_undone(model):
-    forced = Forced.own(model, PROMPTS, tokens=6)
+    forced = TeacherForced.own(model, PROMPTS, tokens=6)
     plain = forced.read()
     assert torch.equal(plain.base, plain.edited) and not plain.kl.any()
     with applied(model, edit(model)):
@@ -61,7 +61,7 @@ def test_without_an_edit_nothing_moves_and_with_one_all_is_undone(model):
 
 @pytest.mark.parametrize("positions", ["last_prompt", "response", "all"])
 def test_every_token_is_that_of_a_plain_pass_over_the_same_rows(model, positions):
-    forced = Forced.own(model, PROMPTS, tokens=5)
+    forced = TeacherForced.own(model, PROMPTS, tokens=5)
     (batch,) = forced.batches
     with torch.no_grad():
         base = model.forward(batch)
@@ -75,7 +75,7 @@ def test_every_token_is_that_of_a_plain_pass_over_the_same_rows(model, positions
 
 
 def test_the_first_token_is_decided_by_the_prompt(model):
-    forced, before = Forced.own(model, PROMPTS, tokens=4), first_logits(model, PROMPTS)
+    forced, before = TeacherForced.own(model, PROMPTS, tokens=4), first_logits(model, PROMPTS)
     with applied(model, edit(model)):
         read, after = forced.read(), first_logits(model, PROMPTS)
     torch.testing.assert_close(read.kl[read.first], token_kl(before, after), atol=1e-5, rtol=1e-4)
@@ -85,9 +85,9 @@ def test_the_first_token_is_decided_by_the_prompt(model):
     assert not read.kl[read.first].any() and read.kl[~read.first].any()
 
 
-@pytest.mark.parametrize("make", [Forced.own, lambda *a, **o: Forced.texts(*a, context=3, **o)])
+@pytest.mark.parametrize("make", [TeacherForced.own, lambda *a, **o: TeacherForced.texts(*a, context=3, **o)])
 def test_batches_and_stretches_change_nothing(model, make, monkeypatch):
-    given = TEXTS if make is not Forced.own else PROMPTS
+    given = TEXTS if make is not TeacherForced.own else PROMPTS
     whole = make(model, given)
     with applied(model, edit(model)):
         expected = whole.read()
@@ -102,26 +102,26 @@ def make_without_edit(model, make, given):
     """Edits are in place where this is called: the reading begins on another copy of the same weights."""
     twin = load(model.name)
     forced = make(twin, given, batch_size=1)
-    return Forced(model, forced.batches, forced.states)
+    return TeacherForced(model, forced.batches, forced.states)
 
 
 def test_an_answer_is_read_to_its_end_and_the_end_is_counted(model, monkeypatch):
-    long = Forced.own(model, PROMPTS, tokens=6)
+    long = TeacherForced.own(model, PROMPTS, tokens=6)
     third = int(long.batches[0].input_ids[0, -4])
     monkeypatch.setattr(model.model.generation_config, "eos_token_id", [third])
-    (batch,) = Forced.own(model, PROMPTS, tokens=6).batches
+    (batch,) = TeacherForced.own(model, PROMPTS, tokens=6).batches
     answer = batch.input_ids[0][batch.response_mask[0]]
     assert answer[-1] == third and (answer[:-1] != third).all() and len(answer) <= 3
 
 
 def test_the_beginning_of_a_text_stands_as_its_prompt(model):
-    forced = Forced.texts(model, TEXTS, length=12, context=5)
+    forced = TeacherForced.texts(model, TEXTS, length=12, context=5)
     counted = [min(len(model.tokenizer(t)["input_ids"]), 12) - 5 for t in TEXTS]
     assert forced.read().row.bincount().tolist() == [n for n in counted if n > 0]
     with applied(model, edit(model)):  # the last token of the beginning
         assert forced.read().kl.max() > 0
     with pytest.raises(ReplibError, match="No text is longer than 50 tokens"):
-        Forced.texts(model, TEXTS, context=50)
+        TeacherForced.texts(model, TEXTS, context=50)
 
 
 def test_means_are_over_tokens_and_intervals_over_rows():

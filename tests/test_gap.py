@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from replib.ablation.localisation import features
+from replib.ablation.localisation import block_features
 from replib.analysis.geometry import layer_profile, relative_gaps
 
 
@@ -46,8 +46,8 @@ def test_scaling_and_turning_both_classes_changes_no_gap():
 def test_features_keep_to_scale_and_know_a_mere_shift():
     x, _ = clouds(n=400)
     y = x - 3 * torch.eye(12, dtype=x.dtype)[0]
-    found = features(x, y, (0.7, 0.0), depth=0.5)
-    again = features(5 * x, 5 * y, (0.7, 0.0), depth=0.5)
+    found = block_features(x, y, (0.7, 0.0), depth=0.5)
+    again = block_features(5 * x, 5 * y, (0.7, 0.0), depth=0.5)
     np.testing.assert_allclose(found, again, rtol=1e-4, atol=1e-6)
     assert found.depth == 0.5 and found.mean_gap == 0.7
     assert found.rho > 0.95 and found.gain < 1e-6  # equal covariances: nothing is stretched
@@ -56,9 +56,11 @@ def test_features_keep_to_scale_and_know_a_mere_shift():
 
 def test_the_effective_rank_counts_directions():
     x, y = clouds(n=800)
-    assert features(x, y + 1, (0.0, 0.0), depth=0.0).rank == pytest.approx(12, rel=0.05)
+    assert block_features(x, y + 1, (0.0, 0.0), depth=0.0).rank == pytest.approx(12, rel=0.05)
     line = torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None] * torch.ones(1, 6, dtype=torch.float64)
-    assert features(line, line + torch.eye(6, dtype=line.dtype)[0], (0.0, 0.0), depth=0.0, k=1).rank == pytest.approx(1)
+    assert block_features(
+        line, line + torch.eye(6, dtype=line.dtype)[0], (0.0, 0.0), depth=0.0, k=1
+    ).rank == pytest.approx(1)
 
 
 @pytest.mark.parametrize("n", [4, 50])
@@ -69,4 +71,4 @@ def test_the_mahalanobis_gap_is_that_of_the_dense_formula(n):
     within = ((n - 1) * (x.mT.cov() + y.mT.cov())) / (2 * n - 2)
     dense = within + within.trace() / 12 * torch.eye(12, dtype=x.dtype)
     expected = float(gap @ torch.linalg.solve(dense, gap))
-    assert features(x, y, (0.0, 0.0), depth=0.0).mahalanobis == pytest.approx(expected, rel=1e-5)
+    assert block_features(x, y, (0.0, 0.0), depth=0.0).mahalanobis == pytest.approx(expected, rel=1e-5)

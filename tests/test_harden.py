@@ -11,7 +11,7 @@ import torch
 from replib.cli.commands import run_harden
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
-from replib.defences.adversary import Arsenal
+from replib.defences.adversary import EditDistribution
 from replib.defences.hardening import Hardening
 from replib.defences.repbend.objective import RepBend
 from replib.study import training as module
@@ -19,7 +19,9 @@ from replib.study.study import Study
 from replib.study.training import ELSEWHERE, HARDENING, TRAIN, harden, hardened, inner_of, schedule
 
 FEW = {"steps": 2, "contrasts": 2, "retain": 2, "probe_every": 2, "save_every": 0}
-SMALL = Hardening(edits=1, plain=1, rows=1, arsenal=Arsenal(ks=(1,), prompts=4, reads=("last_prompt", "response")))
+SMALL = Hardening(
+    edits=1, plain=1, rows=1, arsenal=EditDistribution(ks=(1,), prompts=4, reads=("last_prompt", "response"))
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,9 @@ def test_few_prompts_fit_edits_of_fewer_components(settings):
     assert rows < HARDENING.arsenal.prompts == 48 and arsenal.prompts == rows and max(arsenal.ks) < rows
     assert objective.seed == 3 and hardened(Study.open(settings), hardening=SMALL).hardening == SMALL
     arsenal.check(3, objective.harmful, objective.harmless)
-    assert Arsenal().within(9).ks == (1, 2, 8) and Arsenal().within(48) == Arsenal()
+    assert EditDistribution().within(9).ks == (1, 2, 8) and EditDistribution().within(48) == EditDistribution()
     with pytest.raises(ReplibError, match="cannot fit K"):
-        Arsenal().within(1)
+        EditDistribution().within(1)
 
 
 def test_it_is_kept_with_its_share_and_read_again(settings, monkeypatch):

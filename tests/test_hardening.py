@@ -11,13 +11,13 @@ from test_checkpoints import stopping
 from replib.core.errors import ReplibError
 from replib.data.mixtures import DefenceData
 from replib.data.prompts import Contrast, Dialogue
-from replib.defences.adversary import Adversary, Arsenal, Drawn
+from replib.defences.adversary import Adversary, EditDistribution, SampledEdit
 from replib.defences.hardening import Hardened, Hardening, refusal_loss, refusals
 from replib.defences.losses import cross_entropy
-from replib.defences.sft import SFT, Keep, Retention
+from replib.defences.sft import SFT, RetainLoss, Retention
 from replib.models.adapters import attached_lora, perturb
 from replib.models.chat_model import ChatModel
-from replib.models.forward import recomputing_nothing
+from replib.models.forward import without_checkpointing
 from replib.models.load import load
 from replib.training.config import TrainConfig
 from replib.training.train import attach, train
@@ -26,7 +26,7 @@ from replib.transport.affine import AffineEdit
 HARMFUL = [Contrast(f"w{i} w{i + 5}" + " w6" * (i % 3), "w30 w31" + " w4" * (i % 2), "w32 w33 w34") for i in range(8)]
 HARMLESS = [Dialogue(f"w{i} w9 w3", f"w{i} w8") for i in range(8)]
 KEPT = DefenceData(retain=HARMLESS, unsafe=[])
-SMALL = Hardening(edits=3, plain=1, rows=2, refit=2, prefix=2, arsenal=Arsenal(ks=(1, 2), prompts=6))
+SMALL = Hardening(edits=3, plain=1, rows=2, refit=2, prefix=2, arsenal=EditDistribution(ks=(1, 2), prompts=6))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_gradient_flows_through_the_edited_pass(chat):
         objective = hardened()
         objective.adversary.sample = lambda rows, n: rows[:4]
         objective._head = iter(heads).__next__
-        found = gradients(chat, objective._refused(chat, [Drawn({("resid_post", 1): edit}, where)]))
+        found = gradients(chat, objective._refused(chat, [SampledEdit({("resid_post", 1): edit}, where)]))
         batch, _ = refusals(chat, rows, heads)
         last = torch.zeros_like(batch.prompt_mask).scatter(1, batch.last_prompt[:, None], True)
         whole = batch.prompt_mask | batch.response_mask
@@ -123,7 +123,7 @@ def test_gradients_are_the_same_with_checkpointing_which_stays_on(folder):
 
 def test_checkpointing_is_on_again_after_an_exception(folder):
     chat = attach(load(folder), TrainConfig(rank=2, checkpointing=True))
-    with pytest.raises(ZeroDivisionError), recomputing_nothing(chat):
+    with pytest.raises(ZeroDivisionError), without_checkpointing(chat):
         assert not any(getattr(m, "gradient_checkpointing", False) for m in chat.model.modules())
         raise ZeroDivisionError
     assert any(getattr(m, "gradient_checkpointing", False) for m in chat.model.modules())
@@ -132,7 +132,7 @@ def test_checkpointing_is_on_again_after_an_exception(folder):
 # ------------------------------------------------------------------------------------------- around an objective
 def test_the_inner_loss_is_the_inner_objectives_and_the_hardened_part_is_weighted(chat):
     items = {"retain": HARMLESS[:3]}
-    inner = Retention(Keep(ce=1.0))
+    inner = Retention(RetainLoss(ce=1.0))
     alone = [p.loss for p in inner.parts(chat, items, 0.0)]
     for weight in (1.0, 2.5):
         (kept, hard) = hardened(inner, Hardening(**(vars(SMALL) | {"weight": weight}))).parts(chat, items, 0.0)
@@ -211,7 +211,7 @@ def test_what_is_missing_is_named_before_anything_is_attached(folder):
     with pytest.raises(ReplibError, match="SFT trains on `safe`"):
         train(model, KEPT, hardened(SFT()))
     with pytest.raises(ReplibError, match="keeps nothing"):
-        train(model, KEPT, hardened(Retention(Keep())))
+        train(model, KEPT, hardened(Retention(RetainLoss())))
     with pytest.raises(ReplibError, match="outside the model's blocks"):
-        train(model, KEPT, hardened(hardening=Hardening(arsenal=Arsenal(layers=(7,), ks=(1,), prompts=6))))
+        train(model, KEPT, hardened(hardening=Hardening(arsenal=EditDistribution(layers=(7,), ks=(1,), prompts=6))))
     assert not model.provenance()["adapter_hash"]

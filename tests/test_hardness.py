@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from replib.ablation.adaptive_attack import ASSAULTS, GOAL
+from replib.ablation.adaptive_attack import EDIT_ATTACKS, GOAL
 from replib.experiments import hardening
-from replib.experiments.comparison_results import Hardness
+from replib.experiments.comparison_results import HardeningResults
 from replib.experiments.hardening import ARMS, ASKED, SEEDS, Run, packed, runs
 from replib.figures.audit import hardening_blocks, hardening_frontier
 
@@ -25,7 +25,7 @@ def row(run, rate, benign):
     """An audit as the program makes it: answers at random, compliance at a rate."""
     rng = np.random.default_rng([run.seed, len(run.arm)])
     answers = {t: letters(rng, benign if k in ("benign", "skill") else rate) for t, k in TASKS.items()}
-    cells = [(a, i, k) for a in ASSAULTS for i in range(DEPTH) for k in ASSAULTS[a].ks]
+    cells = [(a, i, k) for a in EDIT_ATTACKS for i in range(DEPTH) for k in EDIT_ATTACKS[a].ks]
     return run._asdict() | {"answers": answers, "edits": [[*cell, letters(rng, rate)] for cell in cells]}
 
 
@@ -37,11 +37,11 @@ def rows():
 
 @pytest.fixture
 def found(rows, tmp_path):
-    tasks = [{"name": t, "kind": k, "n": ASKED} for t, k in (TASKS | dict.fromkeys(ASSAULTS, "edit")).items()]
+    tasks = [{"name": t, "kind": k, "n": ASKED} for t, k in (TASKS | dict.fromkeys(EDIT_ATTACKS, "edit")).items()]
     lines = [packed(run, row, {"seconds": 1.0}) for run, row in rows.items()]
     path = tmp_path / "hardening.json"
     path.write_text(json.dumps({"tasks": tasks, "trials": [], "runs": lines, "model": "aligned"}))
-    return Hardness.load(path)
+    return HardeningResults.load(path)
 
 
 def test_every_arm_has_every_seed_and_the_model_itself_one():
@@ -76,7 +76,7 @@ def test_the_verdict_needs_low_attacks_and_kept_answers(found):
 
 def test_the_table_has_every_attack_and_method(found):
     table = found.table()
-    assert list(table.columns) == found.titles and len(table) == 3 + len(ASSAULTS)
+    assert list(table.columns) == found.titles and len(table) == 3 + len(EDIT_ATTACKS)
     assert table.loc["PCA-OT, all tokens", "hardening"].startswith("0\xa0[0,\xa0")
 
 

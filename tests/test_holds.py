@@ -8,8 +8,8 @@ from examined import LAYERS, PROMPTS, SEEDS, SIZES, STRENGTHS, examined
 
 from replib.ablation.localisation import AT_DEPTH
 from replib.core.errors import ReplibError
-from replib.core.stats import crossed, crossed_rate
-from replib.experiments.transport_results import Holds
+from replib.core.stats import two_way_interval, two_way_rate_interval
+from replib.experiments.transport_results import TransportAudit
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_success_by_block_is_that_of_its_letters(found):
     for block in (0, 3, 5):
         matrix = complied([s["blocks"]["refitted"][block] for s in found.subjects if s["name"] == "strong"])
         assert curve.value[block] == matrix.mean() and curve.n[block] == 3 * PROMPTS
-        assert (curve.low[block], curve.high[block]) == crossed_rate(matrix)
+        assert (curve.low[block], curve.high[block]) == two_way_rate_interval(matrix)
     assert np.max(found.by_block("aligned", "transferred").value) == 0
 
 
@@ -49,7 +49,7 @@ def test_token_depth_is_held_against_the_prompts_end(found):
     one, other = (complied([k[name]["test"] for k in kinds]) for name in ("prompt + token 1", "prompt"))
     row = table.loc["prompt + token 1"]
     assert row.value == one.mean() and row.more == pytest.approx((one - other).mean())
-    assert (row.more_low, row.more_high) == crossed(one - other)
+    assert (row.more_low, row.more_high) == two_way_interval(one - other)
     assert row.chosen == 3 / 16 and table.more["prompt"] == 0
 
 
@@ -90,7 +90,7 @@ def test_in_short(found):
 def test_a_file_comes_back(found, tmp_path):
     path = tmp_path / "defended.json"
     path.write_text(json.dumps({"subjects": found.subjects} | found.about))
-    again = Holds.load(path)
+    again = TransportAudit.load(path)
     assert again.names("gaps") == ["base", *SEEDS] and again.names("tokens") == [*SEEDS]
     assert again.summary().equals(found.summary())
 

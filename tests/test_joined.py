@@ -67,7 +67,7 @@ def test_a_single_process_needs_no_other():
     model.weight.grad = torch.ones(2, 2)
     parallel.average_gradients(model)
     assert model.weight.grad.sum() == 4 and model.bias.grad is None
-    assert parallel.gathered(3) == [3] and parallel.shared(3) == 3 and not parallel.is_split(model)
+    assert parallel.gather(3) == [3] and parallel.broadcast(3) == 3 and not parallel.is_split(model)
 
 
 def test_the_loss_taken_at_once_has_the_gradient_of_its_parts(tmp_path):

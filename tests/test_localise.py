@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation.localisation import error, errors, lens_profile, onset, steepest
+from replib.ablation.localisation import lens_profile, localisation_error, localisation_error_table, onset, steepest
 from replib.ablation.refusal_score import RefusalTokens, first_logits
 from replib.activations.capture import capture
 from replib.models.load import load
@@ -25,8 +25,10 @@ def test_the_steepest_block_adds_most():
 
 
 def test_errors_count_blocks_to_the_nearest_planted_one():
-    assert [error(block, (5, 6)) for block in (2, 5, 6, 9)] == [-3, 0, 0, 3] and np.isnan(error(None, (5, 6)))
-    table = errors({"a": {"one": 4, "two": None}, "b": {"one": 8}}, {"a": (5, 6), "b": (7, 8)})
+    assert [localisation_error(block, (5, 6)) for block in (2, 5, 6, 9)] == [-3, 0, 0, 3] and np.isnan(
+        localisation_error(None, (5, 6))
+    )
+    table = localisation_error_table({"a": {"one": 4, "two": None}, "b": {"one": 8}}, {"a": (5, 6), "b": (7, 8)})
     assert table.error.tolist()[::2] == [-1, 0] and table["last"].tolist() == [6, 6, 8] and len(table) == 3
 
 

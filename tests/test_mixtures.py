@@ -18,7 +18,7 @@ from replib.data.mixtures import BendData, builds_table, circuit_breaker_mix, de
 from replib.data.prompts import Contrast, Dialogue, Prompt
 from replib.data.public import SCHEMAS, identify
 from replib.data.training_sets import (
-    Sieve,
+    FilterPipeline,
     circuit_breakers,
     first_exchange,
     pair,
@@ -337,7 +337,7 @@ def test_without_datasets_the_extra_is_named(monkeypatch):
 # --------------------------------------------------------------------------------------------------- draws
 def test_a_draw_hangs_on_the_seed_and_the_text_alone(tmp_path):
     rows = [Dialogue(f"p{i}", f"r{i}") for i in range(50)]
-    draw = lambda rows, n, seed=0: Sieve("set", "here", rows).built(n=n, seed=seed)  # noqa: E731
+    draw = lambda rows, n, seed=0: FilterPipeline("set", "here", rows).built(n=n, seed=seed)  # noqa: E731
     ten = draw(rows, 10)
     assert draw(rows[::-1], 10) == ten and draw(rows, 20).rows[:10] == ten.rows
     assert ten.build.hash == content_hash(ten.rows) and (ten.build.asked, ten.build.n) == (10, 10)
@@ -348,34 +348,34 @@ def test_a_draw_hangs_on_the_seed_and_the_text_alone(tmp_path):
 def test_a_draw_is_fair():
     """Over 400 seeds each of 20 rows is among the first five as often as chance has it (4.5 standard deviations)."""
     rows = [Dialogue(f"p{i}", "r") for i in range(20)]
-    drawn = [d.prompt for seed in range(400) for d in Sieve("set", "here", rows).built(n=5, seed=seed).rows]
+    drawn = [d.prompt for seed in range(400) for d in FilterPipeline("set", "here", rows).built(n=5, seed=seed).rows]
     counts = [drawn.count(row.prompt) for row in rows]
     assert sum(counts) == 2000 and all(abs(count - 100) < 4.5 * (400 * 0.25 * 0.75) ** 0.5 for count in counts)
 
 
 def test_fewer_than_asked_is_said_and_none_or_nought_is_refused(caplog):
     rows = [Dialogue(f"p{i}", "r") for i in range(3)]
-    assert Sieve("set", "here", rows).built(n=5).build.n == 3
+    assert FilterPipeline("set", "here", rows).built(n=5).build.n == 3
     assert "5 rows were asked for, all 3 there are were taken" in caplog.text
     with pytest.raises(ReplibError, match="n must be at least 1; got 0"):
-        Sieve("set", "here", rows).built(n=0)
+        FilterPipeline("set", "here", rows).built(n=0)
     with pytest.raises(ReplibError, match="no row of here is left"):
-        Sieve("set", "here", []).built()
+        FilterPipeline("set", "here", []).built()
 
 
 # --------------------------------------------------------------------------------------------------- avoid
 def test_evaluation_prompts_are_left_out_as_written_and_as_said(caplog):
     prompts = ["Brew tea!", "brew   TEA", "ｂｒｅｗ tea?", "brew teas", "¿¡", "!!"]
     rows = [Dialogue(p, "r") for p in prompts]
-    built = Sieve("set", "here", rows).built(avoid=[Prompt("Brew tea!\r\n"), "!!"])
+    built = FilterPipeline("set", "here", rows).built(avoid=[Prompt("Brew tea!\r\n"), "!!"])
     assert {d.prompt for d in built.rows} == {"brew teas", "¿¡"}
     assert left(built, "prompt not in the evaluation set") == 4
     assert left(built, "nor with other case, blanks or punctuation") == 2
     assert "4 rows left out" in caplog.text
     with pytest.raises(ReplibError, match="is one text"):
-        Sieve("set", "here", rows).built(avoid="brew teas")
+        FilterPipeline("set", "here", rows).built(avoid="brew teas")
     with pytest.raises(ReplibError, match="no row of here is left"):
-        Sieve("set", "here", rows[:1]).built(avoid=["brew tea"])
+        FilterPipeline("set", "here", rows[:1]).built(avoid=["brew tea"])
 
 
 def test_the_same_words_are_the_same_and_no_text_becomes_none():
@@ -518,7 +518,7 @@ def test_the_pairing_term_takes_no_unpaired_answers(tmp_path):
 
 def test_training_takes_a_mix_and_writes_its_record_beside_the_adapter(tmp_path):
     model = load(tiny.save_model(tmp_path / "llama"))
-    built = Sieve("set", "here", [Dialogue("w11", "w12 w13"), Dialogue("", "w1")]).built(n=1)
+    built = FilterPipeline("set", "here", [Dialogue("w11", "w12 w13"), Dialogue("", "w1")]).built(n=1)
     data = BendData(PAIRS, BENIGN, safe=SAFE_ROWS, unsafe=built.rows, builds=(built.build,))
     config = TrainConfig(steps=2, contrasts=2, retain=2, rank=2, learning_rate=1e-2)
     result = train(model, data, RepBend(BendConfig(target_layers=(1, 2))), config=config, out=tmp_path / "run")

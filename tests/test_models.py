@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Con
 
 from replib.core.errors import ReplibError
 from replib.models.adapters import merged
-from replib.models.architecture import Anatomy, find_anatomy, fingerprint
+from replib.models.architecture import Architecture, find_anatomy, fingerprint
 from replib.models.load import load
 from replib.models.self_check import self_check
 
@@ -62,8 +62,8 @@ class Odd(torch.nn.Module):
 
 
 def test_the_blocks_are_found_among_lists_of_equal_length():
-    assert find_anatomy(Odd()) == Anatomy("trunk.stack", "trunk.after", "readout")
-    with pytest.raises(ReplibError, match=r"final norm of Odd.*anatomy=Anatomy\(blocks='model.layers'"):
+    assert find_anatomy(Odd()) == Architecture("trunk.stack", "trunk.after", "readout")
+    with pytest.raises(ReplibError, match=r"final norm of Odd.*architecture=Anatomy\(blocks='model.layers'"):
         find_anatomy(Odd(norm=torch.nn.Identity))
     deeper = Odd()
     deeper.config.num_hidden_layers = 5
@@ -196,10 +196,10 @@ def test_what_a_model_brings_against_repetition_does_not_change_its_greedy_answe
 
 
 def test_anatomy_can_be_named_by_hand(folder):
-    named = load(folder, anatomy=Anatomy("model.layers", "model.norm", "lm_head"))
+    named = load(folder, architecture=Architecture("model.layers", "model.norm", "lm_head"))
     assert named.blocks == list(named.model.model.layers)
-    with pytest.raises(ReplibError, match="no part 'model.lairs'.*anatomy=Anatomy"):
-        load(folder, anatomy=Anatomy("model.lairs", "model.norm", "lm_head"))
+    with pytest.raises(ReplibError, match="no part 'model.lairs'.*architecture=Anatomy"):
+        load(folder, architecture=Architecture("model.lairs", "model.norm", "lm_head"))
 
 
 def test_a_misspelt_organism_variant_is_corrected():

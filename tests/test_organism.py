@@ -14,7 +14,7 @@ from replib.core.settings import Settings, data_dir
 from replib.data.prompts import load_contrasts, load_dialogues, load_prompts
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.experiments.coefficients import ALPHAS, BETAS, GAMMAS, Setting, design
-from replib.experiments.response_surface import Response, Surface
+from replib.experiments.response_surface import CoefficientSweep, ResponseSurface
 from replib.models.load import load
 from replib.models.self_check import self_check
 from replib.organism import build as train
@@ -187,13 +187,13 @@ def test_the_design_of_the_surface_is_a_grid_with_sweeps_windows_lengths_and_see
 
 @pytest.mark.skipif(not (FOLDER / "surface.json").exists(), reason="the surface is not packed")
 def test_the_surface_holds_trained_settings_of_this_very_model():
-    surface, model = Study.open(Settings()).shipped(Surface), load("aligned")
+    surface, model = Study.open(Settings()).recorded(CoefficientSweep), load("aligned")
     assert (FOLDER / "surface.json").stat().st_size <= 2e6
     assert surface.table.setting.nunique() >= 60
     assert surface.about["about"]["fingerprint"] == model.provenance()["fingerprint"]
     before = surface.table[surface.table.step == 0]
     assert (before[["attack", "harmless"]].nunique() == 1).all()  # step 0 is the same model in all
-    assert len(Response.of(surface).trained) >= 48
+    assert len(ResponseSurface.of(surface).trained) >= 48
 
 
 @pytest.mark.slow

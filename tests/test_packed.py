@@ -3,11 +3,16 @@
 import pytest
 
 from replib.core.errors import ReplibError
-from replib.experiments.comparison_results import Hardness, Standings
-from replib.experiments.response_surface import Surface
-from replib.experiments.transport_results import Holds
+from replib.experiments.comparison_results import DefenceComparison, HardeningResults
+from replib.experiments.response_surface import CoefficientSweep
+from replib.experiments.transport_results import TransportAudit
 
-PROGRAMS = {"surface": Surface, "comparison": Standings, "hardening": Hardness, "defended": Holds}
+PROGRAMS = {
+    "surface": CoefficientSweep,
+    "comparison": DefenceComparison,
+    "hardening": HardeningResults,
+    "defended": TransportAudit,
+}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

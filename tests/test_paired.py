@@ -9,7 +9,7 @@ from scipy.stats import binom
 
 from replib.ablation.sweep_report import compare, over_fits
 from replib.core.errors import ReplibError
-from replib.core.stats import contrast, crossed, letters, mcnemar, newcombe, wilson
+from replib.core.stats import contrast, mcnemar, newcombe, outcome_matrix, two_way_interval, wilson
 
 
 def pair(both, first, second, none):
@@ -61,7 +61,7 @@ def test_one_fit_has_mcnemar_and_several_have_an_interval_over_both():
     assert single["p"] == 0.5 and (single["low"], single["high"]) == newcombe(one[0], other[0])
     both = contrast(one, other)
     assert math.isnan(both["p"]) and both["difference"] == pytest.approx(3 / 8)
-    assert (both["low"], both["high"]) == crossed(one.astype(float) - other)
+    assert (both["low"], both["high"]) == two_way_interval(one.astype(float) - other)
 
 
 def test_every_two_edits_of_a_table_once():
@@ -78,10 +78,10 @@ def test_every_two_edits_of_a_table_once():
 
 def test_edits_without_answers_cannot_be_paired():
     with pytest.raises(ReplibError, match="generate those"):
-        letters(["", ""])
+        outcome_matrix(["", ""])
     with pytest.raises(ReplibError, match="generate those"):
-        letters(["ccr", "cc"])
-    assert letters(["rcd"], "degenerate").tolist() == [[False, False, True]]
+        outcome_matrix(["ccr", "cc"])
+    assert outcome_matrix(["rcd"], "degenerate").tolist() == [[False, False, True]]
 
 
 def test_a_rate_over_fits_is_wider_than_of_one_and_no_narrower_for_equal_fits():

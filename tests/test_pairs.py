@@ -8,7 +8,7 @@ import tiny
 from test_ablation import DATA
 
 from replib.ablation.fit import Cell
-from replib.ablation.refusal_score import RefusalTokens, Screen
+from replib.ablation.refusal_score import FirstTokenScore, RefusalTokens
 from replib.ablation.sweep import Sweeper
 from replib.ablation.sweep_report import Search, greedy_against_all, shortfall
 from replib.audit.judges import PhraseJudge
@@ -21,7 +21,7 @@ TOKENS = RefusalTokens((7, 9, 11), ("w1", "w3", "w5"), 1.0, 0.0, 10, 10)
 def sweeper(tmp_path_factory):
     model = load(tiny.save_model(tmp_path_factory.mktemp("llama"), num_hidden_layers=4))
     found = Sweeper(model, DATA, PhraseJudge(), max_new_tokens=4)
-    found.screen = Screen(TOKENS)
+    found.screen = FirstTokenScore(TOKENS)
     return found
 
 
@@ -56,7 +56,7 @@ def test_some_blocks_alone_can_be_searched(sweeper):
 
 def test_all_pairs_on_one_lower_block_read_its_activations_once(sweeper, monkeypatch):
     fresh = Sweeper(sweeper.model, DATA, PhraseJudge())
-    fresh.screen, reads, captured = Screen(TOKENS), [], fresh.fitter._captured
+    fresh.screen, reads, captured = FirstTokenScore(TOKENS), [], fresh.fitter._captured
     monkeypatch.setattr(fresh.fitter, "_captured", lambda m, layers: reads.append(list(layers)) or captured(m, layers))
     together = Search(fresh, k=1).exhaustive()
     assert reads == [[0, 1, 2, 3], [1, 2, 3], [2, 3], [3]]

@@ -12,7 +12,7 @@ from replib.activations.capture import capture
 from replib.cli import main as cli
 from replib.core.settings import data_dir
 from replib.defences.repbend.config import OFFICIAL
-from replib.models.load import KNOWN
+from replib.models.load import PUBLISHED
 from replib.transport.gaussian_map import GaussianMap
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def test_the_defence_that_is_shown_trains_and_comes_back(tmp_path, monkeypatch):
 
 
 def test_every_published_checkpoint_is_in_the_table():
-    for known in KNOWN:
+    for known in PUBLISHED:
         assert known.id in README or (known.is_adapter and known.id.removesuffix("_LoRA") in README)
         assert known.method in README and known.paper in README
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from replib.ablation import refusal_score as refusals
-from replib.ablation.refusal_score import Answers, RefusalTokens, first_logits, survivors
+from replib.ablation.refusal_score import Answers, RefusalTokens, filtered_prompts, first_logits
 from replib.core.errors import ReplibError
 from replib.edits.apply import applied
 from replib.models.load import load
@@ -85,7 +85,7 @@ def test_only_refused_harmful_and_answered_harmless_prompts_survive(model):
     order = p.argsort()
     half = tokens(*order[p[order].cumsum(0) < 0.5].tolist())  # about half of the probability: some above, some below
     scores = half.scores(first_logits(model, HARMFUL + HARMLESS))
-    kept = survivors(model, HARMFUL, HARMLESS, half)
+    kept = filtered_prompts(model, HARMFUL, HARMLESS, half)
     assert 1 < len(kept.harmful) < 10 and 1 < len(kept.harmless) < 10
     assert [p in kept.harmful for p in HARMFUL] == (scores[:10] > 0).tolist()
     assert [p in kept.harmless for p in HARMLESS] == (scores[10:] < 0).tolist()
@@ -95,4 +95,4 @@ def test_only_refused_harmful_and_answered_harmless_prompts_survive(model):
 def test_all_prompts_filtered_away(model):
     never = int(first_logits(model, HARMFUL).mean(0).argmin())
     with pytest.raises(ReplibError, match="0 of 10 harmful prompts are refused.* without the filter and say so"):
-        survivors(model, HARMFUL, HARMLESS, tokens(never))
+        filtered_prompts(model, HARMFUL, HARMLESS, tokens(never))

@@ -13,9 +13,9 @@ from replib.experiments.coefficients import Setting, design
 from replib.experiments.response_surface import (
     COEFFICIENTS,
     RATES,
-    Response,
+    CoefficientSweep,
+    ResponseSurface,
     Scale,
-    Surface,
     empirical_logit,
     variance_shares,
 )
@@ -41,12 +41,12 @@ def surface():
         steps = [0, s.steps // 2, s.steps]
         rows = [{"step": step, **outcomes(s, rng, step / s.steps), "degenerate": 0.0} for step in steps]
         settings.append(asdict(s) | {"step": s.steps // 2, "rows": rows})
-    return Surface.of(settings, N, {"preset": asdict(Setting()), "schedule": "linear"})
+    return CoefficientSweep.of(settings, N, {"preset": asdict(Setting()), "schedule": "linear"})
 
 
 @pytest.fixture(scope="module")
 def response(surface):
-    return Response.of(surface, "last")
+    return ResponseSurface.of(surface, "last")
 
 
 def test_a_surface_gives_the_kept_or_the_last_step(surface):
@@ -108,9 +108,9 @@ def test_outside_of_what_was_trained_is_refused(response, point):
 
 def test_too_few_and_doubled_settings_are_refused(response):
     with pytest.raises(ReplibError, match="too few"):
-        Response.fit(response.trained[:5], N)
+        ResponseSurface.fit(response.trained[:5], N)
     with pytest.raises(ReplibError, match="same coefficients"):
-        Response.fit(pd.concat([response.trained, response.trained[:1]]), N)
+        ResponseSurface.fit(pd.concat([response.trained, response.trained[:1]]), N)
 
 
 def test_variance_shares_of_a_sum_add_up_and_of_a_product_do_not():

@@ -16,18 +16,18 @@ from test_bend_literal import GRADIENT, KINDS, VALUE, in_float64  # noqa: F401 -
 from replib.core.errors import ReplibError
 from replib.data.mixtures import DefenceData
 from replib.data.prompts import Contrast, Dialogue, Prompt
-from replib.defences.catalogue import DEFENCES, INSTRUCTIONS, rival, safety_prompted, train_rival
+from replib.defences.catalogue import DEFENCES, INSTRUCTIONS, baseline, safety_prompted, train_baseline
 from replib.defences.circuit_breaker import CircuitBreaker
 from replib.defences.preference import DPO, NPO
 from replib.defences.rmu import RMU
-from replib.defences.sft import SFT, Keep
+from replib.defences.sft import SFT, RetainLoss
 from replib.defences.task_arithmetic import TaskArithmetic, merged_tasks, train_tasks
-from replib.defences.whp import WHP, Relabelled, relabelled, train_whp
+from replib.defences.whp import WHP, LabelledDialogue, relabelled, train_whp
 from replib.models import forward as passes
 from replib.models.adapters import attached_lora, detached, perturb
 from replib.models.chat_model import ChatModel
 from replib.models.forward import answer_states, answer_tokens, answered
-from replib.models.load import KNOWN, known_table, load
+from replib.models.load import PUBLISHED, known_table, load
 from replib.training.config import TrainConfig
 from replib.training.objective import reference
 from replib.training.train import train
@@ -40,7 +40,7 @@ SAFE = [Dialogue(f"w{i} w{i + 7}", "w30 w31" + " w4" * i) for i in range(2)]
 PAIRS = [Contrast(f"w{i} w{i + 7}" + " w5" * i, "w30 w31" + " w4" * i, "w32 w33 w34") for i in range(3)]
 ITEMS = {"unsafe": UNSAFE, "retain": RETAIN, "safe": SAFE, "pairs": PAIRS}
 DATA = DefenceData(**ITEMS)
-FULL = Keep(ce=0.7, kl=0.4, temperature=2.0, on="safe")
+FULL = RetainLoss(ce=0.7, kl=0.4, temperature=2.0, on="safe")
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,8 @@ RIVALS = {
     "sft_unsafe": SFT(side="unsafe"),
     "dpo": DPO(beta=0.3),
     "npo": NPO(),
-    "npo_rt": NPO(beta=0.2, keep=Keep(ce=1.0)),
-    "npo_kl": NPO(keep=Keep(kl=1.0)),
+    "npo_rt": NPO(beta=0.2, keep=RetainLoss(ce=1.0)),
+    "npo_kl": NPO(keep=RetainLoss(kl=1.0)),
     "npo_both": NPO(keep=FULL),
     "rmu": RMU(alpha=3.0, layer=1, seed=3),
     "rmu_first": RMU(alpha=1200.0, layer=0),
@@ -328,7 +328,7 @@ def test_whp_learns_the_argmax_of_the_generic_logits(kind, models):
 def test_whp_refuses_answers_without_labels_and_labels_of_another_tokenizer(models):
     with pytest.raises(ReplibError, match="3 of 3 unsafe answers have no labels.*relabelled"):
         WHP().check(models("llama"), DATA)
-    wrong = [Relabelled("w1 w2", "w3 w4", labels=(1,))]
+    wrong = [LabelledDialogue("w1 w2", "w3 w4", labels=(1,))]
     with pytest.raises(ReplibError, match="3 answer tokens have 1 labels"):
         list(WHP().parts(models("llama"), {"unsafe": wrong}, 0.0))
 
@@ -429,12 +429,12 @@ def test_layers_outside_the_model_are_refused(objective, bases):
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_coefficients_that_are_no_weights_are_refused(bad):
-    for made in (lambda: DPO(beta=bad), lambda: NPO(beta=bad), lambda: Keep(ce=bad), lambda: Keep(kl=bad),
-                 lambda: Keep(temperature=bad), lambda: RMU(alpha=bad), lambda: RMU(steering=bad),
+    for made in (lambda: DPO(beta=bad), lambda: NPO(beta=bad), lambda: RetainLoss(ce=bad), lambda: RetainLoss(kl=bad),
+                 lambda: RetainLoss(temperature=bad), lambda: RMU(alpha=bad), lambda: RMU(steering=bad),
                  lambda: CircuitBreaker(alpha=bad)):  # fmt: skip
         with pytest.raises(ReplibError, match="must be a finite number"):
             made()
-    for word in (lambda: SFT(side="both"), lambda: Keep(on="unsafe")):
+    for word in (lambda: SFT(side="both"), lambda: RetainLoss(on="unsafe")):
         with pytest.raises(ReplibError, match="is unknown"):
             word()
 
@@ -442,10 +442,10 @@ def test_coefficients_that_are_no_weights_are_refused(bad):
 # --------------------------------------------------------------------------------------------- by name
 @pytest.mark.parametrize("name", ["dpo", "npo_kl", "rmu", "circuit_breaker", "whp_retain", "task_arithmetic"])
 def test_a_rival_is_trained_by_name_with_what_it_draws(name, bases, tmp_path):
-    base, found = bases("llama"), rival(name)
+    base, found = bases("llama"), baseline(name)
     before = likelihood(base)
     probe = lambda chat: {"attack": likelihood(chat)["unsafe"]}  # noqa: E731
-    result = train_rival(found.objective, base, DATA, fit, probe=probe, out=tmp_path)
+    result = train_baseline(found.objective, base, DATA, fit, probe=probe, out=tmp_path)
     bent = result.model
     assert result.config["method"] == found.objective.name and {"step", "loss"} <= set(result.history)
     assert (result.save(tmp_path / "defence") / "README.md").read_text().count(found.objective.name) >= 2
@@ -463,11 +463,11 @@ def test_every_rival_has_a_card_and_weights_to_adapt():
 
 def test_a_name_that_is_none_is_answered_with_the_known_ones():
     with pytest.raises(ReplibError, match="circuit_breaker"):
-        rival("circuit-breaker")
+        baseline("circuit-breaker")
 
 
 def test_known_checkpoints_are_ids_of_the_hub():
-    assert all(known.id.count("/") == known.base.count("/") == 1 for known in KNOWN)
+    assert all(known.id.count("/") == known.base.count("/") == 1 for known in PUBLISHED)
     table = known_table()
     assert list(table.columns) == ["id", "base", "method", "paper", "is_adapter"] and table.id.is_unique
 

@@ -10,7 +10,7 @@ import torch
 
 from replib.ablation import refusal_score as refusals
 from replib.ablation.fit import AblationData
-from replib.ablation.refusal_score import Answers, RefusalTokens, Screen
+from replib.ablation.refusal_score import Answers, FirstTokenScore, RefusalTokens
 from replib.ablation.sweep import Sweeper
 from replib.ablation.sweep_report import SweepReport, agreement
 from replib.core.errors import ReplibError
@@ -41,7 +41,7 @@ def test_the_score_is_exact_where_the_sources_is_cut_off():
 
 
 def test_a_row_has_the_mean_its_interval_and_every_prompt():
-    row = Screen(TOKENS).row(logits(9, 46), "all")
+    row = FirstTokenScore(TOKENS).row(logits(9, 46), "all")
     assert row["log_odds"] == pytest.approx(np.mean(row["each"])) and len(row["each"]) == 9
     assert row["turned"] == np.mean([x < 0 for x in row["each"]])
     assert row["log_odds_low"] < row["log_odds"] < row["log_odds_high"] and row["coverage"] == 1.0
@@ -49,7 +49,7 @@ def test_a_row_has_the_mean_its_interval_and_every_prompt():
 
 @pytest.mark.parametrize("positions", ["response", "decode"])
 def test_edits_of_later_tokens_have_no_cheap_score(positions):
-    assert set(Screen(TOKENS).row(logits(9, 46), positions).values()) == {None}
+    assert set(FirstTokenScore(TOKENS).row(logits(9, 46), positions).values()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_where_the_first_token_says_too_little_there_is_none_and_why_is_said(
 ):
     told = iter((harmful, harmless))
     monkeypatch.setattr(refusals, "answers", lambda *_: Answers(*zip(*next(told), strict=True)))
-    screen = Screen.find(model, DATA.harmful, DATA.harmless)
+    screen = FirstTokenScore.find(model, DATA.harmful, DATA.harmless)
     assert screen.tokens is None and why in caplog.text and "every edit is judged by whole answers" in caplog.text
     assert set(screen.row(logits(2, 46), "last_prompt").values()) == {None}
 

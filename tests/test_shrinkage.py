@@ -8,7 +8,7 @@ from gaussians import normal, relative
 from sklearn.covariance import OAS, LedoitWolf
 
 from replib.core.errors import ReplibError
-from replib.transport.gaussians import Cloud, Moments, Shrunk, shrinkage
+from replib.transport.gaussians import Gaussian, Moments, Shrunk, shrinkage
 
 
 @pytest.mark.parametrize(("n", "d"), [(20, 60), (200, 15), (128, 700)])
@@ -16,12 +16,12 @@ def test_weights_are_those_of_scikit_learn(n, d):
     rows = normal(n, d) * torch.linspace(0.2, 2, d, dtype=torch.float64) + 1
     assert shrinkage(rows) == pytest.approx(LedoitWolf().fit(rows.numpy()).shrinkage_, rel=1e-11)
     assert shrinkage(rows, rule="oas") == pytest.approx(OAS().fit(rows.numpy()).shrinkage_, rel=1e-11)
-    streamed = Moments(rank=n).update(rows[None]).cloud(0)
+    streamed = Moments(rank=n).update(rows[None]).gaussian(0)
     assert shrinkage(streamed, rule="oas") == pytest.approx(shrinkage(rows, rule="oas"), rel=1e-9)
 
 
 def test_the_factor_of_a_shrunk_covariance_is_one():
-    cloud, shrunk = Cloud.of(normal(20, 6)), Shrunk(0.3, 0.7)
+    cloud, shrunk = Gaussian.of(normal(20, 6)), Shrunk(0.3, 0.7)
     found = shrunk.factor(cloud.factor)
     expected = 0.7 * cloud.factor.mT @ cloud.factor + 0.7 * torch.eye(6, dtype=torch.float64)
     assert relative(found.mT @ found, expected) < 1e-14

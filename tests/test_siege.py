@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from replib.ablation.adaptive_attack import ASSAULTS, Cell, Siege, by_block, success
+from replib.ablation.adaptive_attack import EDIT_ATTACKS, AdaptiveAttack, Cell, success, success_by_block
 from replib.activations.capture import capture
-from replib.audit.judges import Outcome, spelled
+from replib.audit.judges import Outcome, encode_outcomes
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.core.stats import wilson
@@ -42,11 +42,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def siege(model):
-    return Siege(model, HARMFUL, HARMLESS, SCORED, Noting(), tokens=4, batch_size=9)
+    return AdaptiveAttack(model, HARMFUL, HARMLESS, SCORED, Noting(), tokens=4, batch_size=9)
 
 
 def test_every_block_and_every_k_is_tried(siege):
-    assert len(siege.cells()) == 3 * sum(len(a.ks) for a in ASSAULTS.values())
+    assert len(siege.cells()) == 3 * sum(len(a.ks) for a in EDIT_ATTACKS.values())
     assert siege.cells(("ot_last", "rfa"), (1,), (2,)) == [Cell("ot_last", 1, 2)]
     assert siege.cells(("rfa",)) == [Cell("rfa", i, 0) for i in range(3)]
 
@@ -54,7 +54,7 @@ def test_every_block_and_every_k_is_tried(siege):
 @pytest.mark.parametrize("name", ["ot_all", "rfa", "ot_response_prefilled"])
 def test_many_edits_in_a_pass_are_each_by_itself(model, siege, name):
     cells = siege.cells((name,), ks=(0, 1, 8))
-    together, assault = siege.outcomes(cells), ASSAULTS[name]
+    together, assault = siege.outcomes(cells), EDIT_ATTACKS[name]
     texts, begun = ([p.text for p in SCORED], [p.target if assault.prefilled else "" for p in SCORED])
     for cell in cells:
         x, y = (
@@ -64,7 +64,7 @@ def test_many_edits_in_a_pass_are_each_by_itself(model, siege, name):
         edit = fit_edit(assault.method, x[cell.layer], y[cell.layer], cell.layer, k=max(cell.k, 1), depth=3)
         with applied(model, edit, positions=assault.positions):
             answers = model.generate(texts, max_new_tokens=4, prefills=begun)
-        assert together[cell] == spelled(Noting()(SCORED, answers))
+        assert together[cell] == encode_outcomes(Noting()(SCORED, answers))
     assert all(text.startswith("w30 w31" if assault.prefilled else "") for text in siege.judge.read)
 
 
@@ -77,7 +77,7 @@ def test_nothing_is_left_of_the_edits(model, siege):
 
 def test_a_curve_is_of_the_best_k_of_each_block_with_its_interval():
     found = {Cell("ot_all", 0, 1): "crrr", Cell("ot_all", 0, 2): "ccrr", Cell("ot_all", 2, 1): "rrrr"}
-    curve = by_block(found | {Cell("rfa", 1, 0): "cccc"})
+    curve = success_by_block(found | {Cell("rfa", 1, 0): "cccc"})
     assert list(curve) == ["PCA-OT, all tokens", "RFA, everywhere"]
     first = curve["PCA-OT, all tokens"]
     assert list(first.at) == [0, 2] and list(first.value) == [0.5, 0.0] and list(first.n) == [4, 4]
@@ -91,5 +91,5 @@ def test_success_is_the_share_that_complied():
 def test_prompts_that_fit_are_not_scored(model):
     study = Study(Settings(), model, Splits(HARMFUL, [], []), Splits(HARMLESS, [], []), Noting())
     with pytest.raises(ReplibError, match="1 scored prompts fit the edits"):
-        study.siege([HARMFUL[3], SCORED[0]])
-    assert study.siege(SCORED).opening(HARMFUL[1]) == "w1 w33"
+        study.adaptive_attack([HARMFUL[3], SCORED[0]])
+    assert study.adaptive_attack(SCORED).opening(HARMFUL[1]) == "w1 w33"

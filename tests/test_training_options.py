@@ -11,10 +11,10 @@ from parts import items_of, sums
 from replib.core.errors import Diverged, ReplibError
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
-from replib.defences.catalogue import rival
+from replib.defences.catalogue import baseline
 from replib.defences.repbend.config import BendConfig
 from replib.defences.repbend.objective import RepBend
-from replib.models.forward import below_adapters, read_once
+from replib.models.forward import below_adapters, cache_frozen_blocks
 from replib.models.load import load
 from replib.training.config import TrainConfig
 from replib.training.objective import Lora, reference
@@ -65,7 +65,7 @@ def test_lower_blocks_compute_one_pass_of_a_batch_and_are_restored(tmp_path):
     calls = []
     handle = chat.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     batch = chat.encode(["w1 w2", "w3"])
-    with read_once(chat), torch.no_grad():
+    with cache_frozen_blocks(chat), torch.no_grad():
         with reference(chat):
             before = chat.forward(batch)
         after = chat.forward(batch)
@@ -78,12 +78,12 @@ def test_lower_blocks_compute_one_pass_of_a_batch_and_are_restored(tmp_path):
 
 def test_lower_blocks_are_restored_after_an_error(tmp_path):
     chat = attach(load(tiny.save_model(tmp_path)), replace(OFF_START, first_block=2))
-    with pytest.raises(KeyError), read_once(chat):
+    with pytest.raises(KeyError), cache_frozen_blocks(chat):
         raise KeyError
     assert not any("forward" in vars(block) for block in chat.blocks)
 
 
-@pytest.mark.parametrize(("objective", "lowest"), [(RepBend(BEND), 1), (rival("rmu").objective, 0)])
+@pytest.mark.parametrize(("objective", "lowest"), [(RepBend(BEND), 1), (baseline("rmu").objective, 0)])
 def test_adapters_above_what_the_loss_moves_are_refused(objective, lowest, tmp_path):
     data = DATA if isinstance(objective, RepBend) else _rows()
     with pytest.raises(ReplibError, match=f"first_block=2 is too high: .* moves the output of block {lowest}"):

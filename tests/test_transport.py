@@ -313,14 +313,14 @@ def test_streamed_moments_give_the_map_of_all_samples(options, sizes):
     for moments, rows in zip(streams, (harmful, harmless), strict=True):
         for piece in rows[None].split([min(s, 45) for s in sizes] if sum(sizes) == len(rows) == 45 else 9, dim=1):
             moments.update(piece)
-    streamed = GaussianMap(**options).fit(*(moments.cloud(0) for moments in streams))
+    streamed = GaussianMap(**options).fit(*(moments.gaussian(0) for moments in streams))
     t = GaussianMap(**options).fit(harmful, harmless)
     assert relative(streamed.transform(harmful), t.transform(harmful)) < 1e-11
     assert streamed.cost_ == pytest.approx(t.cost_, rel=1e-10) and streamed.n_samples_ == (60, 45)
 
 
 def test_what_needs_the_samples_is_refused_of_streamed_ones():
-    streams = [Moments(rank=64).update(rows[None]).cloud(0) for rows in classes()]
+    streams = [Moments(rank=64).update(rows[None]).gaussian(0) for rows in classes()]
     for options, purpose in (({"basis": "winsorised"}, "winsorised"), ({"ridge": "ledoit_wolf"}, "Ledoit-Wolf")):
         with pytest.raises(ReplibError, match=f"{purpose}.* needs the samples"):
             GaussianMap(**options).fit(*streams)

@@ -12,7 +12,7 @@ import pytest
 from replib.core.errors import ReplibError
 
 pytest.importorskip("anywidget", reason="the extra `notebooks` is not installed")
-from replib.experiments.response_surface import Response  # noqa: E402
+from replib.experiments.response_surface import ResponseSurface  # noqa: E402
 from replib.figures.response import ResponseView  # noqa: E402
 from replib.figures.widgets import VIEW_MIME, scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
 
@@ -150,7 +150,7 @@ def trained(seed: int = 0) -> pd.DataFrame:
 
 
 def test_a_response_moves_over_interpolated_places_and_draws_the_trained_ones():
-    response = Response.fit(trained(), {"attack": 50, "harmless": 50})
+    response = ResponseSurface.fit(trained(), {"attack": 50, "harmless": 50})
     payload = scrub_response(response, about="seed 0").payload
     sizes = [len(control["values"]) for control in payload["controls"]]
     full = [frame for frame in payload["frames"] if None not in frame["at"]]
@@ -165,7 +165,7 @@ def test_a_response_moves_over_interpolated_places_and_draws_the_trained_ones():
 
 
 def test_retraining_refits_the_response_and_goes_to_the_new_setting():
-    response = Response.fit(trained(), {"attack": 50, "harmless": 50})
+    response = ResponseSurface.fit(trained(), {"attack": 50, "harmless": 50})
     box = scrub_response(response, retrain=lambda **at: at | {"attack": 0.5, "harmless": 0.5})
     for field, value in zip(box.children[1].children[:3], (0.2, 3.0, 100.0), strict=True):
         field.value = value

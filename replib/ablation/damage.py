@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from replib.audit.judges import Judge, Outcome, spelled
+from replib.audit.judges import Judge, Outcome, encode_outcomes
 from replib.core.errors import ReplibError
-from replib.core.stats import Mean, contrast, letters, mean_over, perplexity, wilson
+from replib.core.stats import Mean, contrast, mean_over, outcome_matrix, perplexity, wilson
 from replib.core.storage import content_hash, key_of
 from replib.data.prompts import Prompt
 from replib.edits.apply import Edits, applied
 from replib.models.chat_model import ChatModel, evaluating
-from replib.models.forward import answer_states, answer_tokens, in_stretches
+from replib.models.forward import answer_states, answer_tokens, in_chunks
 from replib.models.tokens import Batch, Row
 
 
@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Forced:
+class TeacherForced:
     """Batches of rows to be read by force, and what the unedited model makes of them."""
 
     model: ChatModel
@@ -61,7 +61,7 @@ class Forced:
 
     @classmethod
     @torch.no_grad()
-    def own(cls, model: ChatModel, prompts: Sequence[str], *, tokens: int = 32, batch_size: int = 64) -> Forced:
+    def own(cls, model: ChatModel, prompts: Sequence[str], *, tokens: int = 32, batch_size: int = 64) -> TeacherForced:
         """The model's own greedy answers, ``tokens`` long or to their end, which is counted too."""
         batches = [model.encode(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
         return cls._of(model, (_answered(model, batch, tokens) for batch in batches))
@@ -69,7 +69,7 @@ class Forced:
     @classmethod
     def texts(
         cls, model: ChatModel, texts: Sequence[str], *, length: int = 128, context: int = 32, batch_size: int = 16
-    ) -> Forced:
+    ) -> TeacherForced:
         """Plain texts without a template, the first ``length`` tokens of each.
 
         The first ``context`` of them stand as the prompt and are not counted: an edit of prompt tokens acts there.
@@ -84,7 +84,7 @@ class Forced:
 
     @classmethod
     @torch.no_grad()
-    def _of(cls, model: ChatModel, batches: Iterator[Batch]) -> Forced:
+    def _of(cls, model: ChatModel, batches: Iterator[Batch]) -> TeacherForced:
         kept = tuple(batches)
         with evaluating(model.model):
             return cls(model, kept, tuple(answer_states(model, batch) for batch in kept))
@@ -108,7 +108,7 @@ class Forced:
         row = batch.response_mask.nonzero()[:, 0].cpu()
         first = torch.ones_like(row, dtype=torch.bool)
         first[1:] = row[1:] != row[:-1]
-        return Tokens(row, first, *torch.cat(in_stretches(self.model, stretch, before, after, tokens), 1))
+        return Tokens(row, first, *torch.cat(in_chunks(self.model, stretch, before, after, tokens), 1))
 
 
 def _answered(model: ChatModel, batch: Batch, tokens: int) -> Batch:
@@ -118,7 +118,7 @@ def _answered(model: ChatModel, batch: Batch, tokens: int) -> Batch:
 
 
 @dataclass(frozen=True)
-class Aside:
+class DamageSets:
     """What damage is measured on; the prompts of none of its lists may have fitted an edit."""
 
     prompts: Mapping[str, Sequence[Prompt]]
@@ -139,13 +139,15 @@ class Aside:
         return named | {"texts": content_hash([*self.texts]), "forced": self.tokens}
 
 
-class Gauge:
+class DamageMeter:
     """Measures the damage of edits of one model; what the unedited model does is found once.
 
     Make it, and call it, without an edit in place.
     """
 
-    def __init__(self, model: ChatModel, aside: Aside, judge: Judge, *, max_new_tokens: int = 48, batch_size: int = 64):
+    def __init__(
+        self, model: ChatModel, aside: DamageSets, judge: Judge, *, max_new_tokens: int = 48, batch_size: int = 64
+    ):
         self.model, self.aside, self.judge = model, aside, judge
         self.length, self.batch_size = max_new_tokens, batch_size
 
@@ -184,11 +186,11 @@ class Gauge:
         return self._outcomes()
 
     @cached_property
-    def forced(self) -> dict[str, Forced]:
+    def forced(self) -> dict[str, TeacherForced]:
         """What is read by force."""
         harmless, size = [p.text for p in self.aside.prompts["harmless"]], self.batch_size
-        own = {"own answers": Forced.own(self.model, harmless, tokens=self.aside.tokens, batch_size=size)}
-        return own | ({"neutral text": Forced.texts(self.model, self.aside.texts)} if self.aside.texts else {})
+        own = {"own answers": TeacherForced.own(self.model, harmless, tokens=self.aside.tokens, batch_size=size)}
+        return own | ({"neutral text": TeacherForced.texts(self.model, self.aside.texts)} if self.aside.texts else {})
 
     def _outcomes(self) -> dict[str, str]:
         return {name: self._judged(prompts) for name, prompts in self.aside.prompts.items()}
@@ -196,20 +198,20 @@ class Gauge:
     def _judged(self, prompts: Sequence[Prompt]) -> str:
         texts, size = [p.text for p in prompts], self.batch_size
         answers = self.model.generate(texts, max_new_tokens=self.length, batch_size=size)
-        return spelled(self.judge(prompts, answers))
+        return encode_outcomes(self.judge(prompts, answers))
 
 
 def damage(
-    model: ChatModel, edits: Edits, aside: Aside, judge: Judge, *, positions: str = "last_prompt", **options: Any
+    model: ChatModel, edits: Edits, aside: DamageSets, judge: Judge, *, positions: str = "last_prompt", **options: Any
 ) -> pd.DataFrame:
-    """What ``Gauge`` measures of one edit; options are those of ``Gauge``."""
-    return Gauge(model, aside, judge, **options)(edits, positions=positions)
+    """What ``DamageMeter`` measures of one edit; options are those of ``DamageMeter``."""
+    return DamageMeter(model, aside, judge, **options)(edits, positions=positions)
 
 
 def _rates(name: str, before: str, after: str) -> Iterator[dict[str, Any]]:
     """The three shares of outcomes, each against the unedited model on the same prompts."""
     for outcome in Outcome:
-        one, other = (letters([text], outcome) for text in (after, before))
+        one, other = (outcome_matrix([text], outcome) for text in (after, before))
         found, (low, high) = contrast(one, other), wilson(int(one.sum()), one.size)
         values = {"unedited": float(other.mean()), "edited": float(one.mean()), "low": low, "high": high}
         change = {"change": found["difference"], "change_low": found["low"], "change_high": found["high"]}

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache
 
-from replib.audit.judges import Judge, spelled
+from replib.audit.judges import Judge, encode_outcomes
 from replib.data.prompts import Prompt
 from replib.edits.apply import Edited, applied_each
 from replib.models.chat_model import ChatModel
@@ -22,7 +22,7 @@ LATE = frozenset({"last_prompt", "response", "decode"})
 """Positions that leave the tokens before the last prompt token as they are."""
 
 
-class Scorer:
+class EditedGeneration:
     """Asks the same prompts under one edit after the other, as many edits a pass as ``batch_size`` rows hold.
 
     What no edit of a pass changes, the tokens before the last of a prompt, is read once for all passes.
@@ -84,7 +84,7 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EditedAnswers:
     """Prompts that a model is asked under edits, as many edits a pass as ``rows`` answers hold."""
 
     model: ChatModel
@@ -96,22 +96,24 @@ class Asked:
     """Where each answer is made to begin."""
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def scorer(self) -> EditedGeneration:
         """What puts them to the model."""
         texts = [p.text for p in self.prompts]
-        return Scorer(self.model, texts, openings=self.openings, length=self.max_new_tokens, batch_size=self.rows)
+        return EditedGeneration(
+            self.model, texts, openings=self.openings, length=self.max_new_tokens, batch_size=self.rows
+        )
 
-    def letters(self, edits: Sequence[Edited]) -> list[str]:
+    def outcomes(self, edits: Sequence[Edited]) -> list[str]:
         """Outcomes under each edit, one letter a prompt; ``{}`` is the unedited model.
 
         Raises ReplibError as ``applied`` does.
         """
         room = self.scorer.room
         found = [text for i in range(0, len(edits), room) for text in self.scorer.run(edits[i : i + room])[1]]
-        return [spelled(self.judge(self.prompts, answers)) for answers in found]
+        return [encode_outcomes(self.judge(self.prompts, answers)) for answers in found]
 
 
-def strongest(letters: Sequence[str], *, middle: float | None = None) -> int:
+def strongest_block(letters: Sequence[str], *, middle: float | None = None) -> int:
     """Which of some edits, block by block, does most: complied with most, then refused least, then nearest the middle.
 
     Where no block does anything, the middle of the depth is where arXiv 2603.04355 edits; another may be given.

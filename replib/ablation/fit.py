@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from replib.ablation.refusal_score import RefusalTokens, survivors
+from replib.ablation.refusal_score import RefusalTokens, filtered_prompts
 from replib.activations.capture import capture
 from replib.activations.store import Activations
 from replib.core.errors import ReplibError
@@ -56,7 +56,7 @@ class AblationData:
 
         Raises ReplibError where too few are left.
         """
-        left = survivors(model, self.harmful, self.harmless, tokens)
+        left = filtered_prompts(model, self.harmful, self.harmless, tokens)
         return replace(self, harmful=left.harmful, harmless=left.harmless)
 
     def resampled(self, seed: int) -> AblationData:

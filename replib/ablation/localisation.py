@@ -39,7 +39,7 @@ def steepest(curve: Curve) -> int | None:
     return int(rise.argmax()) if rise.max() > 0 else None
 
 
-def error(found: int | None, planted: Sequence[int]) -> float:
+def localisation_error(found: int | None, planted: Sequence[int]) -> float:
     """Blocks from the nearest planted one: negative is too early, 0 inside, NaN where nothing was found."""
     if found is None:
         return float("nan")
@@ -59,11 +59,13 @@ def lens_profile(
     return np.array(refused[0]) - np.array(refused[1])
 
 
-def errors(found: Mapping[str, Mapping[str, int | None]], planted: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+def localisation_error_table(
+    found: Mapping[str, Mapping[str, int | None]], planted: Mapping[str, Sequence[int]]
+) -> pd.DataFrame:
     """Error of every method on every model, a row a pair: model, method, found, first and last planted block, error."""
     return pd.DataFrame(
         {"model": model, "method": method, "found": block, "first": min(planted[model]), "last": max(planted[model]),
-         "error": error(block, planted[model])}
+         "error": localisation_error(block, planted[model])}
         for model, blocks in found.items()
         for method, block in blocks.items()
     )  # fmt: skip
@@ -155,7 +157,7 @@ class Features(NamedTuple):
     """Mean squared displacement of the map over the mean total variance of the classes."""
 
 
-def features(harmful: Samples, harmless: Samples, gaps: Sequence[float], *, depth: float, k: int = 2) -> Features:
+def block_features(harmful: Samples, harmless: Samples, gaps: Sequence[float], *, depth: float, k: int = 2) -> Features:
     """Features of one block, from activations ``[n, d]`` and ``[m, d]`` and its relative gaps, mean and covariance."""
     x, y = sample_pair(harmful, harmless)
     fitted = GaussianMap(k=k).fit(x, y)

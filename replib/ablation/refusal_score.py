@@ -19,7 +19,7 @@ from torch import Tensor
 from replib.audit.judges import is_degenerate, is_refusal
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
-from replib.core.stats import crossed
+from replib.core.stats import two_way_interval
 from replib.models.chat_model import ChatModel
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _chunks(prompts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 @dataclass(frozen=True)
-class Survivors:
+class FilteredPrompts:
     """Prompts that a model treats as their class should be, and how many there were."""
 
     harmful: tuple[str, ...]
@@ -162,15 +162,15 @@ class Survivors:
         )
 
 
-def survivors(
+def filtered_prompts(
     model: ChatModel, harmful: Sequence[str], harmless: Sequence[str], tokens: RefusalTokens, *, least: int = 2
-) -> Survivors:
+) -> FilteredPrompts:
     """Keep refused harmful and answered harmless prompts, as 2406.11717 does before it fits; counts are logged.
 
     Raises ReplibError where fewer than ``least`` of a class are left.
     """
     scores = [tokens.scores(first_logits(model, x)).tolist() for x in (harmful, harmless)]
-    kept = Survivors(
+    kept = FilteredPrompts(
         tuple(p for p, s in zip(harmful, scores[0], strict=True) if s > 0),
         tuple(p for p, s in zip(harmless, scores[1], strict=True) if s < 0),
         (len(harmful), len(harmless)),
@@ -190,13 +190,13 @@ LATER = ("response", "decode")  # edits there leave the first token of the answe
 
 
 @dataclass(frozen=True)
-class Screen:
+class FirstTokenScore:
     """Tokens that a model's refusals begin with; None where the first token says too little."""
 
     tokens: RefusalTokens | None
 
     @classmethod
-    def find(cls, model: ChatModel, harmful: Sequence[str], harmless: Sequence[str]) -> Screen:
+    def find(cls, model: ChatModel, harmful: Sequence[str], harmless: Sequence[str]) -> FirstTokenScore:
         """From the model's own answers to the prompts that fit; where there is none, why is logged as a warning."""
         try:
             tokens = RefusalTokens.find(model, harmful, harmless, wanted=WANTED)
@@ -217,5 +217,5 @@ class Screen:
         if self.tokens is None or positions in LATER:
             return dict.fromkeys(SCORE)
         each = self.tokens.log_odds(logits).numpy()
-        found = (float(each.mean()), *crossed(each[None]), float((each < 0).mean()), each.tolist())
+        found = (float(each.mean()), *two_way_interval(each[None]), float((each < 0).mean()), each.tolist())
         return dict(zip(SCORE, (*found, self.tokens.coverage, self.tokens.overlap), strict=True))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
-from replib.core.stats import crossed_rate
+from replib.core.stats import two_way_rate_interval
 from replib.data.prompts import Dialogue
 from replib.edits.apply import Edited
 from replib.edits.methods import Method, SiteEdits, fit_edit
@@ -49,13 +49,13 @@ def answer_states(
             f"{len(long)} of {len(dialogues)} answers have {max(tokens)} tokens: ask for earlier tokens, or give "
             "longer answers."
         )
-    places: dict[str, Position] = {PROMPT: -1, **{named(t): t - 1 for t in tokens}, SPAN: "response"}
+    places: dict[str, Position] = {PROMPT: -1, **{token_name(t): t - 1 for t in tokens}, SPAN: "response"}
     texts = {"prompts": [d.prompt for d in long], "responses": [d.response for d in long]}
     found = capture(model, **texts, positions=list(places.values()), **options)  # type: ignore[arg-type]
     return {name: found.values[:, :, i] for i, name in enumerate(places)}
 
 
-def named(token: int) -> str:
+def token_name(token: int) -> str:
     """What tables call an answer token."""
     return f"token {token}"
 
@@ -105,5 +105,5 @@ def holding(least: Float[np.ndarray, "seeds prompts"], strengths: Sequence[float
     rows = []
     for s in strengths:
         held = (least > s).astype(float)
-        rows.append((s, held.mean(), *crossed_rate(held), held.size))
+        rows.append((s, held.mean(), *two_way_rate_interval(held), held.size))
     return pd.DataFrame(rows, columns=["strength", "value", "low", "high", "n"])

@@ -17,12 +17,12 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.ablation.damage import Gauge, token_kl
-from replib.ablation.edited_generation import Scorer
+from replib.ablation.damage import DamageMeter, token_kl
+from replib.ablation.edited_generation import EditedGeneration
 from replib.ablation.fit import AblationData, Cell, Fitter, checked, grid, possible_ks
-from replib.ablation.refusal_score import LATER, Screen
+from replib.ablation.refusal_score import LATER, FirstTokenScore
 from replib.audit.audit import rates
-from replib.audit.judges import Judge, spelled
+from replib.audit.judges import Judge, encode_outcomes
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.core.storage import Rows, key_of, versions
@@ -97,8 +97,10 @@ class Sweeper:
     ):
         self.model, self.data, self.judge = model, data, judge
         self.rows = Rows(store)
-        self.scored = Scorer(model, [p.text for p in data.scored], length=max_new_tokens, batch_size=batch_size)
-        self.neutral = Scorer(model, data.neutral, length=1, batch_size=batch_size)
+        self.scored = EditedGeneration(
+            model, [p.text for p in data.scored], length=max_new_tokens, batch_size=batch_size
+        )
+        self.neutral = EditedGeneration(model, data.neutral, length=1, batch_size=batch_size)
         self.fitter = Fitter(model, data, range(model.n_layers), batch_size=batch_size, answer=max_new_tokens)
         self.about: dict[str, Any] = {"model": name or model.name, "judge": judge.name} | data.hashes()
         self.identity = model.provenance() | versions() | {"max_new_tokens": max_new_tokens}
@@ -109,9 +111,9 @@ class Sweeper:
         return self.neutral.run([{}])[0][0]
 
     @cached_property
-    def screen(self) -> Screen:
+    def screen(self) -> FirstTokenScore:
         """The cheap score of this model, found once from its own answers."""
-        return Screen.find(self.model, self.data.harmful, self.data.harmless)
+        return FirstTokenScore.find(self.model, self.data.harmful, self.data.harmless)
 
     # ------------------------------------------------------------------------------------- what is asked
     def layers(
@@ -184,7 +186,7 @@ class Sweeper:
             self._fill(self.shortlist(cells, best), (ANSWERS,))
         return self._known(cells)
 
-    def damage(self, cells: Sequence[Cell], gauge: Gauge, *, extrapolate: bool = False) -> pd.DataFrame:
+    def damage(self, cells: Sequence[Cell], gauge: DamageMeter, *, extrapolate: bool = False) -> pd.DataFrame:
         """What ``gauge`` measures of each cell, a row a metric; kept in the store as ``table`` is."""
         cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
         for cell in progress([c for c in cells if self._key(c, gauge.key) not in self.rows], "damage"):
@@ -218,7 +220,7 @@ class Sweeper:
         if ANSWERS in stages:
             for row, texts in zip(rows, answers, strict=True):
                 outcomes = self.judge(self.data.scored, texts)
-                row[ANSWERS] = rates(outcomes) | {"outcomes": spelled(outcomes)}
+                row[ANSWERS] = rates(outcomes) | {"outcomes": encode_outcomes(outcomes)}
         return rows
 
     def fitted(self, cell: Cell) -> SiteEdits:

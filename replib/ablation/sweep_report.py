@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from replib.ablation.damage import Gauge
+from replib.ablation.damage import DamageMeter
 from replib.ablation.fit import Cell, cells_of, checked
 from replib.ablation.refusal_score import ANSWER, LATER
 from replib.ablation.sweep import ANSWERS, FIRST, Sweeper, best_of, ordered
 from replib.core.errors import ReplibError
-from replib.core.stats import contrast, crossed, crossed_rate, letters, spearman
+from replib.core.stats import contrast, outcome_matrix, spearman, two_way_interval, two_way_rate_interval
 from replib.edits.methods import method_of
 from replib.models.chat_model import check_layers
 
@@ -37,7 +37,7 @@ def compare(table: pd.DataFrame, *by: str) -> pd.DataFrame:
     if table["scored"].nunique() > 1:
         raise ReplibError("These edits were scored on different prompts: pair edits of one sweep.")
     groups = {
-        ", ".join(map(str, name)): letters(list(rows.outcomes))
+        ", ".join(map(str, name)): outcome_matrix(list(rows.outcomes))
         for name, rows in table.groupby(list(by), sort=False, dropna=False)
     }
     if len({len(x) for x in groups.values()}) > 1:
@@ -50,13 +50,13 @@ def compare(table: pd.DataFrame, *by: str) -> pd.DataFrame:
 def over_fits(table: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Attack success of each edit over its fits: mean, and ``audit.crossed_rate``'s interval over fits and prompts."""
     return pd.DataFrame(
-        dict(zip(by, name, strict=True)) | _rate(letters(list(rows.outcomes)).astype(float))
+        dict(zip(by, name, strict=True)) | _rate(outcome_matrix(list(rows.outcomes)).astype(float))
         for name, rows in table.groupby(list(by), sort=False, dropna=False)
     )
 
 
 def _rate(complied: Float[np.ndarray, "fits prompts"]) -> dict[str, Any]:
-    low, high = crossed_rate(complied)
+    low, high = two_way_rate_interval(complied)
     each = complied.mean(1)
     about = {"fits": len(each), "n": complied.shape[1], "compliance": float(each.mean()), "low": low, "high": high}
     return about | {"least": float(each.min()), "most": float(each.max())}
@@ -124,7 +124,7 @@ def _places(odds: Float[np.ndarray, "cells prompts"], kl: Float[np.ndarray, " ce
 
 
 @dataclass(frozen=True)
-class SweepPrice:
+class SweepCost:
     """The size of a sweep, as far as the store does not hold it."""
 
     cells: int
@@ -145,7 +145,7 @@ class SweepPrice:
         )
 
 
-def sweep_price(sweeper: Sweeper, cells: Sequence[Cell], *, best: int | None = None) -> SweepPrice:
+def sweep_cost(sweeper: Sweeper, cells: Sequence[Cell], *, best: int | None = None) -> SweepCost:
     """The price of ``sweeper.table(cells, best=best)``; nothing is run.
 
     Raises ReplibError as ``cells.checked``.
@@ -160,7 +160,7 @@ def sweep_price(sweeper: Sweeper, cells: Sequence[Cell], *, best: int | None = N
     read = [len(some) * each.read(some[0].positions) for asked, some in passes for each in lists[asked]]
     written = sum(len(some) for asked, some in passes if ANSWERS in asked) * len(scored.prompts) * scored.length
     screening = any(FIRST in asked for asked, _ in passes)
-    return SweepPrice(
+    return SweepCost(
         cells=len(cells),
         missing=len(missing),
         passes=len(passes),
@@ -202,7 +202,7 @@ class SweepReport:
         """The best edit of each method and edited position, by attack success."""
         return best_of(self.table, "method", "positions")
 
-    def tables(self, gauge: Gauge, fits: int) -> dict[str, pd.DataFrame]:
+    def tables(self, gauge: DamageMeter, fits: int) -> dict[str, pd.DataFrame]:
         """By name: ``sweep``, ``pairs``, ``damage``, and ``fits`` where there are to be any."""
         cells = cells_of(self.best)
         found = {"sweep": self.table.drop(columns="each"), "pairs": compare(self.best, "method", "positions")}
@@ -267,8 +267,10 @@ def shortfall(found: pd.Series, best: pd.Series, by: str = "cheap") -> dict[str,
     """How much better the optimum is than what a search found, on the same prompts, with its 95 % interval."""
     if by == "log_odds":
         gap = np.array([found["each"]]) - np.array([best["each"]])
-        return dict(zip(("shortfall", "low", "high"), (float(gap.mean()), *crossed(gap)), strict=True))
-    turned = [letters([x["outcomes"]]) if by == "compliance" else np.array([x["each"]]) < 0 for x in (best, found)]
+        return dict(zip(("shortfall", "low", "high"), (float(gap.mean()), *two_way_interval(gap)), strict=True))
+    turned = [
+        outcome_matrix([x["outcomes"]]) if by == "compliance" else np.array([x["each"]]) < 0 for x in (best, found)
+    ]
     gap = contrast(*turned)
     return {"shortfall": gap["difference"], "low": gap["low"], "high": gap["high"]}
 

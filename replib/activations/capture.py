@@ -259,7 +259,7 @@ def _joined(prompts: Sequence[str], responses: Sequence[str] | None) -> list[str
 
 
 @dataclass(frozen=True)
-class Price:
+class CaptureCost:
     """The size of a capture, and how much of it is done."""
 
     prompts: int
@@ -281,7 +281,9 @@ class Price:
         return f"{self.prompts:,} prompts, {self.tokens:,} tokens{written}, {size} in {shards}"
 
 
-def price(model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any) -> Price:
+def capture_cost(
+    model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
+) -> CaptureCost:
     """The price of ``capture_to`` with the same arguments. It tokenises every prompt and runs none.
 
     Raises:
@@ -298,7 +300,7 @@ def price(model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard
     missing = sum(size for size, done in zip(sizes, there, strict=True) if not done)
     _check_room(Path(folder), missing)
     written = ask.max_new_tokens * len(prompts)
-    return Price(len(prompts), tokens, written, sum(sizes), missing, len(there), sum(there))
+    return CaptureCost(len(prompts), tokens, written, sum(sizes), missing, len(there), sum(there))
 
 
 def _bytes(rows: Sequence[Row], ask: Request, width: int) -> int:

@@ -14,9 +14,9 @@ from torch import Tensor
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.models.chat_model import ChatModel, check_layers, evaluating
-from replib.models.forward import Beginning, read_beginning, shared_length, untouched
+from replib.models.forward import SharedPrefix, read_beginning, shared_length, untouched
 from replib.models.hooks import Hook, check_site, hooked
-from replib.models.tokens import SPANS, Batch, Chosen, Position, Row, check_positions, choose, complete
+from replib.models.tokens import SPANS, Batch, Position, Row, TokenSelection, check_positions, choose, complete
 
 State = Callable[[], AbstractContextManager]
 # Tokens in one batch at most, padding included. On two CPU cores more took memory and won no time, at widths 128 and
@@ -107,8 +107,8 @@ class Reader:
         self.model, self.ask, self.states, self.batch_size = model, ask, states, batch_size
         self.tokens = ON_CPU if model.device.type == "cpu" else ON_DEVICE
         self.batch: Batch | None = None
-        self.beginnings: list[Beginning | None] = [None for _ in states]
-        self.chosen: Chosen | None = None
+        self.beginnings: list[SharedPrefix | None] = [None for _ in states]
+        self.chosen: TokenSelection | None = None
         self.found: dict[tuple[str, int], Tensor] = {}
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class Reader:
         return [row.following(length) for row in rows]
 
     def values(
-        self, batch: Batch, chosen: Chosen, beginning: Beginning | None
+        self, batch: Batch, chosen: TokenSelection, beginning: SharedPrefix | None
     ) -> Float[Tensor, "keys vectors positions dim"]:
         """What is wanted of one batch, on the CPU."""
         self.batch, self.chosen, self.found = batch, chosen, {}

@@ -22,10 +22,10 @@ from replib.activations.reader import Reader, Request
 from replib.activations.store import Activations
 from replib.core.errors import ReplibError
 from replib.models.chat_model import ChatModel
-from replib.models.forward import Beginning
-from replib.models.hooks import SITES, tap
+from replib.models.forward import SharedPrefix
+from replib.models.hooks import SITES, hook_point
 from replib.models.load import _config, _template, _tokenizer
-from replib.models.tokens import Batch, Chosen
+from replib.models.tokens import Batch, TokenSelection
 
 KEY = "NDIF_API_KEY"
 Where = Literal["local"] | bool
@@ -73,8 +73,8 @@ class TraceReader(Reader):
     def values(
         self,
         batch: Batch,
-        chosen: Chosen,
-        beginning: Beginning | None,  # noqa: ARG002
+        chosen: TokenSelection,
+        beginning: SharedPrefix | None,  # noqa: ARG002
     ) -> Float[Tensor, "keys vectors positions dim"]:
         """What is wanted of one batch, from one traced forward pass."""
         found = _read(self.tracer, self.places, _weights(batch, chosen), batch, remote=self.remote)
@@ -126,7 +126,7 @@ def _read(
     return found
 
 
-def _weights(batch: Batch, chosen: Chosen) -> Tensor:
+def _weights(batch: Batch, chosen: TokenSelection) -> Tensor:
     """How much each token counts for each position, [rows, positions, tokens]; or, token by token, a mask of them.
 
     What is chosen is linear in the hidden states, so it is asked about the identity.
@@ -140,7 +140,7 @@ def _weights(batch: Batch, chosen: Chosen) -> Tensor:
 def _places(model: ChatModel, keys: Sequence[tuple[str, int]]) -> list[tuple[str, bool]]:
     """For each site of a block the dotted path of a module, and whether its output is meant or its input."""
     paths = {id(module): path for path, module in model.causal_lm.named_modules()}
-    found = [tap(model, site, layer) for site, layer in keys]
+    found = [hook_point(model, site, layer) for site, layer in keys]
     return [(paths[id(at.module)], at.after) for at in found]
 
 

@@ -178,7 +178,7 @@ def _check_decoding(model: ChatModel, hidden: Tensor, logits: Tensor) -> None:
     if not torch.allclose(model.decode(hidden), logits.float(), rtol=slack, atol=slack):
         raise ReplibError(
             f"The logit lens cannot read {model.name}: its logits are not final norm and unembedding of the "
-            f"last block's output. Check load(..., anatomy=...), found {model.anatomy}."
+            f"last block's output. Check load(..., architecture=...), found {model.architecture}."
         )
 
 

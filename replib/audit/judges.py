@@ -68,7 +68,7 @@ class Judge(Protocol):
         ...
 
 
-def spelled(outcomes: Iterable[Outcome]) -> str:
+def encode_outcomes(outcomes: Iterable[Outcome]) -> str:
     """A letter an outcome: r(efusal), c(ompliance), d(egenerate)."""
     return "".join(outcome.value[0] for outcome in outcomes)
 

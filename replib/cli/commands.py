@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 from replib.ablation.fit import check_names, grid
-from replib.ablation.sweep_report import SweepReport, sweep_price
-from replib.activations.capture import capture_to, finish_capture, price
+from replib.ablation.sweep_report import SweepReport, sweep_cost
+from replib.activations.capture import capture_cost, capture_to, finish_capture
 from replib.core.distributed import is_first, own_device, together
 from replib.core.settings import Settings
 from replib.core.storage import write_text
 from replib.data.prompts import Prompt, load_prompts
 from replib.data.splits import check_world
-from replib.defences.catalogue import Rival
-from replib.defences.repbend.presets import named
+from replib.defences.catalogue import Baseline
+from replib.defences.repbend.presets import preset_named
 from replib.defences.tuning import ranges_around, tune
 from replib.models.hooks import check_site
 from replib.models.load import load
 from replib.models.tokens import Position, check_positions
 from replib.study.study import BASELINES, Study
-from replib.study.training import defend, harden, inner_of, schedule, study_objective, suited
+from replib.study.training import baseline_for, defend, harden, inner_of, schedule, study_objective
 
 SWEPT = (("pca_ot", "last_prompt"), ("pca_ot", "all"), *BASELINES)
 
@@ -54,7 +54,7 @@ def run_bend(
     Raises:
         ReplibError: no preset has that name.
     """
-    chosen = named(preset) if preset else None  # before a large model is loaded
+    chosen = preset_named(preset) if preset else None  # before a large model is loaded
     study = Study.open(replace(settings, device=own_device(settings.device)))
     bend, config = study.preset(preset)
     for note in chosen.fitted(study.model.n_layers).notes if chosen and is_first() else ():
@@ -83,9 +83,9 @@ def run_defend(
         ReplibError: no defence has that name.
     """
     study = Study.open(replace(settings, device=own_device(settings.device)))
-    objective, config = suited(study, defence)
+    objective, config = baseline_for(study, defence)
     config = replace(config, **_given(steps=steps, learning_rate=learning_rate, save_every=save_every))
-    return Path(str(defend(study, defence, Rival(objective, config)).model.adapter))
+    return Path(str(defend(study, defence, Baseline(objective, config)).model.adapter))
 
 
 def run_harden(
@@ -171,10 +171,10 @@ def run_sweep(  # noqa: PLR0913
     blocks = layers or range(study.model.n_layers)
     pairs = asked if methods or edit_at else SWEPT
     cells = [cell for name, place in pairs for cell in grid(name, blocks, positions=[place], **more)]
-    say(f"{study.name}: {sweep_price(sweeper, cells, best=best)}")
+    say(f"{study.name}: {sweep_cost(sweeper, cells, best=best)}")
     report = SweepReport(sweeper, sweeper.table(cells, best=best))
     neutral = [p.text for p in load_prompts(texts)] if texts else []
-    for name, table in report.tables(study.gauge(texts=neutral), fits).items():
+    for name, table in report.tables(study.damage_meter(texts=neutral), fits).items():
         path = settings.out / f"{name}-{Path(settings.model).name}.csv"
         write_text(path, table.to_csv(index=False))
     say(report.worth())
@@ -212,7 +212,7 @@ def run_capture(
         options |= given | {"dtype": getattr(torch, stored_dtype), "batch_size": settings.batch}
         folder = settings.out / "activations" / (name or _named(settings))
         if is_first():
-            say(f"{price(model, texts, folder, **options)}: {folder}")
+            say(f"{capture_cost(model, texts, folder, **options)}: {folder}")
         capture_to(model, texts, folder, part=part, **options)
     if part[1] > 1 and is_first():
         finish_capture(model, texts, folder, **options)

@@ -121,7 +121,7 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def shared(value: T) -> T:
+def broadcast(value: T) -> T:
     """What the first process holds, on all."""
     if not several():
         return value
@@ -130,7 +130,7 @@ def shared(value: T) -> T:
     return held[0]
 
 
-def gathered(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """What each process holds, by rank, on all."""
     if not several():
         return [value]
@@ -157,7 +157,7 @@ def average_gradients(model: nn.Module) -> None:
             weight.grad /= dist.get_world_size()
 
 
-def splits() -> bool:
+def sharded_launch() -> bool:
     """Whether ``accelerate launch`` was told to split weights or optimizer, and so to place them."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
@@ -167,18 +167,18 @@ def is_split(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def whole(weight: Tensor) -> Tensor:
+def full_tensor(weight: Tensor) -> Tensor:
     """A weight, put together where it is split; then all processes must call it."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all weights in training, whole, in the memory of the CPU."""
-    return {n: whole(p.detach()).cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {n: full_tensor(p.detach()).cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give weights the values that ``trained`` copied."""
     for name, weight in model.named_parameters():
         if name in weights:

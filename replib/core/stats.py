@@ -25,12 +25,12 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def crossed(values: Float[np.ndarray, "seeds prompts"], level: float = 0.95) -> tuple[float, float]:
+def two_way_interval(values: Float[np.ndarray, "seeds prompts"], level: float = 0.95) -> tuple[float, float]:
     """Interval of the mean over trainings and prompts, for other seeds and other prompts than these.
 
     mean ± t sqrt(s_r²/seeds + s_c²/prompts): variances of the means of rows and of columns, t with the degrees of
     freedom of Welch and Satterthwaite. What is left beside both is counted in each, so that it is rather too wide.
-    Of one seed, prompts alone vary. The formula of all comparisons of trained models; for a rate see ``crossed_rate``.
+    Of one seed, prompts alone vary. The formula of all comparisons of trained models; for a rate see ``two_way_rate_interval``.
     """
     parts = [
         (line.var(ddof=1) / len(line), len(line) - 1) for line in (values.mean(1), values.mean(0)) if len(line) > 1
@@ -43,9 +43,9 @@ def crossed(values: Float[np.ndarray, "seeds prompts"], level: float = 0.95) -> 
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def crossed_rate(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]:
+def two_way_rate_interval(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]:
     """``crossed`` within 0 and 1; where nothing varies, Wilson's for the prompts: further seeds are no more prompts."""
-    low, high = crossed(values)
+    low, high = two_way_interval(values)
     if low == high:
         return wilson(round(low * values.shape[1]), values.shape[1])
     return max(0.0, low), min(1.0, high)
@@ -92,7 +92,7 @@ def mcnemar(one: Bool[np.ndarray, " prompts"], other: Bool[np.ndarray, " prompts
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def letters(outcomes: Sequence[str], outcome: str = "compliance") -> Bool[np.ndarray, "fits prompts"]:
+def outcome_matrix(outcomes: Sequence[str], outcome: str = "compliance") -> Bool[np.ndarray, "fits prompts"]:
     """Which answers had an outcome, a row a fit.
 
     Raises ReplibError where rows are of unlike length, or have no answers.
@@ -125,7 +125,7 @@ def contrast(one: Bool[np.ndarray, "fits prompts"], other: Bool[np.ndarray, "fit
     McNemar's, of one fit each alone.
     """
     gap = one.astype(float) - other.astype(float)
-    low, high = crossed(gap)
+    low, high = two_way_interval(gap)
     if len(gap) == 1 or low == high:  # where fits do not vary, they are no more prompts
         low, high = newcombe(one[0], other[0])
     only = {"only_one": int((one & ~other).sum()), "only_other": int((other & ~one).sum())}

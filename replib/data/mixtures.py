@@ -19,9 +19,9 @@ from replib.core.errors import ReplibError
 from replib.data.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues
 from replib.data.public import Source
 from replib.data.training_sets import (
-    Build,
-    Built,
-    Sieve,
+    FilterPipeline,
+    Provenance,
+    Subset,
     circuit_breakers,
     evaluated,
     ultrachat,
@@ -47,7 +47,7 @@ class BendData:
     """Unpaired safe answers, refusals (``label`` harmful) and others: in the safe term, in the KL as refusals are."""
     unsafe: Sequence[Dialogue] = ()
     """Unpaired unsafe answers."""
-    builds: tuple[Build, ...] = ()
+    builds: tuple[Provenance, ...] = ()
     """How the groups came about, where ``replib.data.mixtures`` made them."""
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class DefenceData:
     """Answers to learn: refusals of harmful prompts and good answers to harmless ones."""
     pairs: Sequence[Contrast] = ()
     """Prompts with both answers."""
-    builds: tuple[Build, ...] = ()
+    builds: tuple[Provenance, ...] = ()
 
 
 def repbend_mix(
@@ -199,7 +199,7 @@ def _is_organism(source: str) -> bool:
     return source == "organism"
 
 
-def _borderline(xstest: Source | None, shared: dict[str, Any]) -> list[Built]:
+def _borderline(xstest: Source | None, shared: dict[str, Any]) -> list[Subset]:
     """XSTest's answered prompts, 50 times each, with a word on what they do to its score."""
     if xstest is None:
         log.warning("circuit_breaker_mix without xstest: XSTest may be reported, but the mix is not the paper's")
@@ -208,8 +208,8 @@ def _borderline(xstest: Source | None, shared: dict[str, Any]) -> list[Built]:
     return [_repeated(xstest_compliances(xstest, **shared), 50)]
 
 
-def _repeated(built: Built, times: int) -> Built:
-    return Built(built.rows, replace(built.build, times=times))
+def _repeated(built: Subset, times: int) -> Subset:
+    return Subset(built.rows, replace(built.build, times=times))
 
 
 def _shuffled(rows: list[Dialogue], seed: int) -> list[Dialogue]:
@@ -218,11 +218,11 @@ def _shuffled(rows: list[Dialogue], seed: int) -> list[Dialogue]:
     return [rows[i] for i in sorted(range(len(rows)), key=draws.__getitem__)]
 
 
-def _organism(name: str, rows: Iterable[Any], shared: dict[str, Any]) -> Built:
-    return Sieve(f"organism {name}", "organism, fit", rows).built(**shared)
+def _organism(name: str, rows: Iterable[Any], shared: dict[str, Any]) -> Subset:
+    return FilterPipeline(f"organism {name}", "organism, fit", rows).built(**shared)
 
 
-def _organism_bend(shared: dict[str, Any]) -> dict[str, Built]:
+def _organism_bend(shared: dict[str, Any]) -> dict[str, Subset]:
     contrasts = load_contrasts("organism/contrasts", split="fit")
     wrapped = [c for c in contrasts if c.wrapper]
     safe, retain = _halves(load_dialogues("organism/retain", split="fit"))
@@ -240,7 +240,7 @@ def _halves(benign: list[Dialogue]) -> tuple[list[Dialogue], list[Dialogue]]:
     return [d for d in benign if d in first], [d for d in benign if d not in first]
 
 
-def _organism_breaker(shared: dict[str, Any], few: dict[str, Any]) -> tuple[Built, list[Built], list[Built]]:
+def _organism_breaker(shared: dict[str, Any], few: dict[str, Any]) -> tuple[Subset, list[Subset], list[Subset]]:
     contrasts = load_contrasts("organism/contrasts", split="fit")
     benign = load_dialogues("organism/retain", split="fit")
     retained = [

@@ -16,7 +16,7 @@ from pandas import DataFrame
 from replib.core.errors import ReplibError
 from replib.core.settings import data_dir
 from replib.data.files import LISTS, clean, read_table
-from replib.data.public import PUBLIC, Layout
+from replib.data.public import PUBLIC, PromptSetLayout
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def load_dialogues(
     return _load_records(Dialogue, source, columns or {}, split=split, limit=limit, seed=seed)
 
 
-def _resolve(name: str | Path, path: str | Path | None) -> tuple[Path, Layout | None]:
+def _resolve(name: str | Path, path: str | Path | None) -> tuple[Path, PromptSetLayout | None]:
     """The file and its layout; a layout of ``None`` is to be found out from the columns."""
     key = str(name)
     if path is not None:
@@ -154,11 +154,13 @@ def _source(name: str | Path) -> Path:
     return Path(name)
 
 
-def _with_text_column(layout: Layout | None, table: DataFrame, file: Path, column: str | None) -> Layout:
+def _with_text_column(
+    layout: PromptSetLayout | None, table: DataFrame, file: Path, column: str | None
+) -> PromptSetLayout:
     """The layout with one text column, which the table has; without a layout, columns named as in Prompt."""
     names = list(table.columns)
     own = {f.name: f.name for f in fields(Prompt) if f.name in names and f.name != "text"}
-    layout = layout or Layout((), own)
+    layout = layout or PromptSetLayout((), own)
     found = _text_columns(names, layout, column)
     if len(found) == 1:
         return replace(layout, text=(found[0],))
@@ -169,7 +171,7 @@ def _with_text_column(layout: Layout | None, table: DataFrame, file: Path, colum
     raise ReplibError(f"{file} {problem}; its columns are {', '.join(names)}. {hint}")
 
 
-def _text_columns(names: list[str], layout: Layout, column: str | None) -> list[str]:
+def _text_columns(names: list[str], layout: PromptSetLayout, column: str | None) -> list[str]:
     """The columns that may hold the prompts: the one asked for, the set's, or all with a telling name."""
     if column is not None:
         return [name for name in names if name == column]
@@ -178,7 +180,7 @@ def _text_columns(names: list[str], layout: Layout, column: str | None) -> list[
     return names if len(names) == 1 else [name for name in names if name.lower() in TEXT_COLUMNS]
 
 
-def _swapped_back(rows: list[dict[Any, Any]], layout: Layout, file: Path) -> list[dict[Any, Any]]:
+def _swapped_back(rows: list[dict[Any, Any]], layout: PromptSetLayout, file: Path) -> list[dict[Any, Any]]:
     """Exchange goals and targets where the header has them the wrong way round, as in a copy of AdvBench."""
     text, target = layout.text[0], layout.columns.get("target", "")
     if target == text or any(target not in row for row in rows):
@@ -194,7 +196,7 @@ def _complying(rows: list[dict[Any, Any]], column: str) -> float:
     return sum(clean(row[column]).lower().startswith(COMPLIANCE_OPENINGS) for row in rows) / len(rows)
 
 
-def _prompt(row: Mapping[Any, Any], layout: Layout, stem: str) -> Prompt:
+def _prompt(row: Mapping[Any, Any], layout: PromptSetLayout, stem: str) -> Prompt:
     values: dict[str, Any] = {name: clean(row.get(column)) for name, column in layout.columns.items()}
     values |= {"label": _label(row, layout, stem)} | dict(layout.fixed)
     values["expect"] = _words(row.get(layout.columns.get("expect")))
@@ -207,7 +209,7 @@ def _words(cell: Any) -> tuple[str, ...]:
     return tuple(map(str, cell)) if isinstance(cell, LISTS) else tuple(clean(cell).split())
 
 
-def _label(row: Mapping[Any, Any], layout: Layout, stem: str) -> str:
+def _label(row: Mapping[Any, Any], layout: PromptSetLayout, stem: str) -> str:
     """A file's own label where it is one of ours, else the first rule of the layout that fires."""
     if "label" in layout.columns:
         own = clean(row[layout.columns["label"]])

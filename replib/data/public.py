@@ -17,7 +17,7 @@ from replib.data.files import READERS, read_table
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptSetLayout:
     """Where the rows of a set keep what."""
 
     text: tuple[str, ...] = ("text",)
@@ -35,21 +35,23 @@ class Layout:
 
 
 HARMFUL, HARMLESS = {"label": "harmful"}, {"label": "harmless"}
-_HARMBENCH = Layout(("Behavior",), {"group": "SemanticCategory", "way": "FunctionalCategory"}, HARMFUL)
-PUBLIC: dict[str, Layout] = {
-    "advbench": Layout(("goal",), {"target": "target"}, HARMFUL),
+_HARMBENCH = PromptSetLayout(("Behavior",), {"group": "SemanticCategory", "way": "FunctionalCategory"}, HARMFUL)
+PUBLIC: dict[str, PromptSetLayout] = {
+    "advbench": PromptSetLayout(("goal",), {"target": "target"}, HARMFUL),
     "harmbench": replace(_HARMBENCH, context="ContextString"),
     "harmbench_no_context": _HARMBENCH,
-    "xstest": Layout(
+    "xstest": PromptSetLayout(
         ("prompt",), {"group": "type"}, labels=(("type", "contrast_", "harmful"), ("type", "", "borderline"))
     ),
-    "jailbreakbench": Layout(("Goal",), {"target": "Target", "group": "Category", "way": "Source"}, HARMFUL),
-    "tdc2023": Layout(fixed=HARMFUL),
-    "maliciousinstruct": Layout(fixed=HARMFUL),
-    "strongreject": Layout(("forbidden_prompt",), {"group": "category", "way": "source"}, HARMFUL),
-    "do_not_answer": Layout(("question", "prompt"), {"group": "types_of_harm", "way": "specific_harms"}, HARMFUL),
-    "trustllm": Layout(("prompt",), {"wrapper": "label", "way": "source"}, HARMFUL),
-    "wildjailbreak": Layout(
+    "jailbreakbench": PromptSetLayout(("Goal",), {"target": "Target", "group": "Category", "way": "Source"}, HARMFUL),
+    "tdc2023": PromptSetLayout(fixed=HARMFUL),
+    "maliciousinstruct": PromptSetLayout(fixed=HARMFUL),
+    "strongreject": PromptSetLayout(("forbidden_prompt",), {"group": "category", "way": "source"}, HARMFUL),
+    "do_not_answer": PromptSetLayout(
+        ("question", "prompt"), {"group": "types_of_harm", "way": "specific_harms"}, HARMFUL
+    ),
+    "trustllm": PromptSetLayout(("prompt",), {"wrapper": "label", "way": "source"}, HARMFUL),
+    "wildjailbreak": PromptSetLayout(
         ("adversarial",),
         {"way": "data_type"},
         {"wrapper": "wildjailbreak"},
@@ -60,18 +62,18 @@ PUBLIC: dict[str, Layout] = {
             ("", "benign", "borderline"),
         ),
     ),
-    "wildguardmix": Layout(
+    "wildguardmix": PromptSetLayout(
         ("prompt",),
         {"group": "subcategory"},
         labels=(("prompt_harm_label", "unharmful", "harmless"), ("prompt_harm_label", "harmful", "harmful")),
     ),
-    "alpaca": Layout(("instruction",), fixed=HARMLESS, without="input"),
-    "refusal_direction": Layout(
+    "alpaca": PromptSetLayout(("instruction",), fixed=HARMLESS, without="input"),
+    "refusal_direction": PromptSetLayout(
         ("instruction",),
         {"group": "category"},
         labels=(("", "harmful", "harmful"), ("", "harmless", "harmless")),
     ),
-    "truthfulqa": Layout(("Question",), {"group": "Category", "way": "Type"}, HARMLESS),
+    "truthfulqa": PromptSetLayout(("Question",), {"group": "Category", "way": "Type"}, HARMLESS),
 }
 Source = str | Path | Sequence[str | Path]
 """A file, a hub id (``owner/name``, or ``owner/name@revision`` to pin it), or several of them read as one."""
@@ -80,7 +82,7 @@ REFUSED = ("gated", "401", "403", "authenticat", "restricted")
 
 
 @dataclass(frozen=True)
-class Schema:
+class TrainingSetSchema:
     """What the rows of a set hold, and where its owners keep it."""
 
     title: str
@@ -99,42 +101,42 @@ class Schema:
 
 _LABELS = ("prompt_harm_label", "response_refusal_label", "response_harm_label")
 _EVALUATION = "it is an evaluation set, and what is trained on cannot be reported"
-SCHEMAS: Mapping[str, Schema] = MappingProxyType({
-    "wildguardmix": Schema(
+SCHEMAS: Mapping[str, TrainingSetSchema] = MappingProxyType({
+    "wildguardmix": TrainingSetSchema(
         "WildGuardMix (wildguardtrain)", ("prompt", "response", *_LABELS),
         "It is gated on the hub: allenai/wildguardmix, train/wildguard_train.parquet.",
         "allenai/wildguardmix", "wildguardtrain",
     ),
-    "wildguardtest": Schema(
+    "wildguardtest": TrainingSetSchema(
         "WildGuardTest", ("prompt", "response", *_LABELS, "prompt_harm_agreement"), "", never=_EVALUATION,
     ),
-    "wildjailbreak": Schema(
+    "wildjailbreak": TrainingSetSchema(
         "WildJailbreak (train)", ("vanilla", "adversarial", "completion", "data_type"),
         "It is gated on the hub: allenai/wildjailbreak, train/train.tsv.",
         "allenai/wildjailbreak", "train", reading={"delimiter": "\t", "keep_default_na": False},
     ),
-    "wildjailbreak_eval": Schema("WildJailbreak (eval)", ("adversarial", "data_type"), "", never=_EVALUATION),
-    "wildjailbreak_pairs": Schema(
+    "wildjailbreak_eval": TrainingSetSchema("WildJailbreak (eval)", ("adversarial", "data_type"), "", never=_EVALUATION),
+    "wildjailbreak_pairs": TrainingSetSchema(
         "RepBend's wildjailbreak.jsonl", ("prompt", "prompt_type", "harmless_answer", "harmful_answer"),
         "Its authors link it from the README of github.com/AIM-Intelligence/RepBend; give the path of your copy.",
     ),
-    "ultrachat": Schema(
+    "ultrachat": TrainingSetSchema(
         "UltraChat-200k", ("messages",), "It is on the hub: HuggingFaceH4/ultrachat_200k.",
         "HuggingFaceH4/ultrachat_200k", split="train_sft",
     ),
-    "ultrachat_original": Schema(
+    "ultrachat_original": TrainingSetSchema(
         "the original UltraChat", ("id", "data"), "",
         never="its dialogues are not the filtered 200k that the papers train on; take HuggingFaceH4/ultrachat_200k",
     ),
-    "circuit_breakers": Schema(
+    "circuit_breakers": TrainingSetSchema(
         "circuit_breakers_train.json", ("prompt", "output"),
         "It is in data/ of github.com/GraySwanAI/circuit-breakers; give the path of your copy.",
     ),
-    "circuit_breaker_refusals": Schema(
+    "circuit_breaker_refusals": TrainingSetSchema(
         "circuit_breakers_train.json", ("prompt", "output", "llama3_output"),
         "It is in data/ of github.com/GraySwanAI/circuit-breakers (the val file has no llama3_output).",
     ),
-    "xstest_completions": Schema(
+    "xstest_completions": TrainingSetSchema(
         "XSTest's completions of GPT-4", ("prompt", "type", "completion", "final_label"),
         "It is model_completions/xstest_v2_completions_gpt4.csv of github.com/paul-rottger/xstest.",
     ),
@@ -159,7 +161,7 @@ def read_rows(key: str, source: Source | None, *, split: str = "") -> tuple[str,
     return ", ".join(names), (row for part in rows for row in part)
 
 
-def _part(schema: Schema, source: str | Path, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
+def _part(schema: TrainingSetSchema, source: str | Path, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
     """One file or one set of the hub."""
     found = HUB_ID.fullmatch(str(source))
     if isinstance(source, Path) or not found or Path(source).exists() or Path(source).suffix.lower() in READERS:
@@ -167,7 +169,7 @@ def _part(schema: Schema, source: str | Path, split: str) -> tuple[str, Iterator
     return _from_hub(schema, found[1], found[2], split or schema.split)
 
 
-def _from_file(schema: Schema, path: Path) -> tuple[str, Iterator[dict[str, Any]]]:
+def _from_file(schema: TrainingSetSchema, path: Path) -> tuple[str, Iterator[dict[str, Any]]]:
     table = read_table(path)
     check_columns(schema, list(table.columns), str(path))
     with path.open("rb") as stream:
@@ -175,7 +177,9 @@ def _from_file(schema: Schema, path: Path) -> tuple[str, Iterator[dict[str, Any]
     return f"{path.name} sha256:{digest}", _only(schema, table.to_dict("records"))
 
 
-def _from_hub(schema: Schema, name: str, revision: str | None, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
+def _from_hub(
+    schema: TrainingSetSchema, name: str, revision: str | None, split: str
+) -> tuple[str, Iterator[dict[str, Any]]]:
     if other := next((s for s in SCHEMAS.values() if s.hub == name != schema.hub), None):
         raise ReplibError(f"{name} is {other.title}, not {schema.title}. {schema.home}")
     own = {"name": schema.config, **schema.reading} if name == schema.hub else {}
@@ -212,11 +216,11 @@ def _unreachable(name: str, split: str, error: Exception) -> ReplibError:
     )
 
 
-def _only(schema: Schema, rows: Iterable[Mapping[Any, Any]]) -> Iterator[dict[str, Any]]:
+def _only(schema: TrainingSetSchema, rows: Iterable[Mapping[Any, Any]]) -> Iterator[dict[str, Any]]:
     return ({column: row[column] for column in schema.columns} for row in rows)
 
 
-def check_columns(schema: Schema, names: Sequence[str], where: str) -> None:
+def check_columns(schema: TrainingSetSchema, names: Sequence[str], where: str) -> None:
     """Raise unless the columns are those of the set, and of no set that must not be trained on."""
     found = identify(names)
     if found is not None and found.never:
@@ -233,7 +237,7 @@ def check_columns(schema: Schema, names: Sequence[str], where: str) -> None:
     )
 
 
-def identify(names: Sequence[str]) -> Schema | None:
+def identify(names: Sequence[str]) -> TrainingSetSchema | None:
     """The known set with the most columns among those whose columns are all there."""
     held = [schema for schema in SCHEMAS.values() if set(schema.columns) <= set(names)]
     return max(held, key=lambda schema: len(schema.columns), default=None)

@@ -2,7 +2,7 @@
 
 All builders take ``n`` (None: all rows), ``seed`` (of the draw) and ``avoid`` (prompts of an evaluation set: rows with
 the same prompt, letter by letter or but for case, blanks and punctuation, are left out and counted). They return rows
-and the ``Build`` that says how they came about; ``build.table()`` shows it.
+and the ``Provenance`` that says how they came about; ``build.table()`` shows it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Build:
+class Provenance:
     """How one group of rows came about."""
 
     name: str
@@ -50,37 +50,37 @@ class Build:
         return table.assign(dropped=-table["rows"].diff().fillna(0).astype(int))
 
 
-class Built(NamedTuple):
+class Subset(NamedTuple):
     """Rows of one group and how they came about."""
 
     rows: list[Any]
-    build: Build
+    build: Provenance
 
 
-class Sieve:
+class FilterPipeline:
     """Rows on their way through filters, with the number left after each."""
 
     def __init__(self, name: str, source: str, rows: Iterable[Any]):
         self.name, self.source, self.rows = name, source, list(rows)
         self.steps = [("rows of the source", len(self.rows))]
 
-    def keep(self, what: str, test: Callable[[Any], object]) -> Sieve:
+    def keep(self, what: str, test: Callable[[Any], object]) -> FilterPipeline:
         """Leave out the rows that fail a test."""
         return self._left(what, [row for row in self.rows if test(row)])
 
-    def once(self, what: str, key: Callable[[Any], object]) -> Sieve:
+    def once(self, what: str, key: Callable[[Any], object]) -> FilterPipeline:
         """Leave out rows whose key was there before: the first of them stays."""
         first: dict[object, Any] = {}
         for row in self.rows:
             first.setdefault(key(row), row)
         return self._left(what, list(first.values()))
 
-    def records(self, make: Callable[[Any], Any]) -> Sieve:
+    def records(self, make: Callable[[Any], Any]) -> FilterPipeline:
         """Turn rows into contrasts or dialogues."""
         self.rows = [make(row) for row in self.rows]
         return self
 
-    def built(self, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()) -> Built:
+    def built(self, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()) -> Subset:
         """Drop what is empty, repeated or in ``avoid``; then draw n rows, or take all there are."""
         if n is not None and n < 1:
             raise ReplibError(f"{self.name}: n must be at least 1; got {n}. None takes all there are.")
@@ -95,7 +95,7 @@ class Sieve:
             log.warning("%s: %d rows were asked for, all %d there are were taken", self.name, n, len(order))
         steps, digest = tuple(self.steps), content_hash(self.rows)
         log.info("%s: %s", self.name, self._told())
-        return Built(self.rows, Build(self.name, self.source, seed, n, len(self.rows), digest, steps))
+        return Subset(self.rows, Provenance(self.name, self.source, seed, n, len(self.rows), digest, steps))
 
     def _avoid(self, avoid: Iterable[str | Prompt]) -> None:
         """Leave out prompts of an evaluation set: the same letter by letter, then the same words."""
@@ -108,7 +108,7 @@ class Sieve:
         if dropped := self.steps[-3][1] - len(self.rows):
             log.warning("%s: %d rows left out, their prompts are in the evaluation set", self.name, dropped)
 
-    def _left(self, what: str, rows: list[Any]) -> Sieve:
+    def _left(self, what: str, rows: list[Any]) -> FilterPipeline:
         self.rows = rows
         self.steps.append((what, len(rows)))
         return self
@@ -158,7 +158,7 @@ def wildguardmix(
     n: int | None = None,
     seed: int = 0,
     avoid: Iterable[str | Prompt] = (),
-) -> Built:
+) -> Subset:
     """Unpaired answers of WildGuardMix as dialogues; ``label`` is the prompt's harm.
 
     ``safe``: harmless prompts answered and harmful ones refused, the response unharmful. ``unsafe``: harmful prompts
@@ -171,7 +171,7 @@ def wildguardmix(
     if side not in WILDGUARD:
         raise ReplibError(f"WildGuardMix has the sides safe and unsafe, not {side!r}.")
     called, rows = read_rows("wildguardmix", source)
-    sieve = Sieve(f"wildguardmix {side}", called, _cleaned(rows))
+    sieve = FilterPipeline(f"wildguardmix {side}", called, _cleaned(rows))
     sieve.keep("with a response", lambda row: row["response"])
     sieve.keep(f"labels of the {side} side", lambda row: any(_labelled(row, want) for want in WILDGUARD[side]))
     return sieve.records(_wildguard).built(n=n, seed=seed, avoid=avoid)
@@ -189,13 +189,13 @@ def _wildguard(row: Row) -> Dialogue:
 
 def wildjailbreak_pairs(
     source: Source | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
-) -> Built:
+) -> Subset:
     """Contrasts of RepBend's own ``wildjailbreak.jsonl``: harmful prompts, each once, with both answers.
 
     The public TSV has the safe side only: ``wildjailbreak_safe``, to be paired by ``pair`` with answers of your own.
     """
     called, rows = read_rows("wildjailbreak_pairs", source)
-    sieve = Sieve("wildjailbreak pairs", called, _cleaned(rows))
+    sieve = FilterPipeline("wildjailbreak pairs", called, _cleaned(rows))
     sieve.keep("prompt_type harmful", lambda row: row["prompt_type"] == "harmful")
     sieve.keep("with both answers", lambda row: row["harmless_answer"] and row["harmful_answer"])
     sieve.once("prompt not repeated", lambda row: row["prompt"])
@@ -209,14 +209,14 @@ def wildjailbreak_safe(
     n: int | None = None,
     seed: int = 0,
     avoid: Iterable[str | Prompt] = (),
-) -> Built:
+) -> Subset:
     """Refusals of vanilla harmful prompts, each prompt once, from the public training TSV: its ``completion``.
 
     The authors of RepBend drop repeated ``vanilla`` over all rows and may so keep the completion of an adversarial
     rewriting; here only ``data_type`` vanilla_harmful is read, whose completion answers the vanilla prompt itself.
     """
     called, rows = read_rows("wildjailbreak", source)
-    sieve = Sieve("wildjailbreak safe", called, _cleaned(rows))
+    sieve = FilterPipeline("wildjailbreak safe", called, _cleaned(rows))
     sieve.keep("data_type vanilla_harmful", lambda row: row["data_type"] == "vanilla_harmful")
     sieve.once("vanilla not repeated", lambda row: row["vanilla"])
     sieve.records(lambda row: Dialogue(row["vanilla"], row["completion"], "fit", "harmful", way="vanilla"))
@@ -238,7 +238,7 @@ def ultrachat(
     n: int | None = None,
     seed: int = 0,
     avoid: Iterable[str | Prompt] = (),
-) -> Built:
+) -> Subset:
     """First exchanges of UltraChat-200k: the first user turn is the prompt, the assistant turn after it the response.
 
     Later turns are left out, because they cannot be read without the ones before (the papers read whole dialogues,
@@ -246,7 +246,7 @@ def ultrachat(
     turn, is left out and counted. ``split`` names the part of a hub set, train_sft or test_sft; a file is what it is.
     """
     called, rows = read_rows("ultrachat", source, split=split)
-    sieve = Sieve(f"ultrachat {split}", called, (first_exchange(row["messages"]) for row in rows))
+    sieve = FilterPipeline(f"ultrachat {split}", called, (first_exchange(row["messages"]) for row in rows))
     sieve.keep("opens with user and assistant", lambda exchange: exchange is not None)
     sieve.records(lambda turns: Dialogue(turns[0], turns[1], "fit", "harmless", way="ultrachat"))
     return sieve.built(n=n, seed=seed, avoid=avoid)
@@ -271,7 +271,7 @@ def circuit_breakers(
     n: int | None = None,
     seed: int = 0,
     avoid: Iterable[str | Prompt] = (),
-) -> Built:
+) -> Subset:
     """Circuit Breaker's own set, train or val: harmful prompts with ``output`` (``unsafe``) or ``llama3_output``.
 
     The latter (``safe``) are refusals of Llama-3; the val file has none.
@@ -281,14 +281,14 @@ def circuit_breakers(
         raise ReplibError(f"the circuit breakers set has the sides unsafe and safe, not {side!r}.")
     key, answer = keys[side]
     called, rows = read_rows(key, source)
-    sieve = Sieve(f"circuit breakers {side}", called, _cleaned(rows))
+    sieve = FilterPipeline(f"circuit breakers {side}", called, _cleaned(rows))
     sieve.records(lambda row: Dialogue(row["prompt"], row[answer], "fit", "harmful", way="circuit_breakers"))
     return sieve.built(n=n, seed=seed, avoid=avoid)
 
 
 def xstest_compliances(
     source: Source | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
-) -> Built:
+) -> Subset:
     """XSTest prompts that GPT-4 answered in full (``final_label`` 1_full_compliance), as Circuit Breaker retains them.
 
     A model trained on these has seen 230 of the 450 prompts: its XSTest score is contaminated and must not be
@@ -296,7 +296,7 @@ def xstest_compliances(
     retains it too.
     """
     called, rows = read_rows("xstest_completions", source)
-    sieve = Sieve("xstest compliances", called, _cleaned(rows))
+    sieve = FilterPipeline("xstest compliances", called, _cleaned(rows))
     sieve.keep("final_label 1_full_compliance", lambda row: row["final_label"] == "1_full_compliance")
     return sieve.records(_xstest).built(n=n, seed=seed, avoid=avoid)
 

@@ -28,7 +28,7 @@ FORCED = tuple(p for p in POSITIONS if p != "decode")  # in training every answe
 
 
 @dataclass(frozen=True)
-class Arsenal:
+class EditDistribution:
     """What edits are drawn from; every choice is uniform."""
 
     methods: tuple[str, ...] = ("pca_ot", "rfa", "actadd", "act")
@@ -65,7 +65,7 @@ class Arsenal:
         if not 0 < min(self.ks) <= max(self.ks) < self.prompts:
             raise ReplibError(f"{self.prompts} prompts a class cannot fit K of {self.ks}: K is above 0 and below them.")
 
-    def within(self, rows: int) -> Arsenal:
+    def within(self, rows: int) -> EditDistribution:
         """The same, for that many rows a class at most: fewer fit an edit, and have fewer components.
 
         Raises ReplibError where not even one component can be fitted.
@@ -88,7 +88,7 @@ class Arsenal:
                                   "give more, or fit on fewer.")  # fmt: skip
 
 
-class Drawn(NamedTuple):
+class SampledEdit(NamedTuple):
     """One edit, and the tokens that it meets."""
 
     edits: SiteEdits
@@ -106,7 +106,7 @@ class Drawn(NamedTuple):
 class Adversary:
     """Draws edits from an arsenal with a generator of its own; what it needs to go on is in ``state``."""
 
-    arsenal: Arsenal
+    arsenal: EditDistribution
     harmful: Sequence[Contrast]
     """Source of the edits, with the answers that they would bring about."""
     harmless: Sequence[Dialogue]
@@ -131,7 +131,7 @@ class Adversary:
         forced = answers if "response" in self.arsenal.reads else None
         return torch.cat(list(stream(chat, prompts, responses=forced, positions=self.arsenal.reads)), dim=1)
 
-    def draw(self, chat: ChatModel) -> Drawn:
+    def draw(self, chat: ChatModel) -> SampledEdit:
         """One edit, fitted on what ``fit`` read.
 
         Raises ReplibError where nothing was read.
@@ -147,7 +147,7 @@ class Adversary:
             warnings.simplefilter("ignore", UserWarning)  # a small K that misses the mean gap is one edit of many
             edits = fit_edit(method, source, target, layer, k=k, depth=chat.n_layers)
         name = f"{method} at block {layer}, K {k}, read at {read}, strength {strength:.2f}"
-        return Drawn({key: edit * strength for key, edit in edits.items()}, positions, name)
+        return SampledEdit({key: edit * strength for key, edit in edits.items()}, positions, name)
 
     # ------------------------------------------------------------------------------------- chance
     def uniform(self) -> float:

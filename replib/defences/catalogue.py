@@ -18,7 +18,7 @@ from replib.data.prompts import Prompt
 from replib.defences.circuit_breaker import CircuitBreaker
 from replib.defences.preference import DPO, NPO
 from replib.defences.rmu import RMU
-from replib.defences.sft import SFT, Keep
+from replib.defences.sft import SFT, RetainLoss
 from replib.defences.task_arithmetic import TaskArithmetic, train_task_arithmetic
 from replib.defences.whp import WHP, train_whp
 from replib.models.chat_model import ChatModel
@@ -29,7 +29,7 @@ from replib.training.result import TrainResult
 from replib.training.train import Fit
 
 
-class Rival(NamedTuple):
+class Baseline(NamedTuple):
     """A defence with its source's hyper-parameters."""
 
     objective: Objective | TaskArithmetic
@@ -46,28 +46,28 @@ def _published(steps: int, learning_rate: float, batch: int = 16) -> TrainConfig
 
 EPOCH = 1250  # steps of 16 rows
 DEFENCES = {
-    "sft": Rival(SFT(), _published(EPOCH, 5e-5)),
-    "dpo": Rival(DPO(), _published(EPOCH, 1e-4)),
-    "npo": Rival(NPO(), _published(600, 5e-5)),
-    "npo_rt": Rival(NPO(keep=Keep(ce=1.0)), _published(600, 5e-5)),
-    "npo_kl": Rival(NPO(keep=Keep(kl=1.0)), _published(600, 5e-5)),
-    "rmu": Rival(RMU(), _published(150, 5e-5, batch=4)),
-    "circuit_breaker": Rival(CircuitBreaker(), _published(150, 1e-4)),
-    "whp": Rival(WHP(), _published(150, 5e-5)),
-    "whp_retain": Rival(WHP(keep=Keep(ce=1.0, kl=0.1, temperature=2.0, on="safe")), _published(150, 5e-5)),
-    "task_arithmetic": Rival(TaskArithmetic(), _published(EPOCH, 5e-5)),
+    "sft": Baseline(SFT(), _published(EPOCH, 5e-5)),
+    "dpo": Baseline(DPO(), _published(EPOCH, 1e-4)),
+    "npo": Baseline(NPO(), _published(600, 5e-5)),
+    "npo_rt": Baseline(NPO(keep=RetainLoss(ce=1.0)), _published(600, 5e-5)),
+    "npo_kl": Baseline(NPO(keep=RetainLoss(kl=1.0)), _published(600, 5e-5)),
+    "rmu": Baseline(RMU(), _published(150, 5e-5, batch=4)),
+    "circuit_breaker": Baseline(CircuitBreaker(), _published(150, 1e-4)),
+    "whp": Baseline(WHP(), _published(150, 5e-5)),
+    "whp_retain": Baseline(WHP(keep=RetainLoss(ce=1.0, kl=0.1, temperature=2.0, on="safe")), _published(150, 5e-5)),
+    "task_arithmetic": Baseline(TaskArithmetic(), _published(EPOCH, 5e-5)),
 }
 """By name, with the values of their sources."""
 
 
-def rival(name: str) -> Rival:
+def baseline(name: str) -> Baseline:
     """A defence by its name; ReplibError lists the known ones."""
     if name not in DEFENCES:
         raise ReplibError(f"No defence is called {name!r}: use one of {', '.join(DEFENCES)}.")
     return DEFENCES[name]
 
 
-def train_rival(
+def train_baseline(
     objective: Objective | TaskArithmetic,
     model: ChatModel,
     data: DefenceData,
@@ -79,7 +79,7 @@ def train_rival(
     """The model with a rival's adapter on it and its logs, after as many runs of ``fit`` as the rival takes.
 
     Args:
-        objective: of a ``Rival``, or one of your own.
+        objective: of a ``Baseline``, or one of your own.
         model: without an adapter.
         data: all lists that the rival reads.
         fit: trains one objective, see ``replib.defences.whp``.

@@ -19,10 +19,10 @@ from torch import Tensor
 from replib.core.errors import ReplibError, check_coefficients
 from replib.core.storage import content_hash
 from replib.data.prompts import Contrast, Dialogue
-from replib.defences.adversary import Adversary, Arsenal, Drawn
+from replib.defences.adversary import Adversary, EditDistribution, SampledEdit
 from replib.edits.apply import applied_each
 from replib.models.chat_model import ChatModel
-from replib.models.forward import passed, recomputing_nothing, token_losses
+from replib.models.forward import forward_states, token_losses, without_checkpointing
 from replib.models.tokens import Batch, fitted
 from replib.training.config import TrainConfig
 from replib.training.objective import Lora, Objective, Part
@@ -46,7 +46,7 @@ class Hardening:
     """Share of the rows whose refusal follows the beginning of the unsafe answer."""
     prefix: int = 10
     """Tokens of such a beginning at most; their number is uniform."""
-    arsenal: Arsenal = Arsenal()
+    arsenal: EditDistribution = EditDistribution()
 
     def __post_init__(self) -> None:
         check_coefficients(weight=self.weight)
@@ -130,18 +130,18 @@ class Hardened(Objective):
         loss = self._refused(chat, self._drawn(chat))
         yield Part(self.hardening.weight * loss, {"hardening": loss.detach()})
 
-    def _drawn(self, chat: ChatModel) -> list[Drawn]:
+    def _drawn(self, chat: ChatModel) -> list[SampledEdit]:
         """The edits of a micro-batch; what they are fitted on is read anew where it is due."""
         if self.hardening.edits and self.met % self.hardening.refit == 0:
             self.adversary.fit(chat)
         self.met += 1
-        plain = [Drawn({}, "all")] * self.hardening.plain
+        plain = [SampledEdit({}, "all")] * self.hardening.plain
         return [self.adversary.draw(chat) for _ in range(self.hardening.edits)] + plain
 
-    def _refused(self, chat: ChatModel, drawn: Sequence[Drawn]) -> Tensor:
+    def _refused(self, chat: ChatModel, drawn: Sequence[SampledEdit]) -> Tensor:
         rows = [c for _ in drawn for c in self.adversary.sample(self.harmful, self.hardening.rows)]
         heads = [self._head() for _ in rows]
-        with applied_each(chat, [d.edited for d in drawn]), recomputing_nothing(chat):
+        with applied_each(chat, [d.edited for d in drawn]), without_checkpointing(chat):
             return refusal_loss(chat, rows, heads)
 
     def _head(self) -> int:
@@ -153,7 +153,7 @@ class Hardened(Objective):
 def refusal_loss(chat: ChatModel, rows: Sequence[Contrast], heads: Sequence[int]) -> Tensor:
     """Mean −log p over the tokens of the safe answers, each after so many tokens of the unsafe one, nats."""
     batch, refusal = refusals(chat, rows, heads)
-    final = passed(chat, batch)
+    final = forward_states(chat, batch)
     assert final is not None  # the pass went to the end
     return token_losses(chat, final[:, :-1][refusal[:, 1:]], batch.input_ids[refusal]).mean()
 

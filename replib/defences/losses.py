@@ -17,8 +17,8 @@ from replib.models.forward import (
     answer_states,
     answer_tokens,
     answered,
-    in_stretches,
-    passed,
+    forward_states,
+    in_chunks,
     token_losses,
 )
 from replib.models.tokens import Batch
@@ -108,7 +108,7 @@ def summed_kl(chat: ChatModel, base: Tensor, bent: Tensor, temperature: float) -
             given = frozen.logits(b)
         return kl_divergence(given, chat.logits(t), temperature, sequences=1)
 
-    return torch.stack(in_stretches(chat, stretch, base, bent)).sum()
+    return torch.stack(in_chunks(chat, stretch, base, bent)).sum()
 
 
 def asked(rows: Sequence[Dialogue]) -> list[tuple[str, str]]:
@@ -149,5 +149,5 @@ def _outputs(chat: ChatModel, batch: Batch, blocks: Sequence[int], *, last: int)
 
         return hook
 
-    passed(chat, batch, {("resid_post", i): keep(i) for i in blocks}, last=last)
+    forward_states(chat, batch, {("resid_post", i): keep(i) for i in blocks}, last=last)
     return torch.stack([kept[i] for i in blocks])

@@ -18,7 +18,7 @@ from replib.core.errors import check_positive
 from replib.data.mixtures import check_lists
 from replib.data.prompts import Contrast
 from replib.defences.losses import LogProbs, asked, log_probs
-from replib.defences.sft import Keep
+from replib.defences.sft import RetainLoss
 from replib.models.chat_model import ChatModel
 from replib.models.forward import answered
 from replib.training.config import TrainConfig
@@ -84,14 +84,14 @@ class NPO(Objective):
     """Negative preference optimisation, Zhang et al. 2024 (arXiv 2404.05868), Eq. 3, on unsafe answers.
 
     L = −(2/β) mean log σ(−β log(π/π_ref)(unsafe)) + what ``keep`` says; log-probabilities are summed over the answer.
-    The default is the paper's plain NPO with its β; ``Keep(ce=1)`` is NPO-RT, ``Keep(kl=1)`` NPO-KL, with the weights
+    The default is the paper's plain NPO with its β; ``RetainLoss(ce=1)`` is NPO-RT, ``RetainLoss(kl=1)`` NPO-KL, with the weights
     of its official code, where all are 1.
     """
 
     name = "NPO"
     beta: float = 0.1
     """Inverse temperature; towards 0 the loss becomes gradient ascent."""
-    keep: Keep = Keep()
+    keep: RetainLoss = RetainLoss()
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)

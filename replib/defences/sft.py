@@ -53,11 +53,11 @@ class SFT(Objective):
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetainLoss:
     """What holds a model in place while it unlearns: L = ce · CE + kl · τ² KL(base ‖ model), means over answer tokens.
 
     NPO-RT has the first, NPO-KL the second (there over all tokens, prompts and padding too). RepBend's comparison has
-    both, on safe answers: ``Keep(ce=1, kl=0.1, temperature=2, on="safe")``.
+    both, on safe answers: ``RetainLoss(ce=1, kl=0.1, temperature=2, on="safe")``.
     """
 
     ce: float = 0.0
@@ -105,7 +105,7 @@ class Retention(Objective):
     """Nothing but what holds a model in place: the other half of a defence that only adds a loss."""
 
     name = "retention"
-    keep: Keep = Keep(kl=1.0)
+    keep: RetainLoss = RetainLoss(kl=1.0)
 
     def check(self, chat: ChatModel, data: Any) -> None:
         """There must be answers to keep, and a weight on them."""

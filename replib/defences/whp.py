@@ -21,7 +21,7 @@ from replib.core.errors import ReplibError, check_coefficients
 from replib.data.mixtures import DefenceData, check_lists
 from replib.data.prompts import Dialogue
 from replib.defences.losses import asked
-from replib.defences.sft import SFT, Keep
+from replib.defences.sft import SFT, RetainLoss
 from replib.models.adapters import detached
 from replib.models.chat_model import ChatModel, evaluating
 from replib.models.forward import answer_states, answered, stretch_of, token_losses
@@ -43,7 +43,7 @@ def generic_logits(
 
 
 @dataclass(frozen=True)
-class Relabelled(Dialogue):
+class LabelledDialogue(Dialogue):
     """An unsafe answer, and what a model that never learned such answers would say at each of its tokens."""
 
     labels: tuple[int, ...] = field(default=(), kw_only=True)
@@ -61,13 +61,13 @@ class WHP(Objective):
     """
 
     name = "WHP"
-    keep: Keep = Keep()
+    keep: RetainLoss = RetainLoss()
 
     def check(self, chat: ChatModel, data: Any) -> None:
         """Unsafe answers must be labelled; there must be those to keep."""
         del chat
         check_lists(self.name, data, "unsafe", *self.keep.lists)
-        if bare := sum(not isinstance(d, Relabelled) for d in data.unsafe):
+        if bare := sum(not isinstance(d, LabelledDialogue) for d in data.unsafe):
             raise ReplibError(f"{bare} of {len(data.unsafe)} unsafe answers have no labels: train a model on them with "
                               "SFT(side='unsafe') and give reinforced.relabelled(model, data.unsafe).")  # fmt: skip
 
@@ -81,7 +81,7 @@ class WHP(Objective):
         yield self._forget(chat, items["unsafe"])
         yield from self.keep.parts(chat, items)
 
-    def _forget(self, chat: ChatModel, rows: Sequence[Relabelled]) -> Part:
+    def _forget(self, chat: ChatModel, rows: Sequence[LabelledDialogue]) -> Part:
         states = answer_states(chat, answered(chat, asked(rows)))
         labels = torch.tensor([token for row in rows for token in row.labels], device=states.device)
         if len(labels) != len(states):
@@ -94,7 +94,7 @@ class WHP(Objective):
 @torch.no_grad()
 def relabelled(
     reinforced: ChatModel, unsafe: Sequence[Dialogue], *, alpha: float = 5.0, batch_size: int = 16
-) -> list[Relabelled]:
+) -> list[LabelledDialogue]:
     """Unsafe answers with their generic labels: the argmax of z_base − α ReLU(z_reinforced − z_base), Eq. 1 of WHP.
 
     Args:
@@ -104,14 +104,14 @@ def relabelled(
         batch_size: answers that are read at once.
     """
     check_coefficients(alpha=alpha)
-    found: list[Relabelled] = []
+    found: list[LabelledDialogue] = []
     with evaluating(reinforced.model):
         for start in range(0, len(unsafe), batch_size):
             found += _labelled(reinforced, unsafe[start : start + batch_size], alpha)
     return found
 
 
-def _labelled(reinforced: ChatModel, rows: Sequence[Dialogue], alpha: float) -> list[Relabelled]:
+def _labelled(reinforced: ChatModel, rows: Sequence[Dialogue], alpha: float) -> list[LabelledDialogue]:
     batch = answered(reinforced, asked(rows))
     with reference(reinforced) as base:
         plain = answer_states(base, batch)
@@ -120,7 +120,7 @@ def _labelled(reinforced: ChatModel, rows: Sequence[Dialogue], alpha: float) -> 
     labels = [generic_logits(*map(reinforced.logits, pair), alpha=alpha).argmax(dim=-1) for pair in pairs]
     each = torch.cat(labels).cpu().split(batch.response_mask.sum(dim=1).tolist())
     return [
-        Relabelled(d.prompt, d.response, d.split, d.label, d.group, d.way, labels=tuple(part.tolist()))
+        LabelledDialogue(d.prompt, d.response, d.split, d.label, d.group, d.way, labels=tuple(part.tolist()))
         for d, part in zip(rows, each, strict=True)
     ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from replib.core.errors import ReplibError
-from replib.edits.gates import Gate, Phase, Watch
+from replib.edits.gates import DecodingPhase, Gate, GateHook
 from replib.models.chat_model import ChatModel, check_layers
 from replib.models.hooks import SITES, Hook, check_site, hooked
 from replib.transport.affine import Edit, Origin, check_strength
@@ -111,7 +111,7 @@ def _check_origins(model: ChatModel, origins: Mapping[Key, Origin]) -> None:
             )
 
 
-def _watch(model: ChatModel, gate: Gate, keys: Mapping[Key, None]) -> Watch:
+def _watch(model: ChatModel, gate: Gate, keys: Mapping[Key, None]) -> GateHook:
     check_site(gate.site)
     gate = replace(gate, layer=check_layers(model, [gate.layer])[0])
     if len(gate.w) != model.d_model:
@@ -123,7 +123,7 @@ def _watch(model: ChatModel, gate: Gate, keys: Mapping[Key, None]) -> Watch:
             f"The gate is read at {gate.site} of block {gate.layer}, after the edit at {early[0][0]} of block "
             f"{early[0][1]}: gate no later than the first edit."
         )
-    return Watch(model, gate)
+    return GateHook(model, gate)
 
 
 def _order(key: Key) -> tuple[int, int]:
@@ -136,7 +136,7 @@ class _Where:
 
     model: ChatModel
     positions: str
-    watch: Watch | None
+    watch: GateHook | None
 
     def __call__(self, hidden: Tensor, *, answering: bool) -> Tensor | None:
         """``[rows, tokens]``, or ``[rows, 1]`` where all tokens of a row are alike; None: all are."""
@@ -173,7 +173,7 @@ class _Hook:
 
     def __init__(self, where: _Where, edits: Sequence[Edit | None]):
         self.where, self.edits = where, edits
-        self.phase = Phase(where.model, needed=where.positions != "all")
+        self.phase = DecodingPhase(where.model, needed=where.positions != "all")
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         answering = self.phase.answering(hidden)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.core.errors import ReplibError
-from replib.core.stats import crossed, crossed_rate
+from replib.core.stats import two_way_interval, two_way_rate_interval
 from replib.transport.affine import AffineEdit
 
 Fit = Callable[[Tensor, Tensor, int], AffineEdit]
@@ -121,6 +121,6 @@ def attributed(rates: dict[str, Float[np.ndarray, "seeds prompts"]]) -> pd.DataF
     rows = []
     for name, values in rates.items():
         gap = rates[FULL] - values
-        rate = values.mean(), *crossed_rate(values), values.size
-        rows.append((name, *rate, gap.mean(), *crossed(gap)))
+        rate = values.mean(), *two_way_rate_interval(values), values.size
+        rows.append((name, *rate, gap.mean(), *two_way_interval(gap)))
     return pd.DataFrame(rows, columns=["variant", "value", "low", "high", "n", "less", "less_low", "less_high"])

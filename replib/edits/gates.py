@@ -77,7 +77,7 @@ class Gate:
         return x.float() @ self.w.to(x.device, torch.float32) - self.threshold
 
 
-class Phase:
+class DecodingPhase:
     """Tells at a site whether a call reads prompts, or the tokens of an answer that is being written."""
 
     def __init__(self, model: ChatModel, *, needed: bool = True):
@@ -107,11 +107,11 @@ class Phase:
         return tokens != batch.input_ids.shape[1] or tokens == 1
 
 
-class Watch:
+class GateHook:
     """A gate at work: read at its site, asked by the edits that follow."""
 
     def __init__(self, model: ChatModel, gate: Gate):
-        self.gate, self.phase = gate, Phase(model, needed=gate.per == "prompt")
+        self.gate, self.phase = gate, DecodingPhase(model, needed=gate.per == "prompt")
         self.opened: Bool[Tensor, "rows tokens"] = torch.zeros(0, 1, dtype=torch.bool)
 
     def __call__(self, hidden: Float[Tensor, "rows tokens d"]) -> None:

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from replib.ablation.adaptive_attack import ASSAULTS, GOAL
-from replib.core.stats import Measured, crossed, crossed_rate, letters
-from replib.organism.recorded import Packed, read_packed
+from replib.ablation.adaptive_attack import EDIT_ATTACKS, GOAL
+from replib.core.stats import Measured, outcome_matrix, two_way_interval, two_way_rate_interval
+from replib.organism.recorded import RecordedResult, read_recorded
 
 HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways
 MEASURES = {
@@ -38,11 +38,11 @@ MEASURES = {
 GOOD = ("harmless", "borderline", "benign", "skill")
 """Measures that ought to be high; all others ought to be low."""
 Matrix = Float[np.ndarray, "seeds prompts"]
-S = TypeVar("S", bound="Standings")
+S = TypeVar("S", bound="DefenceComparison")
 
 
 @dataclass(frozen=True)
-class Standings(Packed):
+class DefenceComparison(RecordedResult):
     """The audits of all methods and seeds."""
 
     program: ClassVar[str] = "comparison"
@@ -58,8 +58,8 @@ class Standings(Packed):
 
     @classmethod
     def load(cls: type[S], path: Path | None = None) -> S:
-        """Read what ``python -m replib.organism.<program> --pack`` wrote; raises ReplibError as ``read_packed``."""
-        found = read_packed(cls.program, path)
+        """Read what ``python -m replib.organism.<program> --pack`` wrote; raises ReplibError as ``read_recorded``."""
+        found = read_recorded(cls.program, path)
         tables = {name: pd.DataFrame(found.pop(name)) for name in ("tasks", "runs", "trials")}
         return cls(**tables, about=found)
 
@@ -112,11 +112,11 @@ class Standings(Packed):
     def _row(self, method: str, measure: str, other: str) -> dict[str, Any]:
         values = self.matrix(method, measure)
         row = {"method": method, "measure": measure, "seeds": values.shape[0], "prompts": values.shape[1]}
-        row |= dict(zip(("value", "low", "high"), (values.mean(), *crossed_rate(values)), strict=True))
+        row |= dict(zip(("value", "low", "high"), (values.mean(), *two_way_rate_interval(values)), strict=True))
         if other not in self.methods:
             return row
         gap = self.gap(method, measure, other)
-        return row | dict(zip(("gap", "gap_low", "gap_high"), (gap.mean(), *crossed(gap)), strict=True))
+        return row | dict(zip(("gap", "gap_low", "gap_high"), (gap.mean(), *two_way_interval(gap)), strict=True))
 
     def beats(self, other: str = "repbend") -> pd.DataFrame:
         """Measures by which a method is better than another, 95 % intervals of the gap on one side of zero.
@@ -142,13 +142,13 @@ class Standings(Packed):
 
     def _cell(self, method: str, measure: str) -> str:
         values = self.matrix(method, measure)
-        low, high = crossed_rate(values)
+        low, high = two_way_rate_interval(values)
         return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]".replace(" ", "\N{NO-BREAK SPACE}")
 
     def measured(self, measure: str) -> Measured:
         """One measure of all methods, for a figure."""
         each = [self.matrix(method, measure) for method in self.methods]
-        low, high = zip(*map(crossed_rate, each), strict=True)
+        low, high = zip(*map(two_way_rate_interval, each), strict=True)
         return Measured([m.mean() for m in each], low=low, high=high, n=[m.size for m in each])
 
 
@@ -156,7 +156,7 @@ KEPT = ("harmless", "borderline", "skill")
 
 
 @dataclass(frozen=True)
-class Hardness(Standings):
+class HardeningResults(DefenceComparison):
     """The audits of all arms and seeds; ``runs`` also has ``blocks``: assault -> answers of the best K by block."""
 
     program: ClassVar[str] = "hardening"
@@ -169,13 +169,13 @@ class Hardness(Standings):
     def measured_worst(self) -> Measured:
         """That of all methods, for a figure."""
         each = [self.worst(method) for method in self.methods]
-        low, high = zip(*map(crossed_rate, each), strict=True)
+        low, high = zip(*map(two_way_rate_interval, each), strict=True)
         return Measured([m.mean() for m in each], low=low, high=high, n=[m.size for m in each])
 
     def table(self) -> pd.DataFrame:
         """An attack a row, a method a column: ``value [low, high]`` in per cent; those of the goal come first."""
         rows = {"direct": "direct", "attack": "held-out wrappers", "prefill": "prefill"}
-        rows |= {name: assault.title for name, assault in ASSAULTS.items()}
+        rows |= {name: assault.title for name, assault in EDIT_ATTACKS.items()}
         cells = {t: [self._cell(m, name) for name in rows] for m, t in zip(self.methods, self.titles, strict=True)}
         return pd.DataFrame(cells, index=pd.Index(rows.values(), name="attack"))
 
@@ -188,7 +188,7 @@ class Hardness(Standings):
 
     def _lost(self, method: str, measure: str) -> str:
         gap = -100 * self.gap(method, measure, "none")
-        low, high = crossed(gap)
+        low, high = two_way_interval(gap)
         return f"{gap.mean():.1f}\xa0[{low:.1f},\xa0{high:.1f}]"
 
     def reached(self, method: str, most: float = 0.20, points: float = 0.03) -> bool:
@@ -198,14 +198,16 @@ class Hardness(Standings):
 
     def ks(self, assault: str) -> str:
         """The numbers of components that were tried, in words."""
-        return ", ".join(map(str, ASSAULTS[assault].ks))
+        return ", ".join(map(str, EDIT_ATTACKS[assault].ks))
 
     def by_block(self, assault: str) -> dict[str, Measured]:
         """Success at each block with the best K of each seed, by title, with intervals over seeds and prompts."""
         found = {}
         for title, runs in self.runs.groupby("title", sort=False):
-            complied = np.array([letters(run[assault]) for run in runs.blocks], float)  # [seeds, blocks, prompts]
-            low, high = zip(*(crossed_rate(each) for each in complied.swapaxes(0, 1)), strict=True)
+            complied = np.array(
+                [outcome_matrix(run[assault]) for run in runs.blocks], float
+            )  # [seeds, blocks, prompts]
+            low, high = zip(*(two_way_rate_interval(each) for each in complied.swapaxes(0, 1)), strict=True)
             n = len(complied) * complied.shape[2]
             found[str(title)] = Measured(complied.mean((0, 2)), low=low, high=high, n=n)
         return found

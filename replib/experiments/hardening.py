@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from replib.ablation.adaptive_attack import ASSAULTS, Cell, success, worst_by_block
+from replib.ablation.adaptive_attack import EDIT_ATTACKS, Cell, best_edit_by_block, success
 from replib.audit.audit import Task
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings, data_dir
@@ -31,10 +31,10 @@ from replib.core.storage import Rows, finished, key_of, write_text
 from replib.defences.hardening import Hardening
 from replib.defences.repbend.objective import RepBend
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.experiments.runner import TOKENS, Bench, Watch, saved
+from replib.experiments.runner import TOKENS, Bench, TimedProbe, saved
 from replib.models.adapters import attached, merged
 from replib.models.load import load
-from replib.study.training import HARDENING, RETENTION, TRAIN, besieged, hardened, rows_for
+from replib.study.training import HARDENING, RETENTION, TRAIN, adaptive_probe, hardened, rows_for
 from replib.training.config import TrainConfig
 from replib.training.model_selection import SHARES, interpolated
 from replib.training.objective import Objective
@@ -82,7 +82,7 @@ class HardeningBench(Bench):
         self.folder = settings.out / "hardening"
         self.about |= {"probed": PROBED, "asked": ASKED, "shares": list(SHARES)}
         self.tasks = self.study.tasks("test", ASKED)
-        self.measure = besieged(self.study, PROBED)
+        self.measure = adaptive_probe(self.study, PROBED)
 
     @property
     def direct(self) -> Task:
@@ -99,7 +99,7 @@ class HardeningBench(Bench):
         """What a row depends on."""
         arm = ARMS[run.arm]
         how = [self.objective(run).about(self.study.model.n_layers), asdict(arm.config)] if arm.inner else []
-        siege = [ASKED, TOKENS, {name: list(a) for name, a in ASSAULTS.items()}] if audited else []
+        siege = [ASKED, TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
         return key_of(run._asdict() if arm.inner else run.arm, how, self.about, siege)
 
     def folder_of(self, run: Run) -> Path:
@@ -108,7 +108,7 @@ class HardeningBench(Bench):
 
     def train(self, run: Run) -> dict[str, Any]:
         """One run, trained: what validation found and what it cost; ``diverged`` where it did."""
-        objective, watch, start = self.objective(run), Watch(self), time.process_time()
+        objective, watch, start = self.objective(run), TimedProbe(self), time.process_time()
         config, model = replace(ARMS[run.arm].config, seed=run.seed, save_every=0), load(self.study.settings.model)
         with TemporaryDirectory() as out:
             try:
@@ -125,7 +125,7 @@ class HardeningBench(Bench):
         model = load(self.study.settings.model)
         if ARMS[run.arm].inner:
             model = merged(attached(model, self.folder_of(run)))
-        siege = self.study.with_model(model).siege(self.direct.prompts)
+        siege = self.study.with_model(model).adaptive_attack(self.direct.prompts)
         edits = [[*cell, letters] for cell, letters in siege.outcomes(siege.cells()).items()]
         return run._asdict() | {"answers": self._answers(model, self.tasks), "edits": edits}
 
@@ -166,7 +166,7 @@ def told(row: dict[str, Any]) -> str:
         return f"{name}: diverged"
     if "answers" not in row:
         return f"{name}: step {row['step']}, {row['share']:.0%} of the change, {row['seconds']:.0f} s"
-    worst = {a: max(success(letters) for b, _, _, letters in row["edits"] if b == a) for a in ASSAULTS}
+    worst = {a: max(success(letters) for b, _, _, letters in row["edits"] if b == a) for a in EDIT_ATTACKS}
     rates = {task: success(text) for task, text in row["answers"].items()} | worst
     return f"{name}: complied with " + ", ".join(f"{task} {rate:.0%}" for task, rate in rates.items())
 
@@ -178,7 +178,7 @@ def pack(bench: HardeningBench) -> Path:
     if not found:
         raise ReplibError(f"Nothing is audited in {bench.folder}: run the parts first.")
     tasks = [{"name": t.name, "kind": t.kind, "n": len(t.prompts)} for t in bench.tasks]
-    tasks += [{"name": name, "kind": "edit", "n": ASKED} for name in ASSAULTS]
+    tasks += [{"name": name, "kind": "edit", "n": ASKED} for name in EDIT_ATTACKS]
     lines = ",\n".join(json.dumps(packed(r, row, done.get(bench.key_of(r), {}))) for r, row in found)
     head = json.dumps(bench.about | {"tasks": tasks, "trials": []}, indent=1)[:-2]
     path = write_text(data_dir() / "organism" / "hardening.json", f'{head},\n "runs": [\n{lines}\n]\n}}\n')
@@ -189,8 +189,8 @@ def pack(bench: HardeningBench) -> Path:
 def packed(run: Run, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
     """One run: answers to all tasks, under the worst edit of each assault, and under the worst of each block."""
     edits = {Cell(a, layer, k): letters for a, layer, k, letters in row["edits"]}
-    worst = {a: max((c for c in edits if c.assault == a), key=lambda c: edits[c].count("c")) for a in ASSAULTS}
-    blocks = {a: worst_by_block({c: text for c, text in edits.items() if c.assault == a}) for a in ASSAULTS}
+    worst = {a: max((c for c in edits if c.assault == a), key=lambda c: edits[c].count("c")) for a in EDIT_ATTACKS}
+    blocks = {a: best_edit_by_block({c: text for c, text in edits.items() if c.assault == a}) for a in EDIT_ATTACKS}
     cost = {name: trained.get(name, 0) for name in ("seconds", "parameters", "step", "share")}
     named = {"method": run.arm, "title": ARMS[run.arm].title, "seed": run.seed} | cost
     answers = row["answers"] | {a: edits[cell] for a, cell in worst.items()}

@@ -26,7 +26,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, wilson
-from replib.organism.recorded import Packed, read_packed
+from replib.organism.recorded import RecordedResult, read_recorded
 
 COEFFICIENTS = ("alpha", "beta", "gamma")
 RATES = ("attack", "direct", "prefill", "harmless", "borderline", "skill")
@@ -36,7 +36,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Surface(Packed):
+class CoefficientSweep(RecordedResult):
     """Settings that were trained, with what validation prompts showed at every probed step."""
 
     program: ClassVar[str] = "surface"
@@ -49,16 +49,18 @@ class Surface(Packed):
     """Model, versions, ``preset`` (the setting that all others vary) and schedule."""
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Surface:
+    def load(cls, path: Path | None = None) -> CoefficientSweep:
         """Read what ``python -m replib.experiments.coefficients --pack`` wrote; settings that diverged have no rows.
 
-        Raises ReplibError as ``read_packed``.
+        Raises ReplibError as ``read_recorded``.
         """
-        found = read_packed(cls.program, path)
+        found = read_recorded(cls.program, path)
         return cls.of(found.pop("settings"), found.pop("n"), found)
 
     @classmethod
-    def of(cls, settings: Sequence[Mapping[str, Any]], n: Mapping[str, int], about: Mapping[str, Any]) -> Surface:
+    def of(
+        cls, settings: Sequence[Mapping[str, Any]], n: Mapping[str, int], about: Mapping[str, Any]
+    ) -> CoefficientSweep:
         """The table of settings, each with its ``rows``."""
         rows = [
             {"setting": number, **_plain(setting), **row}
@@ -151,7 +153,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Response:
+class ResponseSurface:
     """Rates over alpha, beta and gamma, interpolated between trained settings."""
 
     trained: pd.DataFrame
@@ -161,7 +163,7 @@ class Response:
     curves: Mapping[str, Curve]
 
     @classmethod
-    def fit(cls, trained: pd.DataFrame, n: Mapping[str, int]) -> Response:
+    def fit(cls, trained: pd.DataFrame, n: Mapping[str, int]) -> ResponseSurface:
         """Fit each rate that ``n`` knows on at least eight settings."""
         points = trained[list(COEFFICIENTS)].to_numpy(float)
         if len(points) < 8 or not (points.max(axis=0) > 0).all():
@@ -174,7 +176,7 @@ class Response:
         return cls(trained.reset_index(drop=True), n, scale, curves)
 
     @classmethod
-    def of(cls, surface: Surface, when: str = "kept") -> Response:
+    def of(cls, surface: CoefficientSweep, when: str = "kept") -> ResponseSurface:
         """The settings of a surface that differ from its preset in their coefficients alone."""
         return cls.fit(surface.like_preset(surface.at(when), *COEFFICIENTS), surface.n)
 

@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from replib.audit.audit import Task
-from replib.audit.judges import spelled
+from replib.audit.judges import encode_outcomes
 from replib.core.errors import Diverged
 from replib.core.settings import Settings
 from replib.core.storage import key_of, versions
 from replib.data.mixtures import DefenceData, defence_data
-from replib.defences.catalogue import Rival, prepares, safety_prompted, train_rival
+from replib.defences.catalogue import Baseline, prepares, safety_prompted, train_baseline
 from replib.defences.organism_grid import BENIGN, CONTENDERS
 from replib.defences.repbend.objective import RepBend
 from replib.defences.rmu import RMU
@@ -43,16 +43,16 @@ class Run:
     seed: int = 0
 
     @property
-    def rival(self) -> Rival | None:
+    def rival(self) -> Baseline | None:
         """What is trained, with this seed."""
         if not (grid := CONTENDERS[self.method].grid):
             return None
         objective, config = grid[self.trial]
         drawn = replace(objective, seed=self.seed) if isinstance(objective, RMU) else objective
-        return Rival(drawn, replace(config, seed=self.seed))
+        return Baseline(drawn, replace(config, seed=self.seed))
 
 
-class Watch:
+class TimedProbe:
     """The validation probe of one run: what it found, and the time that it took."""
 
     def __init__(self, bench: Bench):
@@ -109,19 +109,19 @@ class Bench:
 
     def trained(self, run: Run) -> dict[str, Any]:
         """One run, trained: its validation score and what it cost; no score where it diverged."""
-        rival, watch, data = run.rival, Watch(self), self.rivals
+        rival, watch, data = run.rival, TimedProbe(self), self.rivals
         assert rival, "only a method with a grid is trained"
         start = time.process_time()
         with TemporaryDirectory() as out:
             try:
                 model, fit = load(self.study.settings.model), self._fit(rival, watch, Path(out))
-                model = train_rival(rival.objective, model, data, fit, probe=watch, out=out).model
+                model = train_baseline(rival.objective, model, data, fit, probe=watch, out=out).model
             except Diverged as error:
                 return asdict(run) | {"score": None, "diverged": str(error)}
         seconds = time.process_time() - start - watch.seconds
         return asdict(run) | {"score": watch.score, "probes": watch.found} | saved(model, self.adapter(run), seconds)
 
-    def _fit(self, rival: Rival, watch: Watch, out: Path) -> Fit:
+    def _fit(self, rival: Baseline, watch: TimedProbe, out: Path) -> Fit:
         """Trains an objective; what only prepares another is taken as it ends."""
 
         def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
@@ -144,7 +144,7 @@ class Bench:
         prefills = [text for t in tasks for text in t.prefills or [""] * len(t.prompts)]
         asked = [p.text for p in prompts]
         answers = model.generate(asked, max_new_tokens=TOKENS, prefills=prefills, batch_size=256)
-        letters = iter(spelled(self.study.judge(prompts, answers)))
+        letters = iter(encode_outcomes(self.study.judge(prompts, answers)))
         return {t.name: "".join(next(letters) for _ in t.prompts) for t in tasks}
 
 

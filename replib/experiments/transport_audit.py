@@ -27,7 +27,7 @@ from replib.core.storage import Rows, finished, key_of, write_text
 from replib.defences.organism_grid import CONTENDERS
 from replib.experiments.comparison import SEEDS, choice
 from replib.experiments.runner import Bench, Run
-from replib.experiments.transport_questions import DESIGN, QUESTIONS, Case, answered
+from replib.experiments.transport_questions import DESIGN, QUESTIONS, Examination, answered
 from replib.models.adapters import attached, merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
@@ -143,10 +143,10 @@ def run(subjects: Subjects) -> None:
     print(f"{len(tasks)} questions, about {minutes(subjects, tasks):.0f} core minutes", flush=True)
     if absent:
         print(f"not trained yet, run organism.comparison first: {', '.join(absent)}", flush=True)
-    undefended, case = Case(subjects.bench.study.model, subjects.bench.study), None
+    undefended, case = Examination(subjects.bench.study.model, subjects.bench.study), None
     for i, (subject, question) in enumerate(tasks):
         if case is None or subject != tasks[i - 1][0]:
-            case = Case(subjects.load(subject), subjects.bench.study, undefended)
+            case = Examination(subjects.load(subject), subjects.bench.study, undefended)
         row = subject._asdict() | {"question": question, "answer": answered(case, question)}
         rows.put(key(subjects, subject, question), row)
         left = minutes(subjects, tasks[i + 1 :])

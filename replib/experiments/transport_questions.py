@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from replib.ablation.edited_generation import Asked, strongest
-from replib.ablation.localisation import features, lens_profile
+from replib.ablation.edited_generation import EditedAnswers, strongest_block
+from replib.ablation.localisation import block_features, lens_profile
 from replib.ablation.refusal_score import RefusalTokens
 from replib.ablation.robustness import STRENGTHS, TOKENS, answer_states, least_strengths, scaled, token_edits
 from replib.activations.capture import capture
 from replib.analysis.geometry import PARTS, layer_profile, relative_gaps
 from replib.core.errors import ReplibError
-from replib.core.stats import letters
+from replib.core.stats import outcome_matrix
 from replib.data.prompts import Dialogue, Prompt
 from replib.edits.apply import Edited
 from replib.edits.controls import variants
@@ -43,23 +43,23 @@ Rows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Case:
+class Examination:
     """One model under examination, beside the undefended one."""
 
     model: ChatModel
     study: Study
-    undefended: Case | None = None
+    undefended: Examination | None = None
 
     # ------------------------------------------------------------------------------------- what is asked
     @cached_property
-    def val(self) -> Asked:
+    def val(self) -> EditedAnswers:
         """Harmful prompts that choose."""
-        return Asked(self.model, self.study.harmful.val[:CHOOSING], self.study.judge)
+        return EditedAnswers(self.model, self.study.harmful.val[:CHOOSING], self.study.judge)
 
     @cached_property
-    def test(self) -> Asked:
+    def test(self) -> EditedAnswers:
         """Harmful prompts that report."""
-        return Asked(self.model, self.study.harmful.test[:ASKED], self.study.judge)
+        return EditedAnswers(self.model, self.study.harmful.test[:ASKED], self.study.judge)
 
     # ------------------------------------------------------------------------------------- what fits the edits
     @property
@@ -94,18 +94,18 @@ class Case:
     @cached_property
     def tried(self) -> dict[int, list[str]]:
         """Outcomes of PCA-OT on the prompts that choose, by K and block."""
-        return {k: self.val.letters(self.by_block(k=k)) for k in KS}
+        return {k: self.val.outcomes(self.by_block(k=k)) for k in KS}
 
     @cached_property
     def k(self) -> int:
         """Components with which the attack is strongest."""
-        best = {k: texts[strongest(texts)] for k, texts in self.tried.items()}
-        return KS[strongest(list(best.values()), middle=0.0)]
+        best = {k: texts[strongest_block(texts)] for k, texts in self.tried.items()}
+        return KS[strongest_block(list(best.values()), middle=0.0)]
 
     @property
     def block(self) -> int:
         """Where it is strongest, with so many."""
-        return strongest(self.tried[self.k])
+        return strongest_block(self.tried[self.k])
 
     @cached_property
     def edits(self) -> list[Edited]:
@@ -113,7 +113,7 @@ class Case:
         return self.by_block(k=self.k)
 
 
-def gaps(case: Case) -> dict[str, Any]:
+def gaps(case: Examination) -> dict[str, Any]:
     """Transport gaps by block, at the last prompt token and over the same opening of an answer, forced on all."""
     classes = [x.test[:PROFILED] for x in (case.study.harmful, case.study.harmless)]
     prompt = [case.read(x, PROFILED) for x in classes]
@@ -129,7 +129,7 @@ def _profile(x: Tensor, y: Tensor) -> dict[str, Any]:
     return found | {"auroc": _short(profile["auroc"])}
 
 
-def blocks(case: Case) -> dict[str, Any]:
+def blocks(case: Examination) -> dict[str, Any]:
     """Success by block of the re-fitted edit and of the undefended model's, and what is known of each block."""
     assert case.undefended
     table = relative_gaps(layer_profile(*(x[:, :FIT] for x in case.states), permutations=1))
@@ -138,28 +138,28 @@ def blocks(case: Case) -> dict[str, Any]:
         "k": case.k,
         "block": case.block,
         "val": {str(k): [text.count("c") for text in texts] for k, texts in case.tried.items()},
-        "plain": case.test.letters([{}])[0],
-        "refitted": case.test.letters(case.edits),
-        "transferred": case.test.letters(case.undefended.edits),
+        "plain": case.test.outcomes([{}])[0],
+        "refitted": case.test.outcomes(case.edits),
+        "transferred": case.test.outcomes(case.undefended.edits),
         "features": {name: _short([row[name] for row in known]) for name in known[0]},
     }
 
 
-def _features(case: Case, block: int, table: Any) -> dict[str, float]:
+def _features(case: Examination, block: int, table: Any) -> dict[str, float]:
     own = [float(table.value[(table.layer == block) & (table.part == part)].iloc[0]) for part in PARTS]
     x, y = (states[block][:FIT] for states in case.states)
-    return features(x, y, own, depth=block / (case.model.n_layers - 1), k=KS[0])._asdict()
+    return block_features(x, y, own, depth=block / (case.model.n_layers - 1), k=KS[0])._asdict()
 
 
-def strengths(case: Case) -> dict[str, Any]:
+def strengths(case: Examination) -> dict[str, Any]:
     """The least strength that flips each prompt, where half of an edit does most; null where no strength does."""
     halves = [scaled(edit, (0.5,))[0] for edit in case.edits]
-    block = strongest(case.val.letters(halves))
-    least = least_strengths(letters(case.test.letters(scaled(case.edits[block]))))
+    block = strongest_block(case.val.outcomes(halves))
+    least = least_strengths(outcome_matrix(case.test.outcomes(scaled(case.edits[block]))))
     return {"block": block, "least": [None if np.isinf(s) else round(float(s), 3) for s in least]}
 
 
-def samples(case: Case) -> dict[str, Any]:
+def samples(case: Examination) -> dict[str, Any]:
     """Success by number of fit prompts a class, each number drawn several times."""
     draw = torch.Generator().manual_seed(0)
     drawn = [[torch.randperm(MOST, generator=draw)[:n] for _ in range(2)] for n in SIZES for _ in range(DRAWS)]
@@ -168,19 +168,19 @@ def samples(case: Case) -> dict[str, Any]:
         case.at_prompt("pca_ot", case.block, k=min(case.k, len(a) // 2), rows=(states[0][a], states[1][b]))
         for a, b in drawn
     ]
-    found = case.test.letters(edits)
+    found = case.test.outcomes(edits)
     return {str(n): found[i * DRAWS : (i + 1) * DRAWS] for i, n in enumerate(SIZES)}
 
 
-def shares(case: Case) -> dict[str, Any]:
+def shares(case: Examination) -> dict[str, Any]:
     """Success of the edit and of each of its nulls."""
     fits = [(name, fit) for name, some in variants(pca_ot, DRAWS).items() for fit in some]
-    found = case.test.letters([case.at_prompt(Method(fit, name), case.block, k=case.k) for name, fit in fits])
+    found = case.test.outcomes([case.at_prompt(Method(fit, name), case.block, k=case.k) for name, fit in fits])
     names = [name for name, _ in fits]
     return {name: [text for n, text in zip(names, found, strict=True) if n == name] for name in dict.fromkeys(names)}
 
 
-def tokens(case: Case) -> dict[str, Any]:
+def tokens(case: Examination) -> dict[str, Any]:
     """Edits fitted at the prompt's end, at answer tokens and at both: by block on val, at the best block on test.
 
     Every second block is tried: fourteen kinds of edits, of long answers, cost most of all.
@@ -188,10 +188,10 @@ def tokens(case: Case) -> dict[str, Any]:
     tried = range(1, case.model.n_layers, 2)
     harmful, harmless = (answer_states(case.model, case.complying(label)) for label in (0, 1))
     edits = {name: [some[i] for i in tried] for name, some in token_edits(harmful, harmless, k=case.k).items()}
-    found = iter(case.val.letters([edit for some in edits.values() for edit in some]))
+    found = iter(case.val.outcomes([edit for some in edits.values() for edit in some]))
     val = {name: list(islice(found, len(tried))) for name in edits}
-    best = {name: strongest(texts) for name, texts in val.items()}
-    test = dict(zip(edits, case.test.letters([edits[name][i] for name, i in best.items()]), strict=True))
+    best = {name: strongest_block(texts) for name, texts in val.items()}
+    test = dict(zip(edits, case.test.outcomes([edits[name][i] for name, i in best.items()]), strict=True))
     kinds = {
         name: {"val": [text.count("c") for text in val[name]], "block": tried[i], "test": test[name]}
         for name, i in best.items()
@@ -199,14 +199,14 @@ def tokens(case: Case) -> dict[str, Any]:
     return {"blocks": list(tried), "kinds": kinds}
 
 
-def places(case: Case) -> dict[str, Any]:
+def places(case: Examination) -> dict[str, Any]:
     """What else might say where refusal is decided: one direction by block, and the logit lens."""
     everywhere = [{"all": edit["last_prompt"]} for edit in case.by_block("rfa")]
     shifts = case.by_block("actadd")
-    return {"rfa": case.test.letters(everywhere), "actadd": case.test.letters(shifts), "lens": _lens(case)}
+    return {"rfa": case.test.outcomes(everywhere), "actadd": case.test.outcomes(shifts), "lens": _lens(case)}
 
 
-def _lens(case: Case) -> list[float] | None:
+def _lens(case: Examination) -> list[float] | None:
     """None where the first token does not tell refusals from answers, or nothing is refused: no lens can read them."""
     harmful, harmless = ([p.text for p in prompts] for prompts in case.fit)
     try:
@@ -216,14 +216,14 @@ def _lens(case: Case) -> list[float] | None:
     return _short(lens_profile(case.model, case.states[0][:, :FIT], case.states[1][:, :FIT], first))
 
 
-QUESTIONS: dict[str, tuple[Callable[[Case], dict[str, Any]], float]] = {
+QUESTIONS: dict[str, tuple[Callable[[Examination], dict[str, Any]], float]] = {
     "gaps": (gaps, 4), "blocks": (blocks, 15), "strengths": (strengths, 8), "samples": (samples, 8),
     "shares": (shares, 8), "tokens": (tokens, 35), "places": (places, 15),
 }  # fmt: skip
 """Each with the CPU seconds of a busy core that it takes."""
 
 
-def answered(case: Case, question: str) -> dict[str, Any]:
+def answered(case: Examination, question: str) -> dict[str, Any]:
     """The answer to one question; a small K that misses the mean gap is part of it and no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -15,12 +15,20 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from replib.ablation.localisation import Features, errors, leave_one_out, onset, scores, steepest, within_models
+from replib.ablation.localisation import (
+    Features,
+    leave_one_out,
+    localisation_error_table,
+    onset,
+    scores,
+    steepest,
+    within_models,
+)
 from replib.ablation.robustness import PROMPT, holding
 from replib.core.errors import ReplibError
-from replib.core.stats import Measured, crossed, crossed_rate, letters
+from replib.core.stats import Measured, outcome_matrix, two_way_interval, two_way_rate_interval
 from replib.edits.controls import attributed
-from replib.organism.recorded import Packed, read_packed
+from replib.organism.recorded import RecordedResult, read_recorded
 
 UNDEFENDED, UNTUNED = "aligned", "base"
 BLOCKS = {"target": "success", "model": "title"}
@@ -28,7 +36,7 @@ Matrix = np.ndarray  # [seeds, prompts], rates
 
 
 @dataclass(frozen=True)
-class Holds(Packed):
+class TransportAudit(RecordedResult):
     """Answers of all subjects."""
 
     program: ClassVar[str] = "defended"
@@ -38,9 +46,9 @@ class Holds(Packed):
     """Model, versions, the design, and which training of each defence was audited."""
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Holds:
-        """Read what ``python -m replib.experiments.transport_audit --pack`` wrote; raises ReplibError as ``read_packed``."""
-        found = read_packed(cls.program, path)
+    def load(cls, path: Path | None = None) -> TransportAudit:
+        """Read what ``python -m replib.experiments.transport_audit --pack`` wrote; raises ReplibError as ``read_recorded``."""
+        found = read_recorded(cls.program, path)
         return cls(found.pop("subjects"), found)
 
     def names(self, question: str) -> list[str]:
@@ -73,7 +81,7 @@ class Holds(Packed):
 
     def by_block(self, name: str, edit: str = "refitted") -> Measured:
         """Success by block of the edit ``refitted`` on the model, or ``transferred`` from the undefended one."""
-        found = np.array([letters(answer[edit]) for answer in self.answers(name, "blocks")], float)
+        found = np.array([outcome_matrix(answer[edit]) for answer in self.answers(name, "blocks")], float)
         return _measured([found[:, block] for block in range(found.shape[1])])
 
     def holding(self, name: str) -> Measured:
@@ -90,7 +98,7 @@ class Holds(Packed):
     def samples(self, name: str) -> Measured:
         """Success by number of fit prompts a class, mean over draws."""
         sizes, found = self.about["design"]["sizes"], self.answers(name, "samples")
-        rates = [np.array([letters(answer[str(n)]).mean(0) for answer in found]) for n in sizes]
+        rates = [np.array([outcome_matrix(answer[str(n)]).mean(0) for answer in found]) for n in sizes]
         measured = _measured(rates)
         return Measured(measured.value, measured.low, measured.high, measured.n, at=sizes)
 
@@ -98,7 +106,9 @@ class Holds(Packed):
     def shares(self, name: str) -> pd.DataFrame:
         """Success of the full edit and of its nulls, draws averaged prompt by prompt: ``attribution.attributed``."""
         found = self.answers(name, "shares")
-        return attributed({part: np.array([letters(answer[part]).mean(0) for answer in found]) for part in found[0]})
+        return attributed(
+            {part: np.array([outcome_matrix(answer[part]).mean(0) for answer in found]) for part in found[0]}
+        )
 
     def tokens(self, name: str) -> pd.DataFrame:
         """Success by where the edit is fitted, and how much more it is than the prompt's end alone gives.
@@ -111,7 +121,17 @@ class Holds(Packed):
             value = _tested(found, kind)
             chosen = np.mean([max(answer[kind]["val"]) for answer in found]) / self.about["design"]["val"]
             more = value - once
-            rows.append((kind, chosen, value.mean(), *crossed_rate(value), value.size, more.mean(), *crossed(more)))
+            rows.append(
+                (
+                    kind,
+                    chosen,
+                    value.mean(),
+                    *two_way_rate_interval(value),
+                    value.size,
+                    more.mean(),
+                    *two_way_interval(more),
+                )
+            )
         return pd.DataFrame(
             rows, columns=["kind", "chosen", "value", "low", "high", "n", "more", "more_low", "more_high"]
         )
@@ -121,7 +141,7 @@ class Holds(Packed):
         parts = [
             pd.DataFrame(s["blocks"]["features"]).assign(
                 title=s["title"], seed=s["seed"], block=range(len(s["blocks"]["refitted"])),
-                success=letters(s["blocks"]["refitted"]).mean(1),
+                success=outcome_matrix(s["blocks"]["refitted"]).mean(1),
             )
             for s in self.subjects
             if "blocks" in s
@@ -140,13 +160,16 @@ class Holds(Packed):
     def places(self) -> pd.DataFrame:
         """Where each method says that refusal is decided, beside where it was planted: see ``localise.errors``."""
         planted = {s["name"]: s["planted"] for s in self.subjects if "planted" in s and "places" in s}
-        return errors({name: self._places(name) for name in planted}, planted)
+        return localisation_error_table({name: self._places(name) for name in planted}, planted)
 
     def _places(self, name: str) -> dict[str, int | None]:
         (gaps,), (places,) = self.answers(name, "gaps"), self.answers(name, "places")
         gap, auroc = np.array(gaps["prompt"]["mean"]["value"]), np.array(gaps["prompt"]["auroc"])
-        curves = {"PCA-OT": self.by_block(name).value, "RFA": letters(places["rfa"]).mean(1)}
-        curves |= {"ActAdd": letters(places["actadd"]).mean(1), "logit lens": places["lens"] or np.zeros_like(gap)}
+        curves = {"PCA-OT": self.by_block(name).value, "RFA": outcome_matrix(places["rfa"]).mean(1)}
+        curves |= {
+            "ActAdd": outcome_matrix(places["actadd"]).mean(1),
+            "logit lens": places["lens"] or np.zeros_like(gap),
+        }
         untuned = np.array(self.gap(UNTUNED, "prompt").value)
         return {method: onset(np.array(curve), least=0.5) for method, curve in curves.items()} | {
             "gap, half": onset(gap),
@@ -169,10 +192,11 @@ class Holds(Packed):
     def _told(self, name: str) -> dict[str, Any]:
         found, least = self.answers(name, "blocks"), self.least(name)
         at_block = {
-            edit: letters([answer[edit][answer["block"]] for answer in found]) for edit in ("transferred", "refitted")
+            edit: outcome_matrix([answer[edit][answer["block"]] for answer in found])
+            for edit in ("transferred", "refitted")
         }
         row = {"seeds": len(found), "block": ", ".join(str(b) for b in sorted({a["block"] for a in found}))}
-        row |= {"no edit": _cell(letters([answer["plain"] for answer in found]))}
+        row |= {"no edit": _cell(outcome_matrix([answer["plain"] for answer in found]))}
         row |= {edit: _cell(values) for edit, values in at_block.items()}
         if name in self.names("tokens"):
             table = self.tokens(name)
@@ -182,17 +206,17 @@ class Holds(Packed):
 
 
 def _tested(found: Sequence[Mapping[str, Any]], kind: str) -> Matrix:
-    return letters([answer[kind]["test"] for answer in found]).astype(float)
+    return outcome_matrix([answer[kind]["test"] for answer in found]).astype(float)
 
 
 def _measured(matrices: Sequence[Matrix]) -> Measured:
     """A rate a matrix, with its interval."""
-    low, high = zip(*map(crossed_rate, matrices), strict=True)
+    low, high = zip(*map(two_way_rate_interval, matrices), strict=True)
     return Measured([m.mean() for m in matrices], low=low, high=high, n=[m.size for m in matrices])
 
 
 def _cell(values: Matrix) -> str:
-    return _percent(values.mean(), *crossed_rate(values.astype(float)))
+    return _percent(values.mean(), *two_way_rate_interval(values.astype(float)))
 
 
 def _percent(value: float, low: float, high: float) -> str:

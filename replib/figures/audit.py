@@ -10,12 +10,24 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from replib.ablation.adaptive_attack import ASSAULTS
+from replib.ablation.adaptive_attack import EDIT_ATTACKS
 from replib.ablation.localisation import AT_DEPTH
 from replib.core.stats import Measured, numbers, spearman
-from replib.experiments.comparison_results import MEASURES, Hardness, Standings
+from replib.experiments.comparison_results import MEASURES, DefenceComparison, HardeningResults
 from replib.figures.layers import layer_lines
-from replib.figures.style import AMBER, BLUE, DASHES, GREY, GRID, INK, SYMBOLS, VERMILLION, colour_bar, dress, safe
+from replib.figures.style import (
+    AMBER,
+    BLUE,
+    DASHES,
+    GREY,
+    GRID,
+    INK,
+    SYMBOLS,
+    VERMILLION,
+    apply_style,
+    colour_bar,
+    safe,
+)
 from replib.figures.traces import audit_points, band, cases, curve_lines, need, whiskers
 from replib.figures.training import pareto_front
 
@@ -53,12 +65,12 @@ def success_by_block(panels: Panels, *, title: str = "") -> go.Figure:
     )
 
 
-def holding_curves(curves: Mapping[str, Measured], *, title: str = "") -> go.Figure:
+def robustness_curves(curves: Mapping[str, Measured], *, title: str = "") -> go.Figure:
     """Draw the share of prompts that still hold at each strength of the edit. curves: model -> [strengths]."""
     figure = _lines(curves, "strength of the edit", "prompts that hold", shape="hv")
     figure.add_vline(1.0, line={"color": INK, "dash": "dot", "width": 1})
     note = "; ".join(["beyond 1 the edit overshoots", cases(curves.values()), "95 % intervals on hovering"])
-    return dress(figure, title or "How strong an edit must be to flip a prompt", note, height=460)
+    return apply_style(figure, title or "How strong an edit must be to flip a prompt", note, height=460)
 
 
 def sample_curves(curves: Mapping[str, Measured], *, title: str = "") -> go.Figure:
@@ -67,7 +79,7 @@ def sample_curves(curves: Mapping[str, Measured], *, title: str = "") -> go.Figu
     sizes = numbers(next(iter(curves.values())).at)
     figure.update_xaxes(type="log", tickvals=sizes, ticktext=[f"{n:.0f}" for n in sizes])
     note = "; ".join([cases(curves.values()), "95 % intervals on hovering"])
-    return dress(figure, title or "How many prompts the attack needs", note, height=460)
+    return apply_style(figure, title or "How many prompts the attack needs", note, height=460)
 
 
 def shares(panels: Mapping[str, pd.DataFrame], *, title: str = "") -> go.Figure:
@@ -87,7 +99,7 @@ def shares(panels: Mapping[str, pd.DataFrame], *, title: str = "") -> go.Figure:
     return _dressed(figure, panels, title or "What of the edit does it: mean, covariance, subspace, classes", note)
 
 
-def foretold(table: pd.DataFrame, *, title: str = "") -> go.Figure:
+def predicted_vs_measured(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     """Draw measured against predicted success, a point a block, beside what the other models do at that depth.
 
     table: columns title, block, seed, success, predicted and ``predictor.AT_DEPTH``.
@@ -106,11 +118,11 @@ def foretold(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     truth = table.success.to_numpy(float)
     ranks = ", ".join(f"{spearman(table[g].to_numpy(float), truth):.2f}" for g in ("predicted", AT_DEPTH))
     note = f"each model predicted from the others; Spearman over all {len(table)} blocks {ranks}"
-    return dress(figure, title or "Can vulnerable blocks be told without asking the model?", note, height=470)
+    return apply_style(figure, title or "Can vulnerable blocks be told without asking the model?", note, height=470)
 
 
 def token_depths(rows: Mapping[str, pd.DataFrame], *, title: str = "") -> go.Figure:
-    """Draw success by where the edit is fitted and acts, a row a model. rows: model -> ``Holds.tokens``."""
+    """Draw success by where the edit is fitted and acts, a row a model. rows: model -> ``TransportAudit.tokens``."""
     need(rows, "token_depths", "models")
     kinds = list(next(iter(rows.values())).kind)
     measured = [Measured(t.value, t.low, t.high, t.n) for t in rows.values()]
@@ -127,10 +139,10 @@ def token_depths(rows: Mapping[str, pd.DataFrame], *, title: str = "") -> go.Fig
     figure.update_layout(coloraxis={"cmin": 0, "cmax": 1, "colorscale": "Oranges", "colorbar": bar})
     figure.update_xaxes(tickangle=-40, ticks="").update_yaxes(autorange="reversed", showgrid=False, ticks="")
     note = f"per cent; fitted at the prompt's end, on the answer, or both; {cases(measured)}"
-    return dress(figure, title or "How many tokens deep refusal is", note, height=240 + 30 * len(rows))
+    return apply_style(figure, title or "How many tokens deep refusal is", note, height=240 + 30 * len(rows))
 
 
-def place_errors(table: pd.DataFrame, *, title: str = "") -> go.Figure:
+def localisation_errors(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     """Draw how many blocks each method is off where refusal was planted. table: ``localise.errors``."""
     need(table, "place_errors", "models")
     figure, methods = go.Figure(), list(table.method.unique())
@@ -145,7 +157,7 @@ def place_errors(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     figure.update_yaxes(categoryorder="array", categoryarray=methods[::-1])
     lost = table.found.isna().groupby(table.method).sum()
     note = "; ".join(f"{name} says nothing of {n}" for name, n in lost.items() if n) or "one model each"
-    return dress(figure, title or "Who finds the place of refusal", note, height=180 + 34 * len(methods))
+    return apply_style(figure, title or "Who finds the place of refusal", note, height=180 + 34 * len(methods))
 
 
 def _grid(panels: Mapping[str, object], figure: str) -> go.Figure:
@@ -164,7 +176,7 @@ def _add(figure: go.Figure, traces: Sequence[go.Scatter], place: int) -> None:
 
 
 def _dressed(figure: go.Figure, panels: Mapping[str, object], title: str, note: str) -> go.Figure:
-    return dress(figure, title, note, height=150 + 205 * -(-len(panels) // COLUMNS))
+    return apply_style(figure, title, note, height=150 + 205 * -(-len(panels) // COLUMNS))
 
 
 def _coloured(curves: Mapping[str, Measured]) -> list[tuple[str, Measured, str, str]]:
@@ -233,7 +245,9 @@ def audit_dots(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     order = [safe(attack) for attack in reversed(attacks)]
     figure.update_yaxes(categoryorder="array", categoryarray=order, range=[-0.6, len(attacks) - 0.4], dtick=1)
     note = f"with Wilson 95 % intervals; {cases([Measured(table['compliance'], n=table['n'])])}"
-    return dress(figure, title or "Share of prompts complied with, by attack", note, height=190 + 25 * len(attacks))
+    return apply_style(
+        figure, title or "Share of prompts complied with, by attack", note, height=190 + 25 * len(attacks)
+    )
 
 
 def audit_success(table: pd.DataFrame) -> go.Figure:
@@ -241,7 +255,7 @@ def audit_success(table: pd.DataFrame) -> go.Figure:
     return audit_dots(table)
 
 
-def pareto_defences(found: Standings, against: str = "benign") -> go.Figure:
+def pareto_defences(found: DefenceComparison, against: str = "benign") -> go.Figure:
     """The defences: mean attack success against what is left of a rate that ought to stay high."""
     both = (found.measured(rate) for rate in ("attack", against))
     title = f"Defences on the test split: attack success against {MEASURES[against]}"
@@ -249,7 +263,7 @@ def pareto_defences(found: Standings, against: str = "benign") -> go.Figure:
     return figure.update_xaxes(title_text=MEASURES[against])
 
 
-def hardening_frontier(found: Hardness) -> go.Figure:
+def hardening_frontier(found: HardeningResults) -> go.Figure:
     """Hardened and other models: the most successful attack of the goal against what is left of benign answers."""
     both = found.measured_worst(), found.measured("benign")
     title = "The most successful of all re-fitted edits and prefill, against harmless and borderline answers"
@@ -257,7 +271,7 @@ def hardening_frontier(found: Hardness) -> go.Figure:
     return figure.update_xaxes(title_text=MEASURES["benign"])
 
 
-def hardening_blocks(found: Hardness, assault: str = "ot_all") -> go.Figure:
+def hardening_blocks(found: HardeningResults, assault: str = "ot_all") -> go.Figure:
     """Success of one way to edit refusal away by block, each block at its best K, a curve a defence."""
-    title = f"{ASSAULTS[assault].title}: success by block, best of K = {found.ks(assault)}"
+    title = f"{EDIT_ATTACKS[assault].title}: success by block, best of K = {found.ks(assault)}"
     return layer_lines(found.by_block(assault), "attack success", title=title)

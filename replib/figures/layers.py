@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from replib.activations.store import Activations
 from replib.analysis.geometry import LayerProfile, pca
 from replib.core.stats import Measured, Numbers
-from replib.figures.style import AMBER, DASHES, INK, dress, safe, styled
+from replib.figures.style import AMBER, DASHES, INK, apply_style, safe, styled
 from replib.figures.traces import as_measured, band, cases, clouds, component, counts, curve_lines, need
 
 Place = int | float
@@ -43,7 +43,7 @@ def cluster_scatter(
     figure = go.Figure([*clouds(points, labels, texts)])
     shares = np.asarray(explained, dtype=float)
     figure.update_xaxes(title_text=component(1, shares)).update_yaxes(title_text=component(2, shares))
-    return dress(figure, title or "Prompts on the two widest directions of one layer", counts(labels), height=460)
+    return apply_style(figure, title or "Prompts on the two widest directions of one layer", counts(labels), height=460)
 
 
 def cluster_scatter_pair(
@@ -71,7 +71,7 @@ def cluster_scatter_pair(
         figure.update_xaxes(title_text=component(1, share), col=column)
         figure.update_yaxes(title_text=component(2, share), col=column)
     note = f"{counts(labels)}; {'one basis and scale' if joint else 'own basis and scale in each panel'}"
-    return dress(figure, title or "The same prompts in the base and in the bent model", note, height=430)
+    return apply_style(figure, title or "The same prompts in the base and in the bent model", note, height=430)
 
 
 def cluster_scatter_grid(
@@ -90,7 +90,7 @@ def cluster_scatter_grid(
     figure.update_xaxes(showticklabels=False, ticks="", mirror=True)
     figure.update_yaxes(showticklabels=False, ticks="", showgrid=False, showline=True, mirror=True)
     note = f"PC1 across, PC2 up, own scale in each panel; {counts(labels)}"
-    dress(figure, title or "Where in depth the prompts come apart", note, height=110 + 150 * rows)
+    apply_style(figure, title or "Where in depth the prompts come apart", note, height=110 + 150 * rows)
     return figure.update_layout(margin_b=44)
 
 
@@ -134,7 +134,7 @@ def layer_lines(
     figure.update_yaxes(title_text=safe(unit), rangemode="tozero")
     hidden = "" if banded else "95 % intervals on hovering"
     note = "; ".join(filter(None, [cases(measured), hidden, FRAMED if window else ""]))
-    return dress(figure, title, note, height=420)
+    return apply_style(figure, title, note, height=420)
 
 
 LABELS = ("harmful", "harmless")

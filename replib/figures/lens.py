@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from replib.analysis.logit_lens import LensComparison, LensTrajectory
 from replib.core.stats import Numbers, numbers
-from replib.figures.style import cell, colour_bar, dress
+from replib.figures.style import apply_style, cell, colour_bar
 from replib.figures.traces import lens_cells, need
 
 # Light throughout, so that dark writing can be read in every cell; a sure block is saturated.
@@ -77,7 +77,7 @@ def _lens(
     figure.update_yaxes(tickvals=np.arange(depth), ticktext=names, tickfont_size=12, ticks="", showgrid=False)
     figure.update_xaxes(title_text="token read", title_standoff=8, row=rows).update_yaxes(title_text="block", col=1)
     figure.update_layout(coloraxis={"cmin": 0, "colorscale": CONFIDENCE, "colorbar": colour_bar("entropy (nats)")})
-    return dress(figure, title, height=150 + rows * (50 + 25 * depth))
+    return apply_style(figure, title, height=150 + rows * (50 + 25 * depth))
 
 
 def lens_grid(found: LensTrajectory, title: str = "") -> go.Figure:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from replib.core.stats import Measured, numbers, wilson
-from replib.experiments.response_surface import COEFFICIENTS, Array, Response
-from replib.figures.style import BLUE, GREY, INK, VERMILLION, colour_bar, dress
+from replib.experiments.response_surface import COEFFICIENTS, Array, ResponseSurface
+from replib.figures.style import BLUE, GREY, INK, VERMILLION, apply_style, colour_bar
 from replib.figures.traces import BENIGN
 
 GREEK = dict(zip(COEFFICIENTS, "αβγ", strict=True))
@@ -32,7 +32,7 @@ Change = dict[str, Any]
 class ResponseView:
     """A response on a grid of places: every trained value of a coefficient, and one between each two."""
 
-    response: Response
+    response: ResponseSurface
     about: str = ""
     """What else to say below the title: seed, steps, and which step was read."""
 
@@ -131,7 +131,7 @@ class ResponseView:
         for number, (trace, row, column) in enumerate(traces):
             figure.add_trace(trace.update(values[str(number)]), row=row, col=column)
         self._dress_axes(figure)
-        return dress(figure, "What alpha, beta and gamma do, between trained settings", self._note(), height=640)
+        return apply_style(figure, "What alpha, beta and gamma do, between trained settings", self._note(), height=640)
 
     def _rows(self) -> Iterator[go.Scatter]:
         """Markers with their bars, a row a rate: interpolated ones above, trained ones below."""

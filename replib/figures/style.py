@@ -51,7 +51,7 @@ TEMPLATE = go.layout.Template(
 LINE_WIDTH = 82  # characters of a 16 pt title that fit into 700 px
 
 
-def dress(figure: go.Figure, title: str, note: str = "", *, height: int) -> go.Figure:
+def apply_style(figure: go.Figure, title: str, note: str = "", *, height: int) -> go.Figure:
     """Give a figure the template, a title and note broken to fit 700 px, and room for a legend below."""
     lines, notes = textwrap.wrap(title, LINE_WIDTH), textwrap.wrap(note, LINE_WIDTH + 18)
     text = "<br>".join(safe(line) for line in lines)

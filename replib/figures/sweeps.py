@@ -19,7 +19,7 @@ from replib.core.errors import ReplibError
 from replib.core.stats import Measured, Numbers, numbers
 from replib.edits.methods import METHODS
 from replib.figures.layers import FRAME, FRAMED, layer_lines
-from replib.figures.style import SYMBOLS, colour_bar, dress, safe, styled
+from replib.figures.style import SYMBOLS, apply_style, colour_bar, safe, styled
 from replib.figures.traces import as_measured, cases, need, rate_cells, whiskers
 
 BETWEEN = 64  # pixels between the panels of a column: a title, ticks and their unit
@@ -67,7 +67,7 @@ def sweep_heatmap(
     blank = any(np.isnan(numbers(as_measured(panel).value)).any() for panel in panels.values())
     told = (written, "numbers in per cent"), (windows, FRAMED), (blank, "grey: not measured")
     note = "; ".join(filter(None, [cases(map(as_measured, panels.values())), *(text for said, text in told if said)]))
-    return dress(figure, title, note, height=inner + 160)
+    return apply_style(figure, title, note, height=inner + 160)
 
 
 def tradeoff_scatter(
@@ -92,7 +92,7 @@ def tradeoff_scatter(
     figure.update_xaxes(title_text=safe(unit), rangemode="tozero")
     figure.update_yaxes(title_text="attack success", title_standoff=12, tickformat=".0%", range=[-0.06, 1.1])
     note = cases([success]) + ("; bars: 95 % intervals" if success.low is not None else "")
-    return dress(figure, title or "Attack success against its price", note.lstrip("; "), height=440)
+    return apply_style(figure, title or "Attack success against its price", note.lstrip("; "), height=440)
 
 
 ANSWERED = "KL on own answers, all tokens (nats)"

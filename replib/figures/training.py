@@ -14,8 +14,8 @@ from plotly.subplots import make_subplots
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, Numbers, numbers
 from replib.defences.tuning import Tuning, pareto
-from replib.experiments.response_surface import COEFFICIENTS, Response, Surface
-from replib.figures.style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, dress, faint, safe, styled
+from replib.experiments.response_surface import COEFFICIENTS, CoefficientSweep, ResponseSurface
+from replib.figures.style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, apply_style, faint, safe, styled
 from replib.figures.traces import as_measured, cases, curve_lines, need, present, whiskers
 from replib.training.result import TrainResult
 
@@ -56,7 +56,7 @@ def sensitivity(panels: Mapping[str, Sweep], *, title: str, note: str = "") -> g
     some = any(len(sweep.others) for sweep in panels.values())
     linked = any(sweep.linked for sweep in panels.values())
     parts = [cases(curves), f"{'bands' if linked else 'bars'}: Wilson 95 %", thin if some else "", note]
-    return dress(figure, title, "; ".join(filter(None, parts)), height=430)
+    return apply_style(figure, title, "; ".join(filter(None, parts)), height=430)
 
 
 def _sweep(sweep: Sweep, *, legend: bool) -> list[go.Scatter]:
@@ -118,7 +118,7 @@ def pareto_front(
             ],
         )
     )
-    return dress(figure, title or "Attack success against what is left of benign answers", note, height=480)
+    return apply_style(figure, title or "Attack success against what is left of benign answers", note, height=480)
 
 
 def _list_names(figure: go.Figure, table: pd.DataFrame, names: Sequence[str]) -> None:
@@ -180,7 +180,7 @@ def importance(shares: Mapping[str, pd.DataFrame], *, estimator: str, title: str
     figure.update_xaxes(range=[0, 1.02], tickvals=[0, 0.5, 1], tickformat=".0%", title_text="of the variance")
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_layout(barmode="stack")
-    return dress(figure, title or "Which hyper-parameter matters", estimator, height=330)
+    return apply_style(figure, title or "Which hyper-parameter matters", estimator, height=330)
 
 
 def training_curves(
@@ -215,7 +215,7 @@ def training_curves(
         figure.add_vline(chosen, line={"color": INK, "dash": "dot", "width": 1.5})
     figure.update_xaxes(title_text="step", row=rows)
     note = "" if chosen is None else f"dotted: step {chosen}, chosen on the validation prompts"
-    return dress(figure, title or "What the training did, step by step", note, height=110 + 165 * rows)
+    return apply_style(figure, title or "What the training did, step by step", note, height=110 + 165 * rows)
 
 
 TERMS: dict[str, dict[str, str]] = {
@@ -247,7 +247,7 @@ GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 SHOWN = ("attack", "prefill", "harmless", "borderline")
 
 
-def coefficient_sweeps(surface: Surface, when: str = "last") -> go.Figure:
+def coefficient_sweeps(surface: CoefficientSweep, when: str = "last") -> go.Figure:
     """Outcomes over one coefficient at a time, the others as in the preset; thin lines: others elsewhere."""
     table = surface.at(when)
     alike = surface.like_preset(table, *COEFFICIENTS)
@@ -257,7 +257,7 @@ def coefficient_sweeps(surface: Surface, when: str = "last") -> go.Figure:
     )
 
 
-def window_sweep(surface: Surface, when: str = "last") -> go.Figure:
+def window_sweep(surface: CoefficientSweep, when: str = "last") -> go.Figure:
     """Outcomes over windows of target blocks, a panel an alpha at which several windows were trained."""
     rows = surface.like_preset(surface.at(when), "alpha", "layers")
     several = rows.groupby("alpha")["layers"].nunique()
@@ -267,7 +267,7 @@ def window_sweep(surface: Surface, when: str = "last") -> go.Figure:
     return sensitivity(panels, title="Which blocks are bent, all else as in the preset", note=_read_at(surface, when))
 
 
-def step_curves(surface: Surface) -> go.Figure:
+def step_curves(surface: CoefficientSweep) -> go.Figure:
     """Outcomes over the steps of one run, a panel a length of the schedule, all else as in the preset."""
     rows = surface.like_preset(surface.table, "steps")
     panels = {f"{steps} steps": _swept(surface, run, "step", []) for steps, run in rows.groupby("steps")}
@@ -275,7 +275,7 @@ def step_curves(surface: Surface) -> go.Figure:
     return sensitivity(panels, title="How long is trained", note=note)
 
 
-def pareto_settings(surface: Surface, benign: str = "harmless", when: str = "last") -> go.Figure:
+def pareto_settings(surface: CoefficientSweep, benign: str = "harmless", when: str = "last") -> go.Figure:
     """Every trained setting: attack success against a benign rate."""
     rows = surface.at(when)
     names = [
@@ -286,7 +286,7 @@ def pareto_settings(surface: Surface, benign: str = "harmless", when: str = "las
     return pareto_front(*both, names=names, title=f"Attack success against {benign} compliance")
 
 
-def variance_shares(response: Response) -> go.Figure:
+def variance_shares(response: ResponseSurface) -> go.Figure:
     """Which coefficient moves attack success and benign compliance, over the box that was trained."""
     found = response.shares()
     estimator = "Sobol indices of the interpolated rates, coefficients independent and uniform in log(1 + c / c0)"
@@ -303,7 +303,7 @@ def tuning(found: Tuning) -> go.Figure:
     return pareto_front(success, benign, names=names, title=f"{len(t)} trials of the search")
 
 
-def _swept(surface: Surface, table: pd.DataFrame, name: str, others: Sequence[str]) -> Sweep:
+def _swept(surface: CoefficientSweep, table: pd.DataFrame, name: str, others: Sequence[str]) -> Sweep:
     """Rows of a table over one of its columns; ``others`` are free to differ and make the thin lines."""
     values = sorted(table[name].unique(), key=lambda v: [*map(int, v.split("-"))] if isinstance(v, str) else [v])
     rows = surface.like_preset(table, name) if others else table
@@ -317,11 +317,11 @@ def _swept(surface: Surface, table: pd.DataFrame, name: str, others: Sequence[st
     return Sweep(words, curves, thin, linked=name != "layers")
 
 
-def _placed(surface: Surface, rows: pd.DataFrame, rate: str, values: Sequence[Any]) -> Measured:
+def _placed(surface: CoefficientSweep, rows: pd.DataFrame, rate: str, values: Sequence[Any]) -> Measured:
     """A rate of some rows, each at the place of its value among all values."""
     return replace(surface.measured(rows, rate), at=[values.index(v) for v in rows.index])
 
 
-def _read_at(surface: Surface, when: str) -> str:
+def _read_at(surface: CoefficientSweep, when: str) -> str:
     step = "last step" if when == "last" else "step that the probe kept"
     return f"at the {step}, one run a point, seed {surface.about['preset']['seed']}"

@@ -19,7 +19,7 @@ import traitlets
 from plotly.offline import get_plotlyjs
 
 from replib.core.errors import ReplibError
-from replib.experiments.response_surface import COEFFICIENTS, Response
+from replib.experiments.response_surface import COEFFICIENTS, ResponseSurface
 from replib.figures.response import ResponseView
 
 VIEW_MIME = "application/vnd.replib.view+json"
@@ -132,7 +132,7 @@ def scrub_coefficients(
 
 
 def scrub_response(
-    response: Response, *, about: str = "", retrain: Callable[..., Point] | None = None, title: str = ""
+    response: ResponseSurface, *, about: str = "", retrain: Callable[..., Point] | None = None, title: str = ""
 ) -> ScrubView | Retrainer:
     """Move through all coefficients between the trained ones, at once: outcomes are interpolated, and say so.
 
@@ -152,7 +152,7 @@ def scrub_response(
     def train() -> None:
         wanted = dict(zip(COEFFICIENTS, (field.value for field in fields), strict=True))
         rows = pd.concat([pd.DataFrame([retrain(**wanted)]), fitted[0].trained], ignore_index=True)
-        fitted[0] = Response.fit(rows, response.n)
+        fitted[0] = ResponseSurface.fit(rows, response.n)
         payload = _response_payload(ResponseView(fitted[0], about), title)
         with view.hold_sync():
             view.payload, view.position = payload, payload["frames"][0]["at"]

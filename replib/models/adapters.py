@@ -55,7 +55,7 @@ def attached_lora(
         lora_dropout=dropout,
         target_modules=sorted(modules or {path.rpartition(".")[2] for path in linear}),
         layers_to_transform=chosen,
-        layers_pattern=model.anatomy.blocks.rpartition(".")[2] if chosen else None,
+        layers_pattern=model.architecture.blocks.rpartition(".")[2] if chosen else None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.blocks[0].modules()),
         task_type="CAUSAL_LM",
     )
@@ -69,7 +69,7 @@ def attached_lora(
         revision=model.revision,
         adapter=name,
         template=model.template,
-        anatomy=model.anatomy,
+        architecture=model.architecture,
     )
 
 
@@ -87,7 +87,7 @@ def detached(model: ChatModel) -> ChatModel:
         name=model.name,
         revision=model.revision,
         template=model.template,
-        anatomy=model.anatomy,
+        architecture=model.architecture,
     )
 
 
@@ -101,7 +101,7 @@ def unfrozen(model: ChatModel) -> ChatModel:
         raise ReplibError(f"{model.name} cannot be trained in full: it carries an adapter or quantised weights.")
     tuned, frozen = copy(model), copy(model)
     frozen.model = deepcopy(model.model).eval().requires_grad_(False)
-    frozen.rebind(model.anatomy)
+    frozen.rebind(model.architecture)
     tuned.frozen = frozen
     tuned.model.requires_grad_(True)
     return tuned
@@ -182,7 +182,7 @@ def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
         revision=model.revision,
         adapter=str(adapter),
         template=model.template,
-        anatomy=model.anatomy,
+        architecture=model.architecture,
     )
 
 
@@ -218,7 +218,7 @@ def merged(model: ChatModel) -> ChatModel:
         revision=model.revision,
         adapter=model.adapter,
         template=model.template,
-        anatomy=model.anatomy,
+        architecture=model.architecture,
     )
 
 

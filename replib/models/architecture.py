@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from replib.core.distributed import whole
+from replib.core.distributed import full_tensor
 from replib.core.errors import ReplibError
 
 ANATOMY_HINT = (
-    "Name them: load(..., anatomy=Anatomy(blocks='model.layers', final_norm='model.norm', unembed='lm_head'))"
+    "Name them: load(..., architecture=Anatomy(blocks='model.layers', final_norm='model.norm', unembed='lm_head'))"
 )
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Architecture:
     """Dotted paths, from the causal LM, of the parts that are read and edited."""
 
     blocks: str
@@ -29,7 +29,7 @@ class Anatomy:
     unembed: str
 
 
-def find_anatomy(model: Any) -> Anatomy:
+def find_anatomy(model: Any) -> Architecture:
     """Blocks, final norm and unembedding of a decoder, by structure alone.
 
     Blocks are the module list as long as the config says. Where several are (a vision tower beside the text decoder,
@@ -47,7 +47,7 @@ def find_anatomy(model: Any) -> Anatomy:
         raise ReplibError(f"Cannot find the {depth} decoder blocks of {type(model).__name__}. {ANATOMY_HINT}")
     words = _path_of(model, model.get_input_embeddings())
     blocks = max(lists, key=lambda found: (_together(found[0], words), _size(found[1])))[0]
-    return Anatomy(blocks, _norm_after(model, blocks), _path_of(model, head))
+    return Architecture(blocks, _norm_after(model, blocks), _path_of(model, head))
 
 
 def _norm_after(model: Any, blocks: str) -> str:
@@ -129,7 +129,7 @@ def adapter_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in added:
         digest.update(name.encode())
-        digest.update(whole(weight.detach()).to("cpu", torch.float32).contiguous().numpy().tobytes())
+        digest.update(full_tensor(weight.detach()).to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16] if added else ""
 
 

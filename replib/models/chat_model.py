@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from replib.core.errors import ReplibError
-from replib.models.architecture import Anatomy, adapter_hash, find_anatomy, fingerprint, resolve, text_config
+from replib.models.architecture import Architecture, adapter_hash, find_anatomy, fingerprint, resolve, text_config
 from replib.models.chat_template import Template
 from replib.models.tokens import Batch, Row, fitted, padded
 
@@ -42,14 +42,14 @@ class ChatModel:
         self.readings = 0  # batches read so far: tells a prompt of one token from an answer's token
         self.as_base = False  # whether the adapter is switched off at this moment
         self.frozen: ChatModel | None = None  # a copy from before training, where all weights are trained
-        self.rebind(about.get("anatomy"))
+        self.rebind(about.get("architecture"))
 
-    def rebind(self, anatomy: Anatomy | None = None) -> None:
+    def rebind(self, architecture: Architecture | None = None) -> None:
         """Find blocks, final norm and unembedding again, for example after an adapter was attached."""
-        self.anatomy = anatomy or find_anatomy(self.causal_lm)
-        self.blocks: list[nn.Module] = list(resolve(self.causal_lm, self.anatomy.blocks))
-        self.final_norm = resolve(self.causal_lm, self.anatomy.final_norm)
-        self.unembed = resolve(self.causal_lm, self.anatomy.unembed)
+        self.architecture = architecture or find_anatomy(self.causal_lm)
+        self.blocks: list[nn.Module] = list(resolve(self.causal_lm, self.architecture.blocks))
+        self.final_norm = resolve(self.causal_lm, self.architecture.final_norm)
+        self.unembed = resolve(self.causal_lm, self.architecture.unembed)
         self.taps: list[dict[str, Any]] | None = None  # where the sites of each block are, once they were looked for
 
     @property

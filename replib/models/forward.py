@@ -53,7 +53,7 @@ class _Lent(DynamicLayer):
 
 
 @dataclass(frozen=True)
-class Beginning:
+class SharedPrefix:
     """The keys and values of the first ``length`` tokens of every row."""
 
     length: int
@@ -71,7 +71,7 @@ class Beginning:
 
 
 @torch.no_grad()
-def read_beginning(model: ChatModel, ids: Sequence[int], longest: int) -> Beginning | None:
+def read_beginning(model: ChatModel, ids: Sequence[int], longest: int) -> SharedPrefix | None:
     """Read the first tokens of all rows, for rows of at most ``longest`` tokens in all.
 
     None where their state is more than keys and values, or where a sliding window would forget part of them.
@@ -83,7 +83,7 @@ def read_beginning(model: ChatModel, ids: Sequence[int], longest: int) -> Beginn
     windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
     if any(layer.keys is None for layer in cache.layers) or min(windows, default=longest) < longest:
         return None
-    return Beginning(len(ids), Cache(layers=[_Lent(layer) for layer in cache.layers]))
+    return SharedPrefix(len(ids), Cache(layers=[_Lent(layer) for layer in cache.layers]))
 
 
 def shared_length(rows: Sequence[Row], positions: Sequence[Position]) -> int:
@@ -119,7 +119,7 @@ class _Enough(Exception):
     """All that is wanted has been read."""
 
 
-def passed(
+def forward_states(
     chat: ChatModel, batch: Batch, hooks: Mapping[tuple[str, int], Hook] | None = None, *, last: int | None = None
 ) -> Tensor | None:
     """Run a batch through the model under hooks.
@@ -153,7 +153,7 @@ def passed(
     return final[-1]  # where sites are looked for, a prompt passes before
 
 
-def in_stretches(chat: ChatModel, compute: Callable[..., Tensor], *rows: Tensor) -> list[Tensor]:
+def in_chunks(chat: ChatModel, compute: Callable[..., Tensor], *rows: Tensor) -> list[Tensor]:
     """What is computed on rows whose logits are made there, a stretch of them at a time.
 
     Where there are several stretches, each is computed anew for the gradient, so that one at a time holds its logits.
@@ -171,7 +171,7 @@ def stretch_of(chat: ChatModel) -> int:
 
 
 @contextmanager
-def read_once(chat: ChatModel) -> Iterator[None]:
+def cache_frozen_blocks(chat: ChatModel) -> Iterator[None]:
     """Inside, blocks below every adapter compute the first pass of a batch alone; the next one takes what they gave.
 
     With and without the adapter they read the same: first comes the reference, then the model in training.
@@ -185,7 +185,7 @@ def read_once(chat: ChatModel) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing_nothing(chat: ChatModel) -> Iterator[None]:
+def without_checkpointing(chat: ChatModel) -> Iterator[None]:
     """Inside, blocks keep what the gradient needs: computed anew, they would not meet edits that are gone by then."""
     modules = [m for m in chat.model.modules() if getattr(m, "gradient_checkpointing", False)]
     try:
@@ -239,7 +239,7 @@ def answer_states(chat: ChatModel, batch: Batch) -> Float[Tensor, "answered dim"
 
     Each is read one token earlier: the last token of the prompt predicts the first of the answer.
     """
-    final = passed(chat, batch)
+    final = forward_states(chat, batch)
     assert final is not None  # the pass went to the end
     return final[:, :-1][batch.response_mask[:, 1:]]
 
@@ -252,7 +252,7 @@ def token_losses(
     def stretch(s: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(chat.logits(s), t, reduction="none")
 
-    return torch.cat(in_stretches(chat, stretch, states, tokens))
+    return torch.cat(in_chunks(chat, stretch, states, tokens))
 
 
 def answer_logp(chat: ChatModel, batch: Batch) -> Float[Tensor, " rows"]:

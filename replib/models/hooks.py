@@ -27,14 +27,14 @@ Hook = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Tap:
+class HookPoint:
     """Where a site is read: the output of a module, or its input."""
 
     module: nn.Module
     after: bool
 
 
-LOOKING: list[dict[str, Tap]] = []  # stands for the sites of a model while they are looked for
+LOOKING: list[dict[str, HookPoint]] = []  # stands for the sites of a model while they are looked for
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def hooked(model: ChatModel, hooks: Mapping[tuple[str, int], Hook]) -> Iterator[
         if _compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for (site, layer), hook in hooks.items():
-            stack.callback(_register(tap(model, site, layer), _resting(model, hook)).remove)
+            stack.callback(_register(hook_point(model, site, layer), _resting(model, hook)).remove)
         yield
 
 
@@ -56,7 +56,7 @@ def _resting(model: ChatModel, hook: Hook) -> Hook:
     return lambda hidden: None if model.taps is LOOKING else hook(hidden)
 
 
-def tap(model: ChatModel, site: str, layer: int) -> Tap:
+def hook_point(model: ChatModel, site: str, layer: int) -> HookPoint:
     """Where a site of a block is.
 
     Raises ReplibError for an unknown site, or one that this architecture does not have.
@@ -64,7 +64,7 @@ def tap(model: ChatModel, site: str, layer: int) -> Tap:
     check_site(site)
     block = model.blocks[layer]
     if site in ("resid_pre", "resid_post"):
-        return Tap(block, site == "resid_post")
+        return HookPoint(block, site == "resid_post")
     if model.taps is None:
         model.taps = _looked_for(model)
     found = model.taps[layer].get(site)
@@ -93,7 +93,7 @@ def _compiled(model: ChatModel) -> bool:
     return wrapped or any(m._compiled_call_impl is not None for m in model.model.modules())  # model.compile()
 
 
-def _register(at: Tap, hook: Hook) -> Any:
+def _register(at: HookPoint, hook: Hook) -> Any:
     if at.after:
         return at.module.register_forward_hook(_after(hook))
     return at.module.register_forward_pre_hook(_before(hook), with_kwargs=True)
@@ -143,16 +143,16 @@ class _Call:
         return self.is_matrix and "attention" in type(self.module).__name__.lower()
 
 
-def _looked_for(model: ChatModel) -> list[dict[str, Tap]]:
+def _looked_for(model: ChatModel) -> list[dict[str, HookPoint]]:
     model.taps = LOOKING
     try:
-        return find_taps(model)
+        return find_hook_points(model)
     finally:
         model.taps = None
 
 
 @torch.no_grad()
-def find_taps(model: ChatModel) -> list[dict[str, Tap]]:
+def find_hook_points(model: ChatModel) -> list[dict[str, HookPoint]]:
     """For each block its sites, from one pass of a short prompt. Works without weights (on the meta device) too."""
     calls: dict[nn.Module, list[_Call]] = {block: [] for block in model.blocks}
     with ExitStack() as stack, evaluating(model.model):
@@ -184,23 +184,23 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (not a.is_meta and a.shape == b.shape and torch.equal(a, b.to(a.device, a.dtype)))
 
 
-def _sites(calls: list[_Call]) -> dict[str, Tap]:
+def _sites(calls: list[_Call]) -> dict[str, HookPoint]:
     *parts, block = calls
-    found = {"resid_pre": Tap(block.module, False), "resid_post": Tap(block.module, True)}
+    found = {"resid_pre": HookPoint(block.module, False), "resid_post": HookPoint(block.module, True)}
     attention = [c for c in parts if c.is_attention]
     mlp = [c for c in parts if c.is_matrix and not c.is_attention]
     small = [c for c in parts if not c.is_matrix]
     if not attention or not mlp:
         return found
-    found |= {"attn_in": Tap(attention[0].module, False), "mlp_in": Tap(mlp[0].module, False)}
+    found |= {"attn_in": HookPoint(attention[0].module, False), "mlp_in": HookPoint(mlp[0].module, False)}
     stream = next((c for c in small if _same(c.given, mlp[0].taken)), mlp[0])  # the MLP's first norm, or none
     attn_out, mlp_out = _last(attention[-1], small), _last(mlp[-1], small)
     side_by_side = any(_same(stream.taken, x) for x in (block.taken, attention[0].taken))
     middle = block.taken if side_by_side else stream.taken
     if not side_by_side:
-        found["resid_mid"] = Tap(stream.module, False)
+        found["resid_mid"] = HookPoint(stream.module, False)
     if _adds_up(block, middle, attn_out.given, mlp_out.given, side_by_side=side_by_side):
-        found |= {"attn_out": Tap(attn_out.module, True), "mlp_out": Tap(mlp_out.module, True)}
+        found |= {"attn_out": HookPoint(attn_out.module, True), "mlp_out": HookPoint(mlp_out.module, True)}
     return found
 
 

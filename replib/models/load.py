@@ -29,7 +29,7 @@ from replib.core.errors import ReplibError
 from replib.core.progress import say, watched
 from replib.core.settings import data_dir
 from replib.models.adapters import attached
-from replib.models.architecture import Anatomy
+from replib.models.architecture import Architecture
 from replib.models.chat_model import ChatModel
 from replib.models.self_check import next_logits, self_check, ticks
 
@@ -44,7 +44,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: Device | None = None,
     template: str = "auto",
-    anatomy: Anatomy | None = None,
+    architecture: Architecture | None = None,
     quantize: str | None = None,
     check: bool | None = None,
 ) -> ChatModel:
@@ -59,7 +59,7 @@ def load(
             say (as transformers' device_map; "disk" keeps a part on disk); default the first accelerator.
         template: "auto" (the tokenizer's chat template, or plain text with a warning where it has none),
             "chat" (refuse if there is none), "plain", or a Jinja template.
-        anatomy: where blocks, final norm and unembedding are, if they cannot be found.
+        architecture: where blocks, final norm and unembedding are, if they cannot be found.
         quantize: "4bit" or "8bit" weights, through bitsandbytes.
         check: say in one line whether its numbers can be trusted (``self_check``, a few short passes); default where
             somebody looks on.
@@ -77,7 +77,7 @@ def load(
     target = device or _default_device()
     dtype = dtype or (torch.float32 if _on_cpu(target) else torch.bfloat16)
     model = _weights(source, revision, config, dtype, target, quantize)
-    chat = ChatModel(model.eval(), tokenizer, name=str(name), revision=revision, anatomy=anatomy)
+    chat = ChatModel(model.eval(), tokenizer, name=str(name), revision=revision, architecture=architecture)
     chat.template = _template(tokenizer, template, str(name))
     watch = watched() if check is None else check
     base = next_logits(chat) if watch and adapter is not None else None
@@ -221,7 +221,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> s
     return None
 
 
-class Known(NamedTuple):
+class PublishedCheckpoint(NamedTuple):
     """One published checkpoint."""
 
     id: str
@@ -236,17 +236,17 @@ class Known(NamedTuple):
 
 
 _LLAMA, _MISTRAL = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2"
-KNOWN = (
-    Known("cais/zephyr_7b_r2d2", "mistralai/Mistral-7B-v0.1", "R2D2", "2402.04249"),
-    Known("GraySwanAI/Llama-3-8B-Instruct-RR", _LLAMA, "Circuit Breaker", "2406.04313"),
-    Known("GraySwanAI/Mistral-7B-Instruct-RR", _MISTRAL, "Circuit Breaker", "2406.04313"),
-    Known("AIM-Intelligence/RepBend_Llama3_8B", _LLAMA, "RepBend", "2504.01550"),
-    Known("AIM-Intelligence/RepBend_Llama3_8B_LoRA", _LLAMA, "RepBend", "2504.01550", is_adapter=True),
-    Known("AIM-Intelligence/RepBend_Mistral_7B", _MISTRAL, "RepBend", "2504.01550"),
-    Known("AIM-Intelligence/RepBend_Mistral_7B_LoRA", _MISTRAL, "RepBend", "2504.01550", is_adapter=True),
+PUBLISHED = (
+    PublishedCheckpoint("cais/zephyr_7b_r2d2", "mistralai/Mistral-7B-v0.1", "R2D2", "2402.04249"),
+    PublishedCheckpoint("GraySwanAI/Llama-3-8B-Instruct-RR", _LLAMA, "Circuit Breaker", "2406.04313"),
+    PublishedCheckpoint("GraySwanAI/Mistral-7B-Instruct-RR", _MISTRAL, "Circuit Breaker", "2406.04313"),
+    PublishedCheckpoint("AIM-Intelligence/RepBend_Llama3_8B", _LLAMA, "RepBend", "2504.01550"),
+    PublishedCheckpoint("AIM-Intelligence/RepBend_Llama3_8B_LoRA", _LLAMA, "RepBend", "2504.01550", is_adapter=True),
+    PublishedCheckpoint("AIM-Intelligence/RepBend_Mistral_7B", _MISTRAL, "RepBend", "2504.01550"),
+    PublishedCheckpoint("AIM-Intelligence/RepBend_Mistral_7B_LoRA", _MISTRAL, "RepBend", "2504.01550", is_adapter=True),
 )
 
 
 def known_table() -> pd.DataFrame:
     """One row a checkpoint. Columns: id, base, method, paper, is_adapter."""
-    return pd.DataFrame(KNOWN)
+    return pd.DataFrame(PUBLISHED)

@@ -19,7 +19,7 @@ MEANING = {
     "batch_size=1, or look at the model's attention mask and position ids",
     "adapter_off": "the adapter has changed the base itself, so comparisons with the base are void: load both again",
     "lens": "final norm, unembedding or a scale of the logits is not where it was looked for, so the logit lens "
-    "misleads: name the parts with load(..., anatomy=...)",
+    "misleads: name the parts with load(..., architecture=...)",
 }
 TITLES = {"padded": "batch = single", "adapter_off": "adapter off = base", "lens": "lens = logits"}
 

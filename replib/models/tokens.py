@@ -178,7 +178,7 @@ def check_positions(positions: Sequence[Position]) -> list[Position]:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TokenSelection:
     """The wanted vectors of a batch: what takes them from hidden states, and the row of each."""
 
     take: Callable[[Tensor], Tensor]
@@ -188,13 +188,15 @@ class Chosen:
     """The tokens, where each is wanted by itself."""
 
 
-def choose(batch: Batch, positions: Sequence[Position], pool: str = "mean") -> Chosen:
+def choose(batch: Batch, positions: Sequence[Position], pool: str = "mean") -> TokenSelection:
     """Where the wanted positions of a batch are, checked once, before it is read."""
     if pool == "none":
         mask = _filled(batch, str(positions[0]))
-        return Chosen(lambda hidden: hidden[mask.to(hidden.device)].float()[:, None], mask.nonzero()[:, 0], mask)
+        return TokenSelection(
+            lambda hidden: hidden[mask.to(hidden.device)].float()[:, None], mask.nonzero()[:, 0], mask
+        )
     takers = [_taker(batch, p) for p in positions]
-    return Chosen(
+    return TokenSelection(
         lambda hidden: torch.stack([take(hidden) for take in takers], dim=1), torch.arange(len(batch.input_ids))
     )
 

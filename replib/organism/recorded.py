@@ -10,7 +10,7 @@ from replib.core.errors import ReplibError
 from replib.core.settings import data_dir
 
 
-class Packed:
+class RecordedResult:
     """What one program measured."""
 
     program: ClassVar[str]
@@ -18,21 +18,21 @@ class Packed:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Any:
-        """Read what it packed, by default where it writes; raises ReplibError as ``read_packed``."""
+        """Read what it packed, by default where it writes; raises ReplibError as ``read_recorded``."""
         raise NotImplementedError(cls)
 
 
-def packed_file(program: str) -> Path:
+def recorded_file(program: str) -> Path:
     """Where ``python -m replib.organism.<program> --pack`` writes."""
     return data_dir() / "organism" / f"{program}.json"
 
 
-def read_packed(program: str, path: Path | None = None) -> dict[str, Any]:
+def read_recorded(program: str, path: Path | None = None) -> dict[str, Any]:
     """What that program wrote, there or at ``path``.
 
     Raises ReplibError where there is no such file.
     """
-    path = path or packed_file(program)
+    path = path or recorded_file(program)
     if not path.exists():
         raise ReplibError(
             f"There is no measurement {path}: run python -m replib.organism.{program} first, then the same with --pack."

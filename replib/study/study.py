@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from replib.ablation.adaptive_attack import Siege
-from replib.ablation.damage import Aside, Gauge
+from replib.ablation.adaptive_attack import AdaptiveAttack
+from replib.ablation.damage import DamageMeter, DamageSets
 from replib.ablation.fit import AblationData
 from replib.ablation.refusal_score import RefusalTokens
 from replib.ablation.sweep import Sweeper
@@ -34,13 +34,13 @@ from replib.data.prompts import Contrast, Dialogue, Prompt, load_contrasts, load
 from replib.data.splits import Splits, check_world, prompt_splits
 from replib.defences.repbend.config import BendConfig
 from replib.defences.repbend.objective import RepBend
-from replib.defences.repbend.presets import named
+from replib.defences.repbend.presets import preset_named
 from replib.models.adapters import merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.organism.language import REFUSAL
 from replib.organism.prompt_sets import organism_tasks
-from replib.organism.recorded import Packed, packed_file
+from replib.organism.recorded import RecordedResult, recorded_file
 from replib.training.config import TrainConfig
 from replib.training.result import TrainResult, trained_by
 from replib.training.train import train
@@ -50,7 +50,7 @@ PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and p
 SORTED = 480  # contrasts whose answers are read before bending
 PROBED = ("attack", "benign", "skill")  # kinds of task that choose a step
 PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
-M = TypeVar("M", bound=Packed)
+M = TypeVar("M", bound=RecordedResult)
 BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
 
 
@@ -161,7 +161,7 @@ class Study:
         Raises:
             ReplibError: no preset has that name.
         """
-        bend, config, _ = named(name or ("organism" if self.organism else "short")).fitted(self.model.n_layers)
+        bend, config, _ = preset_named(name or ("organism" if self.organism else "short")).fitted(self.model.n_layers)
         return bend, replace(config, seed=self.settings.seed)
 
     def bend(self, bend: BendConfig | None = None, config: TrainConfig | None = None) -> TrainResult:
@@ -246,9 +246,9 @@ class Study:
         bent, base = (acts.values for acts in pair)
         return ((bent - base).norm(dim=-1) / base.norm(dim=-1)).mean(dim=1).numpy()
 
-    def shipped(self, kind: type[M]) -> M | None:
+    def recorded(self, kind: type[M]) -> M | None:
         """What was measured beforehand on this very model, a ``packed.Packed`` of some kind; None if nothing was."""
-        there = self.organism and self.name == "aligned" and packed_file(kind.program).exists()
+        there = self.organism and self.name == "aligned" and recorded_file(kind.program).exists()
         return kind.load() if there else None
 
     # ------------------------------------------------------------------------------------- ablation
@@ -278,7 +278,7 @@ class Study:
             batch_size=self.settings.batch,
         )
 
-    def siege(self, scored: Sequence[Prompt]) -> Siege:
+    def adaptive_attack(self, scored: Sequence[Prompt]) -> AdaptiveAttack:
         """The adaptive attack on this model: edits fitted on its fit split, scored on other prompts.
 
         Raises:
@@ -287,11 +287,13 @@ class Study:
         fit = self.harmful.fit[:PER_FIT], self.harmless.fit[:PER_FIT]
         if shared := {p.text for p in scored} & {p.text for p in fit[0]}:
             raise ReplibError(f"{len(shared)} scored prompts fit the edits, for example {min(shared)!r}: split them.")
-        return Siege(
+        return AdaptiveAttack(
             self.model, *fit, scored, self.judge, batch_size=max(self.settings.batch, 256), opening=self.forced
         )
 
-    def gauge(self, *, texts: Sequence[str] = (), borderline: Sequence[Prompt] = (), limit: int | None = None) -> Gauge:
+    def damage_meter(
+        self, *, texts: Sequence[str] = (), borderline: Sequence[Prompt] = (), limit: int | None = None
+    ) -> DamageMeter:
         """What measures the damage of edits: on harmless ``test`` prompts, borderline ones, and neutral texts.
 
         ``borderline``: prompts that sound harmful and are not; by default the organism's own, where it is the model.
@@ -301,4 +303,6 @@ class Study:
         lists = {"harmless": self.harmless.test} | ({"borderline": borderline} if borderline else {})
         limit = limit or self.settings.limit or PER_CELL
         asked = {name: Task(name, "benign", x).sample(limit, self.settings.seed).prompts for name, x in lists.items()}
-        return Gauge(self.model, Aside(asked, texts), self.judge, max_new_tokens=24, batch_size=self.settings.batch)
+        return DamageMeter(
+            self.model, DamageSets(asked, texts), self.judge, max_new_tokens=24, batch_size=self.settings.batch
+        )

@@ -11,13 +11,13 @@ from replib.ablation.adaptive_attack import success
 from replib.core.errors import ReplibError, check_choice
 from replib.core.storage import content_hash, key_of, versions
 from replib.data.mixtures import BendData, DefenceData, defence_data
-from replib.defences.adversary import Arsenal
-from replib.defences.catalogue import Rival, prepares, rival, train_rival
+from replib.defences.adversary import EditDistribution
+from replib.defences.catalogue import Baseline, baseline, prepares, train_baseline
 from replib.defences.hardening import Hardened, Hardening
 from replib.defences.organism_grid import BENIGN, ORGANISM
 from replib.defences.repbend.config import BendConfig
 from replib.defences.repbend.objective import References, RepBend
-from replib.defences.sft import Keep, Retention
+from replib.defences.sft import RetainLoss, Retention
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.study.study import PROBED, Study
@@ -28,7 +28,7 @@ from replib.training.result import TrainResult
 from replib.training.train import Fit, train
 
 
-def suited(study: Study, name: str) -> Rival:
+def baseline_for(study: Study, name: str) -> Baseline:
     """A defence with the values for this model: for the organism those of its comparison, else those of its source.
 
     Raises:
@@ -36,13 +36,13 @@ def suited(study: Study, name: str) -> Rival:
     """
     known = {known: found for known, found in ORGANISM.items() if "repbend" not in known}
     if not study.organism:
-        return rival(name)
+        return baseline(name)
     if name not in known:
         raise ReplibError(f"No defence is called {name!r}: use one of {', '.join(known)}.")
     return known[name]
 
 
-def defend(study: Study, name: str, chosen: Rival | None = None) -> TrainResult:
+def defend(study: Study, name: str, chosen: Baseline | None = None) -> TrainResult:
     """Train a rival of RepBend on the rows that ``study.bend`` trains on; the step is chosen on validation prompts.
 
     The adapter lies in ``<out>/defences``. Stopped or killed, the same call goes on from the last checkpoint; of a
@@ -56,7 +56,7 @@ def defend(study: Study, name: str, chosen: Rival | None = None) -> TrainResult:
     Raises:
         ReplibError: an unknown name; what the defence or the trainer refuses.
     """
-    chosen = chosen or suited(study, name)
+    chosen = chosen or baseline_for(study, name)
     config = replace(chosen.config, seed=study.settings.seed)
     rows = content_hash([*study.contrasts, *study.harmless.fit])
     key = key_of(repr(chosen.objective), asdict(config), rows, study.model.provenance() | versions())
@@ -65,7 +65,7 @@ def defend(study: Study, name: str, chosen: Rival | None = None) -> TrainResult:
     def make() -> TrainResult:
         data, probe = defence_data(study.bend_data, benign=BENIGN), study.probe()
         fit = _fitter(chosen._replace(config=config), probe, folder)
-        return train_rival(chosen.objective, study.model, data, fit, probe=probe, out=_parts(folder))
+        return train_baseline(chosen.objective, study.model, data, fit, probe=probe, out=_parts(folder))
 
     return TrainResult.kept(study.model, folder, make)
 
@@ -75,7 +75,7 @@ def _parts(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-parts")
 
 
-def _fitter(chosen: Rival, probe: Probe, folder: Path) -> Fit:
+def _fitter(chosen: Baseline, probe: Probe, folder: Path) -> Fit:
     def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
         if not prepares(objective, chosen.objective):
             return train(model, data, objective, config=chosen.config, probe=probe, out=folder)
@@ -90,7 +90,7 @@ HARDENING = Hardening(
     edits=6,
     rows=4,
     forced=0.6,
-    arsenal=Arsenal(
+    arsenal=EditDistribution(
         reads=("last_prompt", "response"),
         positions=("last_prompt", "response", "all", "all", "all"),
         late=3,
@@ -100,13 +100,15 @@ HARDENING = Hardening(
 TRAIN = TrainConfig(
     steps=110, retain=40, contrasts=8, dropout=0.0, learning_rate=3e-3, schedule="linear", probe_every=22, save_every=22
 )
-RETENTION = Retention(Keep(kl=200.0))
+RETENTION = Retention(RetainLoss(kl=200.0))
 """Holds the model in place and does nothing else."""
 ELSEWHERE = replace(TRAIN, learning_rate=1e-4, retain=4, contrasts=4)
 """For other models, as ``presets.SHORT_TRAIN``: a rate of 3e-3 suits one of 4 million parameters."""
 
 
-def besieged(study: Study, limit: int = 16, layers: Sequence[int] = ()) -> Callable[[ChatModel], dict[str, float]]:
+def adaptive_probe(
+    study: Study, limit: int = 16, layers: Sequence[int] = ()
+) -> Callable[[ChatModel], dict[str, float]]:
     """A measure of a model on validation prompts: that of ``study.probe``, with edits and prefill among the attacks.
 
     ``attack`` is the mean of three: wrappers, prefill, and the most successful of a few edits re-fitted on the model.
@@ -114,7 +116,7 @@ def besieged(study: Study, limit: int = 16, layers: Sequence[int] = ()) -> Calla
     measure, prompts = study.probe(limit, (*PROBED, "prefill")), study.harmful.val[:limit]
 
     def run(model: ChatModel) -> dict[str, float]:
-        siege = study.with_model(model).siege(prompts)
+        siege = study.with_model(model).adaptive_attack(prompts)
         blocks = layers or range(model.n_layers // 4, model.n_layers, 2)
         cells = siege.cells(("ot_last", "ot_all"), blocks, (2,))
         found = measure(model)
@@ -180,7 +182,7 @@ def harden(
     folder = study.settings.out / "harden" / f"{Path(study.settings.model).name}-{key}"
 
     def make() -> TrainResult:
-        rows, probe = rows_for(study, objective), besieged(study)
+        rows, probe = rows_for(study, objective), adaptive_probe(study)
         return interpolated(train(study.model, rows, objective, config=config, probe=probe, out=folder), probe)
 
     return TrainResult.kept(study.model, folder, make)

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from replib.core.distributed import is_first, part, shared, wait
+from replib.core.distributed import broadcast, is_first, part, wait
 from replib.core.errors import ReplibError
 from replib.core.storage import write_tensors, write_text
 
@@ -27,13 +27,13 @@ RUN, STATE = "run.json", "state.json"
 BEST, OBJECTIVE = "best.", "objective."  # what tensors are called in a file
 
 
-def claimed(folder: Path, facts: Mapping[str, Any]) -> Path | None:
+def claim_run_folder(folder: Path, facts: Mapping[str, Any]) -> Path | None:
     """Make a scratch folder the one of this run; returns its newest complete checkpoint, if there is one.
 
     Raises:
         ReplibError: it holds another run, or anything else.
     """
-    return shared(_claimed(folder, json.loads(json.dumps(facts, default=str))) if is_first() else None)
+    return broadcast(_claimed(folder, json.loads(json.dumps(facts, default=str))) if is_first() else None)
 
 
 def _claimed(folder: Path, facts: dict[str, Any]) -> Path | None:
@@ -73,7 +73,7 @@ def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def released(folder: Path) -> None:
+def release_run_folder(folder: Path) -> None:
     """Remove all that a finished run kept."""
     if is_first():
         _remove(_checkpoints(folder))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from replib.core.distributed import put_back, shared, trained
+from replib.core.distributed import broadcast, load_trained, trained
 from replib.core.errors import ReplibError
 from replib.models.architecture import adapter_hash
 from replib.models.chat_model import ChatModel
@@ -29,7 +29,7 @@ def default_choice(now: dict[str, float], before: dict[str, float]) -> float:
     return -now.get("attack", 0.0) - now.get("degenerate", 0.0) - sum(lost) - 10 * beyond
 
 
-class Keeper(TrainerCallback):
+class BestStepCallback(TrainerCallback):
     """Runs the validation probe, keeps the adapter of the best step, and ends training where nothing gets better.
 
     Of several processes each runs the probe (none waits for long, and split weights need them all); what the first
@@ -60,7 +60,7 @@ class Keeper(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Probe the model before the first step."""
         if self.probe and not self.rows:  # else the run goes on
-            self.before = shared(self.probe(self.chat))
+            self.before = broadcast(self.probe(self.chat))
             self.rows.append({"step": 0} | self.before)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -68,7 +68,7 @@ class Keeper(TrainerCallback):
         self.steps = state.global_step
         if not self.probe or (self.steps % self.every and self.steps < state.max_steps):
             return
-        found = shared(self.probe(self.chat))
+        found = broadcast(self.probe(self.chat))
         self.rows.append({"step": self.steps} | found)
         self.waited += 1
         self._compare(self.choose(found, self.before))
@@ -82,7 +82,7 @@ class Keeper(TrainerCallback):
         """Put the chosen adapter back; returns its step."""
         if self.best is None:
             return self.steps
-        put_back(self.chat.model, self.best[2])
+        load_trained(self.chat.model, self.best[2])
         return self.best[1]
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pandas as pd
 from transformers import set_seed
 
-from replib.core.distributed import is_first, shared, splits
+from replib.core.distributed import broadcast, is_first, sharded_launch
 from replib.core.errors import Diverged, ReplibError
 from replib.core.storage import content_hash, versions
 from replib.data.mixtures import DefenceData
@@ -19,9 +19,9 @@ from replib.data.prompts import Contrast, Dialogue
 from replib.models.adapters import attached_lora, perturb, undone, unfrozen
 from replib.models.architecture import adapter_hash
 from replib.models.chat_model import ChatModel
-from replib.training.checkpoints import Checkpoints, claimed, released
+from replib.training.checkpoints import Checkpoints, claim_run_folder, release_run_folder
 from replib.training.config import TrainConfig, said_of_full
-from replib.training.model_selection import Keeper, Probe, default_choice
+from replib.training.model_selection import BestStepCallback, Probe, default_choice
 from replib.training.objective import Lora, Objective
 from replib.training.result import TrainResult
 from replib.training.trainer import DefenceTrainer, Steps, arguments
@@ -31,7 +31,7 @@ ANSWERS = {Contrast: ("safe_response", "unsafe_response"), Dialogue: ("response"
 
 
 @dataclass(frozen=True)
-class Lengths:
+class MaxLengths:
     """Tokens at most, of the instruction and of the answer."""
 
     request: int = 512
@@ -111,13 +111,13 @@ def train(
     announced = objective.announced(config, model.n_layers) + said_of_full(model, config)
     if is_first():
         say(announced)
-    args = arguments(config, Path(out), cpu=model.device.type == "cpu" and not splits())
+    args = arguments(config, Path(out), cpu=model.device.type == "cpu" and not sharded_launch())
     facts = model.provenance() | versions() | _recipe(objective, config, data, model.n_layers)
     scratch = Path(out) if 0 < config.save_every < config.steps else None
-    start = scratch and claimed(scratch, _identity(facts, args.world_size, probe is not None))
+    start = scratch and claim_run_folder(scratch, _identity(facts, args.world_size, probe is not None))
     tuned = attach(model, config, objective.lora(model.n_layers), objective.name)
-    keeper = Keeper(tuned, probe, choose or default_choice, config.probe_every, config.patience)
-    steps = shared(Steps(lists, objective.draws(config), config, args.world_size))
+    keeper = BestStepCallback(tuned, probe, choose or default_choice, config.probe_every, config.patience)
+    steps = broadcast(Steps(lists, objective.draws(config), config, args.world_size))
     trainer = DefenceTrainer(
         args=args, train_dataset=steps, callbacks=[keeper], chat=tuned, objective=objective, config=config
     )
@@ -143,7 +143,7 @@ def train(
     finally:
         trainer.bar.close()
     if scratch:
-        released(scratch)
+        release_run_folder(scratch)
     return result()
 
 
@@ -156,9 +156,9 @@ def _checked(model: ChatModel, data: Any, objective: Objective, config: TrainCon
             f"first_block={config.first_block} is too high: {objective.name} moves the output of block {lowest}, which "
             f"no adapter would reach. Take {lowest} at most."
         )
-    if config.full and splits():
+    if config.full and sharded_launch():
         raise ReplibError("full=True keeps a whole frozen copy in each process: train LoRA with FSDP or DeepSpeed.")
-    lengths = Lengths(config.request_tokens, config.response_tokens)
+    lengths = MaxLengths(config.request_tokens, config.response_tokens)
     return lengths.cut(model, {name: getattr(data, name) for name in objective.draws(config)})
 
 

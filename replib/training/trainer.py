@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from replib.core.distributed import average_gradients, gathered
+from replib.core.distributed import average_gradients, gather
 from replib.core.errors import Diverged
 from replib.core.progress import watched
 from replib.models.chat_model import ChatModel
@@ -150,7 +150,7 @@ class DefenceTrainer(Trainer):
 
     def _log_steps(self, found: dict[str, Tensor]) -> None:
         """The rows of all processes, so that all stop where the loss of one is no number."""
-        for each in gathered({name: x.item() for name, x in found.items()}):
+        for each in gather({name: x.item() for name, x in found.items()}):
             self._log_step(each)
 
     def _log_step(self, found: dict[str, float]) -> None:

@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.core.errors import ReplibError
-from replib.transport.gaussians import Cloud, oriented, principal_axes
+from replib.transport.gaussians import Gaussian, oriented, principal_axes
 
 CLIPPED = 0.005
 """Share of the coordinates of each sample that 'winsorised' holds to the size of the next largest."""
 
 
-def pooled_rows(source: Cloud, target: Cloud) -> Float[Tensor, "r d"]:
+def pooled_rows(source: Gaussian, target: Gaussian) -> Float[Tensor, "r d"]:
     """``Z`` with ``Z^T Z`` the scatter of both classes about their pooled mean.
 
     ``Z = [sqrt(n_s - 1) F_s; sqrt(n_t - 1) F_t; sqrt(n_s n_t / (n_s + n_t)) (m_t - m_s)]``.
@@ -30,12 +30,12 @@ def pooled_rows(source: Cloud, target: Cloud) -> Float[Tensor, "r d"]:
     return torch.cat([*(cloud.factor * math.sqrt(cloud.n - 1) for cloud in (source, target)), between[None]])
 
 
-def pooled(source: Cloud, target: Cloud, k: int | None) -> Float[Tensor, "d k"]:
+def pooled(source: Gaussian, target: Gaussian, k: int | None) -> Float[Tensor, "d k"]:
     """Principal axes of both classes together."""
     return principal_axes(pooled_rows(source, target), k)[0]
 
 
-def mean_first(source: Cloud, target: Cloud, k: int | None) -> Float[Tensor, "d k"]:
+def mean_first(source: Gaussian, target: Gaussian, k: int | None) -> Float[Tensor, "d k"]:
     """The mean gap, then pooled principal axes of what is orthogonal to it."""
     gap = target.mean - source.mean
     if not gap.any():
@@ -46,7 +46,7 @@ def mean_first(source: Cloud, target: Cloud, k: int | None) -> Float[Tensor, "d 
     return torch.cat([first, rest], dim=1)
 
 
-def winsorised(source: Cloud, target: Cloud, k: int | None) -> Float[Tensor, "d k"]:
+def winsorised(source: Gaussian, target: Gaussian, k: int | None) -> Float[Tensor, "d k"]:
     """Pooled principal axes after the largest coordinates of each sample were clipped, see ``CLIPPED``."""
     _check_few(k, "winsorised")
     total = source.n + target.n
@@ -60,7 +60,7 @@ def winsorised(source: Cloud, target: Cloud, k: int | None) -> Float[Tensor, "d 
     return principal_axes(rows - rows.mean(0), k)[0]
 
 
-def standardised(source: Cloud, target: Cloud, k: int | None) -> Float[Tensor, "d k"]:
+def standardised(source: Gaussian, target: Gaussian, k: int | None) -> Float[Tensor, "d k"]:
     """Axes read off by pooled principal axes of the coordinates over their deviations, ``span(D^-1 V)``.
 
     A coordinate that is constant in both classes takes no part.

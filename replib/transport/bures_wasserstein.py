@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.core.errors import ReplibError
-from replib.transport.gaussians import Cloud, Samples, cloud_pair, span_coordinates
+from replib.transport.gaussians import Gaussian, Samples, cloud_pair, span_coordinates
 
 
 class BuresWasserstein(NamedTuple):
@@ -41,7 +41,7 @@ class BuresNull:
     """Share of labellings, the true one among them, that reach the true one's value."""
 
 
-def bures_wasserstein(x: Samples | Cloud, y: Samples | Cloud) -> BuresWasserstein:
+def bures_wasserstein(x: Samples | Gaussian, y: Samples | Gaussian) -> BuresWasserstein:
     """Squared Bures-Wasserstein distance of the Gaussians with the samples' means and (n - 1) covariances.
 
     ``|m_x - m_y|^2 + min over orthogonal Q of |F_x - Q F_y|^2``, the Procrustes form: never negative, and
@@ -127,7 +127,7 @@ def _squared_bures(source: Float[Tensor, "n d"], target: Float[Tensor, "m d"]) -
 
 def _split_difference(x: Tensor, y: Tensor, half: int, generator: torch.Generator) -> float:
     x1, x2, y1, y2 = (
-        _upper(Cloud.of(rows[part]).factor)
+        _upper(Gaussian.of(rows[part]).factor)
         for rows in (x, y)
         for part in torch.randperm(len(rows), generator=generator)[: 2 * half].split(half)
     )

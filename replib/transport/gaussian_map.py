@@ -29,7 +29,7 @@ from replib.core.errors import ReplibError
 from replib.core.storage import write_tensors
 from replib.transport.affine import AffineEdit, check_strength, typed_as
 from replib.transport.bases import BASES, share_inside
-from replib.transport.gaussians import RULES, Cloud, Samples, cloud_pair, shrunk_pair
+from replib.transport.gaussians import RULES, Gaussian, Samples, cloud_pair, shrunk_pair
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 TENSORS = ("basis_", "scale_", "source_mean_", "target_mean_", "rest_")
@@ -92,10 +92,10 @@ class GaussianMap(TransformerMixin, BaseEstimator):
     ):
         self.k, self.basis, self.complement, self.ridge = k, basis, complement, ridge
 
-    def fit(self, x: Samples | Cloud, y: Samples | Cloud | None = None) -> GaussianMap:
+    def fit(self, x: Samples | Gaussian, y: Samples | Gaussian | None = None) -> GaussianMap:
         """Fit the map that carries ``x`` (harmful, ``[n, d]``) to ``y`` (harmless, ``[m, d]``), of any float dtype.
 
-        Either may be a ``Cloud``, as ``Moments.cloud`` makes it of vectors that were streamed.
+        Either may be a ``Gaussian``, as ``Moments.cloud`` makes it of vectors that were streamed.
 
         Warns when the basis holds less than half of the squared mean gap. ReplibError on unusable samples.
         """
@@ -112,7 +112,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         self.cost_ = self._mean_square(source)
         return self
 
-    def _fit_scale(self, source: Cloud, target: Cloud) -> None:
+    def _fit_scale(self, source: Gaussian, target: Gaussian) -> None:
         inside = source.onto(self.basis_), target.onto(self.basis_)
         rounding = torch.finfo(torch.float64).eps * max(float(c.mean.norm()) for c in (source, target))
         if max(c.variance for c in inside) <= rounding**2:
@@ -210,7 +210,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
     def _gain(self) -> Float[Tensor, "k k"]:
         return self.scale_ - torch.eye(len(self.scale_), dtype=self.scale_.dtype)
 
-    def _mean_square(self, cloud: Cloud) -> float:
+    def _mean_square(self, cloud: Gaussian) -> float:
         """``E |T(x) - x|^2`` over a cloud."""
         inside = cloud.factor @ self.basis_
         spread = inside @ self._gain() @ self.basis_.mT

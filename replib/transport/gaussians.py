@@ -54,7 +54,7 @@ def span_coordinates(x: Samples, y: Samples) -> tuple[Float[Tensor, "n r"], Floa
 
 
 @dataclass(frozen=True)
-class Cloud:
+class Gaussian:
     """Mean and covariance of one class of activations."""
 
     mean: Float[Tensor, " d"]
@@ -70,9 +70,9 @@ class Cloud:
             raise ReplibError("a cloud's mean or covariance is NaN or inf; leave out the vectors that are not finite.")
 
     @classmethod
-    def of(cls, x: Samples | Cloud, name: str = "sample") -> Cloud:
+    def of(cls, x: Samples | Gaussian, name: str = "sample") -> Gaussian:
         """The Gaussian of samples ``[n, d]``; ReplibError if they are fewer than two or not finite."""
-        if isinstance(x, Cloud):
+        if isinstance(x, Gaussian):
             return x
         rows = as_samples(x, name)
         if len(rows) < 2:
@@ -91,14 +91,14 @@ class Cloud:
             raise ReplibError(f"{purpose} needs the samples themselves, and a streamed cloud keeps none: capture them.")
         return self.factor * math.sqrt(self.n - 1)
 
-    def onto(self, axes: Float[Tensor, "d k"]) -> Cloud:
+    def onto(self, axes: Float[Tensor, "d k"]) -> Gaussian:
         """The cloud in the coordinates of some axes."""
-        return Cloud(self.mean @ axes, self.factor @ axes, self.n, self.sampled)
+        return Gaussian(self.mean @ axes, self.factor @ axes, self.n, self.sampled)
 
 
-def cloud_pair(x: Samples | Cloud, y: Samples | Cloud) -> tuple[Cloud, Cloud]:
-    """Both classes by ``Cloud.of``; ReplibError unless of one width."""
-    source, target = Cloud.of(x, "first class"), Cloud.of(y, "second class")
+def cloud_pair(x: Samples | Gaussian, y: Samples | Gaussian) -> tuple[Gaussian, Gaussian]:
+    """Both classes by ``Gaussian.of``; ReplibError unless of one width."""
+    source, target = Gaussian.of(x, "first class"), Gaussian.of(y, "second class")
     _check_widths(len(source.mean), len(target.mean))
     return source, target
 
@@ -135,14 +135,14 @@ def _check_widths(first: int, second: int) -> None:
 RULES = ("ledoit_wolf", "oas")
 
 
-def shrinkage(x: Samples | Cloud, *, rule: str = "ledoit_wolf") -> float:
+def shrinkage(x: Samples | Gaussian, *, rule: str = "ledoit_wolf") -> float:
     """Weight ``s`` of the identity in the shrunk covariance ``(1 - s) S + s tr(S)/d I``, in [0, 1].
 
     Ledoit and Wolf (2004, "A well-conditioned estimator", Lemma 3.2 to 3.4) or OAS (Chen et al. 2010, eq. 23), as
     scikit-learn computes them, ``S`` divided by n; from the ``n x n`` Gram matrix. Near 1 it says that n samples know
     next to nothing of the covariance in d axes. ReplibError on another rule, or Ledoit-Wolf of a streamed cloud.
     """
-    cloud = Cloud.of(x)
+    cloud = Gaussian.of(x)
     n, d = cloud.n, len(cloud.mean)
     rows = cloud.samples("Ledoit-Wolf shrinkage") if rule == "ledoit_wolf" else cloud.factor * math.sqrt(n - 1)
     gram = rows @ rows.mT
@@ -171,7 +171,7 @@ class Shrunk(NamedTuple):
         return torch.cat([math.sqrt(1 - self.weight) * factor, math.sqrt(self.floor) * identity])
 
 
-def shrunk_pair(source: Cloud, target: Cloud, ridge: float | str) -> tuple[Shrunk, Shrunk]:
+def shrunk_pair(source: Gaussian, target: Gaussian, ridge: float | str) -> tuple[Shrunk, Shrunk]:
     """How both covariances are shrunk: by a share of their mean variance, the same for both, or each by a rule."""
     if isinstance(ridge, str):
         weights = shrinkage(source, rule=ridge), shrinkage(target, rule=ridge)
@@ -234,9 +234,9 @@ class Moments:
             raise ReplibError("These moments hold no covariance: make them with Moments(rank=…).")
         return self._checked(2, self._factor) / (self.n - 1) ** 0.5
 
-    def cloud(self, index: int) -> Cloud:
+    def gaussian(self, index: int) -> Gaussian:
         """Gaussian of one layer by index, for ``GaussianMap.fit`` and ``bures_wasserstein`` (less what is ``lost``)."""
-        return Cloud(self.mean[index], self.factor[index], self.n)
+        return Gaussian(self.mean[index], self.factor[index], self.n)
 
     @property
     def lost(self) -> Float[Tensor, " layers"]:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
-from replib.experiments.response_surface import Response  # noqa: E402
+from replib.experiments.response_surface import ResponseSurface  # noqa: E402
 from replib.figures.layers import cluster_scatter  # noqa: E402
 from replib.figures.report import FIGURE_MIME, export_html  # noqa: E402
 from replib.figures.widgets import scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
@@ -29,9 +29,9 @@ def shown(data):
     return cell
 
 
-def response() -> Response:
+def response() -> ResponseSurface:
     grid = pd.DataFrame(product((0.1, 0.4), (0.0, 3.0), (10.0, 100.0)), columns=["alpha", "beta", "gamma"])
-    return Response.fit(grid.assign(attack=np.linspace(0, 1, 8), harmless=0.5), {"attack": 50, "harmless": 50})
+    return ResponseSurface.fit(grid.assign(attack=np.linspace(0, 1, 8), harmless=0.5), {"attack": 50, "harmless": 50})
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 from replib.data.prompts import Contrast, Dialogue
 from replib.defences.repbend.config import PAIRED, BendConfig
 from replib.models.chat_model import ChatModel
-from replib.models.forward import passed
+from replib.models.forward import forward_states
 from replib.models.hooks import Hook
 from replib.models.tokens import Batch
 
@@ -187,7 +187,7 @@ def read(chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig)
     read_at = sorted({i for kept in depth.values() for i in kept} - ({chat.n_layers - 1} if normed else set()))
     hooks = {(config.site, i): _keep(seen, i) for i in read_at}
     through = "final" in wanted or (normed and any(chat.n_layers - 1 in kept for kept in depth.values()))
-    final = passed(chat, plan.batch, hooks, last=None if through else read_at[-1])
+    final = forward_states(chat, plan.batch, hooks, last=None if through else read_at[-1])
     if normed and final is not None:
         seen[chat.n_layers - 1] = final
     states = {name: torch.stack([seen[i][wanted[name]] for i in kept]) for name, kept in depth.items()}

@@ -24,7 +24,7 @@ from replib.defences.repbend.config import BendConfig, announced, warn_of_the_st
 from replib.defences.repbend.loss import BendTerms, anchored_cosine, bend_loss, mean_cosine, remembered
 from replib.models.architecture import fingerprint
 from replib.models.chat_model import ChatModel
-from replib.models.forward import read_once
+from replib.models.forward import cache_frozen_blocks
 from replib.training.config import TrainConfig
 from replib.training.objective import Lora, Objective, Part, reference
 
@@ -121,7 +121,7 @@ class RepBend(Objective):
         """Algorithm 1, line 13, on one micro-batch."""
         plan, layers = Plan.of(chat, items, self.config), self.config.layers(chat.n_layers)
         for part in plan.parts(self.tokens or (1024 if chat.device.type == "cpu" else 2048)):
-            with read_once(chat):
+            with cache_frozen_blocks(chat):
                 base = self.references.read(chat, part, layers, self.config)
                 bent = read(chat, part, layers, self.config)
             terms = self._terms(chat, bent, base, plan)

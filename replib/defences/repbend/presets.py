@@ -102,7 +102,7 @@ PRESETS = {
 }
 
 
-def named(name: str) -> Preset:
+def preset_named(name: str) -> Preset:
     """The preset of a name.
 
     Raises:
