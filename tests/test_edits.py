@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 from steered import PROMPTS, halves, next_input, random_edit
 
 from replib.activations import capture, capture_sites
@@ -40,7 +41,7 @@ def test_each_group_of_rows_meets_its_own_edits(model):
         together = model.forward(model.encode(PROMPTS * 3)).chunk(3)
     for edits, logits in zip(groups, together, strict=True):
         with torch.no_grad(), applied(model, edits, positions="all"):
-            torch.testing.assert_close(model.forward(batch), logits, atol=1e-5, rtol=1e-4)
+            close(model.forward(batch), logits)
     with applied(model, groups), pytest.raises(ReplibError, match="4 rows do not fall into 3 equal groups"):
         model.forward(model.encode(["w1 w2"] * 4))
 
@@ -50,7 +51,7 @@ def test_the_next_block_sees_the_edit(model):
     before = capture(model, PROMPTS, layers=[1])[1]
     with applied(model, {1: edit}):
         after = capture(model, PROMPTS, site="resid_pre", layers=[2])[2]
-    torch.testing.assert_close(after, edit(before), atol=1e-5, rtol=1e-4)
+    close(after, edit(before))
 
 
 def test_last_prompt_edits_that_token_alone(model):
@@ -97,7 +98,7 @@ def test_padding_and_batching_do_not_change_what_an_edit_does(model):
             model.generate(PROMPTS, max_new_tokens=5),
             [model.generate([p], max_new_tokens=5)[0] for p in PROMPTS],
         )
-    torch.testing.assert_close(together.values, alone.values, atol=1e-5, rtol=1e-4)
+    close(together.values, alone.values)
     assert words[0] == words[1]
 
 
@@ -125,7 +126,7 @@ def test_strength_zero_changes_no_bit_and_half_goes_half_way(model):
     edit, x = random_edit(), capture(model, PROMPTS, layers=[1])[1]
     with applied(model, {1: edit}, strength=0.5):
         half = capture(model, PROMPTS, site="resid_pre", layers=[2])[2]
-    torch.testing.assert_close(half, x + 0.5 * edit.displacement(x), atol=1e-5, rtol=1e-4)
+    close(half, x + 0.5 * edit.displacement(x))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "olmo2"])
@@ -137,8 +138,8 @@ def test_what_a_sublayer_adds_is_edited_where_it_is_added(kind, tmp_path):
         middle = capture(made, PROMPTS, site="resid_mid", layers=[1])[1]
     with applied(made, {("mlp_out", 1): AffineEdit.shift(shift)}):
         after = capture(made, PROMPTS, layers=[1])[1]
-    torch.testing.assert_close(middle, before["resid_mid"][1] + shift, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(after, before["resid_post"][1] + shift, atol=1e-5, rtol=1e-4)
+    close(middle, before["resid_mid"][1] + shift)
+    close(after, before["resid_post"][1] + shift)
 
 
 @pytest.mark.parametrize(
@@ -329,4 +330,4 @@ def test_an_edit_fitted_at_one_position_may_act_at_another(model):
     x = capture(model, PROMPTS, layers=[0], positions="instruction")[0]
     with applied(model, {0: AffineEdit.shift(x.mean(0))}, positions="last_prompt"):
         after = capture(model, PROMPTS, site="resid_pre", layers=[1])[1]
-    torch.testing.assert_close(after, capture(model, PROMPTS, layers=[0])[0] + x.mean(0), atol=1e-5, rtol=1e-4)
+    close(after, capture(model, PROMPTS, layers=[0])[0] + x.mean(0))
