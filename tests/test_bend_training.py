@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from helpers.tolerance import GRADIENT, close
 from parts import bend_terms, items_of
 from transformers import TrainerCallback
 
@@ -159,7 +160,7 @@ def test_the_gradient_of_equal_micro_batches_is_that_of_one(tmp_path):
         trainer.train()
         assert [row["step"] for row in trainer.history] == [1] * accumulation
         found.append(grads.found)
-    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+    close(found[1], found[0], depth=GRADIENT)
     assert found[0].norm() > 1e-3
 
 
