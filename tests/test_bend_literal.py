@@ -87,6 +87,12 @@ def test_every_mode_of_every_fidelity_equals_the_literal_statement(kind, fidelit
     assert_equal(errors(models(kind), kind, BendConfig(**WEIGHTS, fidelity=fidelity, loss_mode=mode)))
 
 
+def to_float64(to):
+    """``Tensor.to`` with float64 for float32."""
+    wide = lambda value: torch.float64 if value is torch.float32 else value  # noqa: E731
+    return lambda x, *args, **options: to(x, *map(wide, args), **{key: wide(value) for key, value in options.items()})
+
+
 @pytest.fixture
 def in_float64(monkeypatch):
     """All of it computed in float64, also where float32 is asked for."""
@@ -94,8 +100,8 @@ def in_float64(monkeypatch):
     least = -1e30  # a row of padding sees nothing: its scores overflow to minus infinity here
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=-1, **_: softmax(x.clamp(min=least), dim=dim))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    for name in ("float", "float32"):  # norms of Llama and Qwen-3 convert to the latter
-        monkeypatch.setattr(torch, name, torch.float64)
+    monkeypatch.setattr(torch.Tensor, "to", to_float64(torch.Tensor.to))  # as norms of Llama and Qwen-3 ask
+    monkeypatch.setattr(torch, "float", torch.float64)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
