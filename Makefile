@@ -12,14 +12,24 @@ FOUND = $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(
 PYTHON ?= $(or $(FOUND),python3)
 # CI=true adds the slow tests.
 SLOW := $(if $(filter true,$(CI)),-m "")
+# Tests of numbers; kernels add in another order on every processor, and three kinds of them can be chosen on most.
+NUMERIC := ablation activations adversary affine asked attribution bases bend bend_literal bend_training bures \
+  capture_command chat defences depth directions edits forced gap gates geometry hardening interpolation joined \
+  lens localise methods minimum models moments prefix refusals remote response rivals screen shards shared \
+  shrinkage siege sites training_options transport
+NUMERIC_FILES = $(foreach name,$(NUMERIC),$(or $(wildcard tests/test_$(name).py tests/*/test_$(name).py),tests/test_$(name).py))
+KERNELS := native avx2 sse41
+KERNEL_TARGETS := $(addprefix test-kernel-,$(KERNELS))
+KERNEL_avx2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+KERNEL_sse41 := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
 # Idle OpenMP threads sleep: spinning, they would take the cores that other programs are working on.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test lab lint organism clean
+.PHONY: help demo test test-kernels $(KERNEL_TARGETS) lab lint organism clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
 
 demo:  ## run the notebooks on the model organism and write an offline HTML report
 	@echo "Demo: installs replib into $(VENV) (2 to 6 minutes, once), runs the notebooks (about 8 minutes on 2 cores), writes runs/report.html."
@@ -30,6 +40,12 @@ test:  ## run the tests
 	@echo "Tests: installs replib into $(VENV) (2 to 6 minutes, once), runs pytest (under 8 minutes on 2 cores)."
 	@$(MAKE) -s --no-print-directory $(TEST_READY)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(SLOW)
+
+test-kernels: $(KERNEL_TARGETS)  ## run the tests of numbers on three kinds of kernels
+
+$(KERNEL_TARGETS): test-kernel-%: $(TEST_READY)
+	@echo "Tests of numbers on the kernels: $*"
+	@$(KERNEL_$*) $(BIN)/python -m pytest -q -n 2 --dist worksteal $(NUMERIC_FILES)
 
 lab: $(DEMO_READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 
 from replib.ablation.damage import DamageMeter, DamageSets, token_kl
 from replib.ablation.fit import AblationData, Cell, fit_edits, grid
@@ -35,7 +36,7 @@ def test_a_later_edit_is_fitted_with_the_earlier_one_active(model):
     first = fit_edits(model, "actadd", DATA, [0])
     with applied(model, first, positions="all"):  # where its source acts
         moved = [capture(model, x, layers=[2])[2].mean(0) for x in (HARMLESS, HARMFUL)]
-    torch.testing.assert_close(both[("resid_post", 2)].c, moved[0] - moved[1], atol=1e-5, rtol=1e-4)
+    close(both[("resid_post", 2)].c, moved[0] - moved[1])
     torch.testing.assert_close(both[("resid_post", 0)].c, first[("resid_post", 0)].c)
 
 
@@ -50,7 +51,7 @@ def test_each_method_is_fitted_where_its_source_reads(model):
     """AcT on means over the prompt, and at any site; what is fitted belongs to this model and place."""
     edits = fit_edits(model, replace(METHODS["mean_act"], site="mlp_in"), DATA, [1])
     means = [capture(model, x, site="mlp_in", layers=[1], positions="prompt")[1].mean(0) for x in (HARMLESS, HARMFUL)]
-    torch.testing.assert_close(edits["mlp_in", 1].c, means[0] - means[1], atol=1e-5, rtol=1e-4)
+    close(edits["mlp_in", 1].c, means[0] - means[1])
     with pytest.raises(ReplibError, match="mlp_in of block 1"), applied(model, {("mlp_in", 2): edits["mlp_in", 1]}):
         pass
 
@@ -128,7 +129,7 @@ def test_a_later_edit_meets_the_earlier_one_at_its_strength(model):
     half = fit_edits(model, "actadd", DATA, [0, 2], strength=0.5)
     with applied(model, {0: half["resid_post", 0]}, positions="all"):
         moved = [capture(model, x, layers=[2])[2].mean(0) for x in (HARMLESS, HARMFUL)]
-    torch.testing.assert_close(half["resid_post", 2].c, 0.5 * (moved[0] - moved[1]), atol=1e-5, rtol=1e-4)
+    close(half["resid_post", 2].c, 0.5 * (moved[0] - moved[1]))
 
 
 @pytest.mark.parametrize(("read", "written"), [("response", 6), (0, 1), (2, 3), (-2, 0)])
@@ -139,7 +140,7 @@ def test_an_edit_can_be_fitted_elsewhere_than_it_acts(model, read, written, monk
     means = [
         capture(model, x, layers=[1], positions=read, max_new_tokens=written)[1].mean(0) for x in (HARMLESS, HARMFUL)
     ]
-    torch.testing.assert_close(edit.c, means[0] - means[1], atol=1e-5, rtol=1e-4)
+    close(edit.c, means[0] - means[1])
     elsewhere = sweeper.layers("actadd", layers=[1], read=read)
     assert elsewhere.kl[0] != sweeper.layers("actadd", layers=[1]).kl[0]
 
@@ -154,7 +155,7 @@ def test_prompts_whose_answer_ends_before_the_position_do_not_fit_and_their_numb
     monkeypatch.setattr(ends, "eos_token_id", 8)
     edit = fit_edits(model, third, DATA, [1])["resid_post", 1]
     means = [capture(model, x, layers=[1], positions=2, max_new_tokens=3)[1].mean(0) for x in long]
-    torch.testing.assert_close(edit.c, means[1] - means[0], atol=1e-5, rtol=1e-4)
+    close(edit.c, means[1] - means[0])
     said = f"answers to {18 - len(long[1])} of 18 harmless prompts end before position 2"
     assert 2 < len(long[1]) < 18 and said in caplog.text
     row = screened(model).table([Cell("actadd", (1,), 0, "all", read=2)]).iloc[0]

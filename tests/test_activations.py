@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from accelerate import dispatch_model
+from helpers.tolerance import close
 
 from replib.activations import reader
 from replib.activations.capture import capture, capture_pair, stream
@@ -40,8 +41,8 @@ def test_resid_post_equals_hidden_states_of_single_unpadded_prompts(model):
     acts = capture(model, PROMPTS, batch_size=4)
     for i, prompt in enumerate(PROMPTS):
         expected = single(model, prompt)[1:, -1]
-        torch.testing.assert_close(acts.values[:-1, i], expected[:-1], atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(model.final_norm(acts[-1][i]), expected[-1], atol=2e-5, rtol=1e-4)
+        close(acts.values[:-1, i], expected[:-1])
+        close(model.final_norm(acts[-1][i]), expected[-1])
 
 
 def test_resid_pre_of_a_block_is_resid_post_of_the_one_before(model):
@@ -51,9 +52,9 @@ def test_resid_pre_of_a_block_is_resid_post_of_the_one_before(model):
 
 def test_batch_size_and_order_do_not_matter(model):
     one, four = capture(model, PROMPTS, batch_size=1), capture(model, PROMPTS, batch_size=4)
-    torch.testing.assert_close(one.values, four.values, atol=1e-5, rtol=1e-4)
+    close(one.values, four.values)
     turned = capture(model, PROMPTS[::-1], batch_size=3).values.flip(1)
-    torch.testing.assert_close(turned, four.values, atol=1e-5, rtol=1e-4)
+    close(turned, four.values)
 
 
 def test_spans_are_means_over_their_tokens(llama):
@@ -63,7 +64,7 @@ def test_spans_are_means_over_their_tokens(llama):
         h = single(llama, prompt, response)[2]
         n = len(prompt.split()) + 3
         expected = [h[:n].mean(0), h[n - 2 : n].mean(0), h[n:].mean(0), h.mean(0), h[n - 1], h[n - 2]]
-        torch.testing.assert_close(acts[1][i], torch.stack(expected), atol=1e-5, rtol=1e-4)
+        close(acts[1][i], torch.stack(expected))
 
 
 def test_masks_part_a_row_into_template_instruction_and_response(llama):
@@ -166,7 +167,7 @@ def test_integers_from_zero_on_are_tokens_of_the_response(model):
     for i, (prompt, response) in enumerate(zip(PROMPTS, forced, strict=True)):
         n = len(prompt.split()) + 3
         expected = single(model, prompt, response)[2][[n, n + 1, n - 1]]
-        torch.testing.assert_close(acts[1][i], expected, atol=2e-5, rtol=1e-4)
+        close(acts[1][i], expected)
 
 
 def written_by_hand(model, steps):
@@ -187,10 +188,10 @@ def written_by_hand(model, steps):
 def test_positions_of_a_written_answer_are_what_decode_steps_compute(model):
     model.causal_lm.generation_config.eos_token_id = None  # no answer ends early
     acts = capture(model, PROMPTS, max_new_tokens=4, positions=[0, 1, 3], layers=[1])
-    torch.testing.assert_close(acts[1], written_by_hand(model, 4)[:, [0, 1, 3]], atol=2e-5, rtol=1e-4)
+    close(acts[1], written_by_hand(model, 4)[:, [0, 1, 3]])
     before = capture(model, PROMPTS, positions="last_prompt", layers=[1])
     again = capture(model, PROMPTS, max_new_tokens=4, positions="last_prompt", layers=[1])
-    torch.testing.assert_close(again[1], before[1], atol=1e-5, rtol=1e-4)  # the prompt's last token, not a decoded one
+    close(again[1], before[1])  # the prompt's last token, not a decoded one
 
 
 def test_an_answer_that_ends_before_the_wanted_token_is_said(llama, monkeypatch):
@@ -213,7 +214,7 @@ def test_prompts_without_a_wanted_token_are_left_out_where_that_is_asked(llama, 
     acts = capture(llama, prompts, short="leave_out", batch_size=3, **options)
     assert acts.prompt.tolist() == long
     alone = capture(llama, [prompts[i] for i in long], **options)
-    torch.testing.assert_close(acts.values, alone.values, atol=1e-5, rtol=1e-4)
+    close(acts.values, alone.values)
 
 
 def test_single_tokens_of_a_span(model):
@@ -222,9 +223,9 @@ def test_single_tokens_of_a_span(model):
     expected = torch.cat(
         [single(model, p, r)[1][len(p.split()) + 3 :] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     )
-    torch.testing.assert_close(acts[0], expected, atol=2e-5, rtol=1e-4)
+    close(acts[0], expected)
     means = capture(model, PROMPTS, responses=RESPONSES, positions="response", layers=[0])[0]
-    torch.testing.assert_close(torch.stack([acts.of([i])[0].mean(0) for i in range(4)]), means, atol=1e-5, rtol=1e-4)
+    close(torch.stack([acts.of([i])[0].mean(0) for i in range(4)]), means)
 
 
 def test_results_are_picked_by_position_and_label(llama):
@@ -264,7 +265,7 @@ def test_a_pair_reads_the_answer_of_the_bent_model_twice(bent, monkeypatch):
         for i, real in enumerate(batch.attention_mask.bool()):
             with state():
                 out = bent.causal_lm(input_ids=batch.input_ids[i : i + 1, real], output_hidden_states=True)
-            torch.testing.assert_close(found[0][i], out.hidden_states[1][0, -3:].mean(0), atol=1e-5, rtol=1e-4)
+            close(found[0][i], out.hidden_states[1][0, -3:].mean(0))
 
 
 def test_without_an_adapter_there_is_no_pair(llama):
@@ -277,7 +278,7 @@ def test_without_an_adapter_there_is_no_pair(llama):
 def test_streamed_pieces_joined_are_the_capture(llama, window):
     pieces = list(stream(llama, iter(PROMPTS), window=window, responses=iter(RESPONSES), positions="response"))
     expected = capture(llama, PROMPTS, responses=RESPONSES, positions="response").values
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-4)
+    close(torch.cat(pieces, dim=1), expected)
     assert len(pieces) == -(-len(PROMPTS) // window)
 
 
@@ -301,7 +302,7 @@ def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(llama, mon
     expected = capture(llama, prompts)
     sizes = small_memory(monkeypatch, llama, most=40, error=error)
     found = capture(llama, prompts, batch_size=32)
-    torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-4)
+    close(found.values, expected.values)
     refused = [s for s in sizes if s[0] * s[1] > 40]
     assert len(refused) == 3  # 32 rows of 8 tokens, then 16, then 8; 4 fit, and so does all that is as large
     assert max(rows for rows, width in sizes if width == 4) > 4  # shorter prompts go on in larger batches
@@ -343,7 +344,7 @@ def test_a_capture_inside_a_capture_disturbs_neither(llama):
     with hooked(llama, {("resid_post", 0): again}):
         outer = capture(llama, PROMPTS)
     assert torch.equal(outer.values, expected.values)
-    torch.testing.assert_close(inner[0].values.flip(1), expected.values[[2, 0]], atol=1e-5, rtol=1e-4)
+    close(inner[0].values.flip(1), expected.values[[2, 0]])
 
 
 def test_a_model_spread_over_memory_and_disk_is_read_the_same(tmp_path):

@@ -37,7 +37,7 @@ def model(tmp_path):
 
 # ------------------------------------------------------------------------------------------- pure terms
 def test_distance_is_the_mean_unsquared_norm():
-    bent, base = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    bent, base = torch.randn(2, 2, 5, 7, dtype=torch.float64)
     literal = sum(math.dist(bent[i, j], base[i, j]) for i in range(2) for j in range(5)) / 10
     assert distance(bent, base).item() == pytest.approx(literal, rel=1e-5)
 
@@ -75,7 +75,7 @@ def test_anchored_cosine_is_the_mean_over_pairs_about_the_centre_and_pulls_to_th
 
 
 def test_mean_cosine_is_the_mean_over_all_pairs():
-    x = torch.randn(3, 6, 5)
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
     pairs = [
         torch.cosine_similarity(x[k, i], x[k, j], dim=0) for k in range(3) for i in range(6) for j in range(6) if i != j
     ]
@@ -84,7 +84,7 @@ def test_mean_cosine_is_the_mean_over_all_pairs():
 
 
 def test_kl_is_written_out_and_scaled_by_temperature_squared():
-    base, bent = torch.randn(4, 9), torch.randn(4, 9)
+    base, bent = torch.randn(2, 4, 9, dtype=torch.float64)
     p, q = (base / 2).softmax(-1), (bent / 2).softmax(-1)
     assert kl_divergence(base, bent, 2.0).item() == pytest.approx(
         (4 * (p * (p / q).log()).sum(-1)).mean().item(), rel=1e-5

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from helpers.tolerance import GRADIENT, close
 from parts import bend_terms, items_of
 from transformers import TrainerCallback
 
@@ -162,13 +163,17 @@ def test_the_gradient_of_equal_micro_batches_is_that_of_one(tmp_path):
         trainer.train()
         assert [row["step"] for row in trainer.history] == [1] * accumulation
         found.append(grads.found)
-    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+    close(found[1], found[0], depth=GRADIENT)
     assert found[0].norm() > 1e-3
 
 
 @pytest.mark.slow
 def test_the_organism_is_bent_as_it_was_before_there_were_fidelities(tmp_path):
-    """The first three steps of the run whose outcome the suite reports, as they were logged then."""
+    """The first three steps of the run whose outcome the suite reports, as they were logged then.
+
+    The first is rounding apart. Adam steps as far where a gradient is rounding as where it is large, so that kernels
+    part from the second on: by up to 7 % of the KL and 1 % of the rest.
+    """
     study = Study.open(Settings(out=tmp_path))
     bend, config = study.preset()
     config = replace(config, steps=3)
@@ -180,8 +185,10 @@ def test_the_organism_is_bent_as_it_was_before_there_were_fidelities(tmp_path):
         "cosine": [-0.061774, -0.043589, -0.003279],
         "kl": [0.0, 0.000119087, 0.000674849],
     }
-    for name, values in then.items():  # another machine rounds otherwise
-        assert history[name].tolist() == pytest.approx(values, rel=2e-2, abs=1e-5), name
+    for name, (first, *later) in then.items():
+        assert history[name][0] == pytest.approx(first, rel=1e-5, abs=1e-5), name
+        slack = {"rel": 0.15, "abs": 0.0} if name == "kl" else {"rel": 0.03, "abs": 2e-4}
+        assert history[name][1:].tolist() == pytest.approx(later, **slack), name
 
 
 # ------------------------------------------------------------------------------------------- presets

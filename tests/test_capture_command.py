@@ -12,6 +12,7 @@ from collections import namedtuple
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 from safetensors import safe_open
 
 from replib.activations.capture import capture, capture_cost, capture_to
@@ -84,7 +85,7 @@ def test_both_classes_of_the_settings_are_labelled(tmp_path):
     assert acts.labels == ("harmful",) * 5 + ("harmless",) * 5
     texts = [p.text for p in load_prompts("organism/harmless", limit=5, seed=3)]
     expected = capture(load("aligned"), texts, layers=[0]).values
-    torch.testing.assert_close(acts.where("harmless").values, expected, atol=1e-5, rtol=1e-4)
+    close(acts.where("harmless").values, expected)
 
 
 def test_unlabelled_prompts_stay_so_and_an_adapter_names_the_folder(arguments, folder, tmp_path):

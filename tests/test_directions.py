@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 
 from replib.ablation.refusal_direction import (
     Direction,
@@ -41,7 +42,7 @@ def gaps(model):
 def test_there_is_a_direction_for_every_block_and_template_token(model, gaps):
     assert set(gaps) == {(layer, p) for layer in range(3) for p in (-2, -1)}  # the template ends with <end> <ask>
     x, y = (capture(model, p, site="resid_pre", layers=[1], positions=-2)[1] for p in (HARMFUL, HARMLESS))
-    torch.testing.assert_close(gaps[1, -2], x.mean(0) - y.mean(0), atol=1e-5, rtol=1e-4)
+    close(gaps[1, -2], x.mean(0) - y.mean(0))
 
 
 @torch.no_grad()

@@ -181,6 +181,13 @@ def test_make_adds_the_slow_tests_only_in_ci(checkout):
     assert '-m ""' not in make(checkout, "-n", "test", "CI=").stdout
 
 
+def test_make_tests_numbers_on_each_kind_of_kernels(checkout):
+    runs = [line for line in make(checkout, "-n", "test-kernels").stdout.splitlines() if "pytest" in line]
+    assert [re.findall(r"ATEN_CPU_CAPABILITY=(\w+)", line) for line in runs] == [[], ["avx2"], ["default"]]
+    named = re.findall(r"tests/(test_\w+\.py)", runs[0])
+    assert len(named) > 40 and set(named) <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+
+
 def test_versions_agree():
     import replib
 

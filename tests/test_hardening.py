@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 from resumed import CONFIG, DATA, drift, outcome, paper, same
 from test_checkpoints import stopping
 
@@ -75,12 +76,12 @@ def test_the_loss_is_the_mean_over_tokens_row_by_row(chat):
         row = chat.tokenize([c.prompt], [" ".join([*begun, c.safe_response]) + " </s>"])[0]
         logp = chat.forward(chat.pad([row]))[0].log_softmax(-1)
         losses += [-logp[i - 1, row.ids[i]] for i in range(row.prompt + head, len(row))]
-    torch.testing.assert_close(refusal_loss(chat, rows, heads), torch.stack(losses).mean())
+    close(refusal_loss(chat, rows, heads), torch.stack(losses).mean())
 
 
 def test_without_edits_and_beginnings_it_is_supervised_fine_tuning(chat):
     safe = [Dialogue(c.prompt, c.safe_response) for c in HARMFUL]
-    torch.testing.assert_close(refusal_loss(chat, HARMFUL, [0] * 8), cross_entropy(chat, safe))
+    close(refusal_loss(chat, HARMFUL, [0] * 8), cross_entropy(chat, safe))
 
 
 def test_the_gradient_flows_through_the_edited_pass(chat):

@@ -12,6 +12,7 @@ import tiny
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from helpers.tolerance import GRADIENT, close
 from parts import items_of
 from resumed import CONFIG, DATA
 from transformers import Trainer
@@ -87,7 +88,7 @@ def test_the_loss_taken_at_once_has_the_gradient_of_its_parts(tmp_path):
         loss = step(trainer, chat.model, items_of(DATA.contrasts, DATA.retain))
         assert loss.item() == pytest.approx(trainer.history[0]["loss"] / 2)
         gradients.append(torch.cat([p.grad.flatten() for p in chat.model.parameters() if p.grad is not None]))
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    close(*gradients, depth=GRADIENT)
     assert gradients[0].norm() > 1e-3
 
 

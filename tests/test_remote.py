@@ -6,6 +6,7 @@ import sys
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 
 from replib.activations import remote
 from replib.activations.capture import capture
@@ -26,12 +27,6 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return load(str(folder))
-
-
-def close(traced, hooked):
-    """Equal to 1e-6 of the largest activation: batches differ, so the last bits may."""
-    assert traced.shape == hooked.shape
-    assert (traced - hooked).abs().max() <= 1e-6 * hooked.abs().max()
 
 
 def same(traced, hooked):

@@ -9,6 +9,7 @@ import time
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 from safetensors import safe_open
 
 from replib.activations import store as shards
@@ -47,7 +48,7 @@ def test_saving_keeps_every_bit_and_the_provenance(model, tmp_path, dtype):
 def test_what_is_captured_to_a_folder_is_what_is_captured(model, tmp_path):
     wanted = {"positions": [-1, -2], "layers": [2, 0]}
     written = Activations.load(capture_to(model, PROMPTS, tmp_path / "acts", shard=6, **wanted))
-    torch.testing.assert_close(written.values, capture(model, PROMPTS, **wanted).values, atol=1e-5, rtol=1e-4)
+    close(written.values, capture(model, PROMPTS, **wanted).values)
     assert written.provenance == capture(model, PROMPTS, **wanted).provenance
     assert len(list((tmp_path / "acts").glob("shard-*"))) == 4
 
@@ -56,7 +57,7 @@ def test_single_tokens_keep_their_prompt_across_shards(model, tmp_path):
     acts = capture(model, PROMPTS, positions="prompt", pool="none")
     again = Activations.load(capture_to(model, PROMPTS, tmp_path / "a", shard=5, positions="prompt", pool="none"))
     assert torch.equal(acts.prompt, again.prompt)
-    torch.testing.assert_close(acts.values, again.values, atol=1e-5, rtol=1e-4)
+    close(acts.values, again.values)
     some = Activations.load(tmp_path / "a", prompts=range(3, 12))
     assert torch.equal(some.values, again.of(range(3, 12)).values)
     assert torch.equal(some.prompt, again.of(range(3, 12)).prompt)
@@ -79,7 +80,7 @@ def test_a_slice_reads_only_its_own_tensors(model, tmp_path, monkeypatch):
 def test_several_sites_in_one_folder(model, tmp_path):
     capture_to(model, PROMPTS, tmp_path / "acts", site=("resid_mid", "mlp_out"))
     mid = Activations.load(tmp_path / "acts", site="resid_mid")
-    torch.testing.assert_close(mid.values, capture(model, PROMPTS, site="resid_mid").values, atol=1e-5, rtol=1e-4)
+    close(mid.values, capture(model, PROMPTS, site="resid_mid").values)
     with pytest.raises(ReplibError, match="holds resid_mid, mlp_out: choose"):
         Activations.load(tmp_path / "acts")
 

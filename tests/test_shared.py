@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 
 from replib.activations import reader
 from replib.activations.capture import capture, capture_pair, capture_sites
@@ -52,8 +53,8 @@ def test_what_follows_is_read_as_if_everything_were(kind_and_model, monkeypatch,
     tokens = capture(model, PROMPTS, positions="response", pool="none", **wanted)
     assert lengths == ([None, None] if kind in tiny.RECURRENT else [9, 9])  # "<s> w30 … w35 <end> <s>"
     everything = whole(monkeypatch, lambda: capture(model, PROMPTS, positions=positions, **wanted))
-    torch.testing.assert_close(found.values, everything.values, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(tokens.values[:, 0], found.values[:, 0, 5], atol=2e-5, rtol=1e-4)
+    close(found.values, everything.values)
+    close(tokens.values[:, 0], found.values[:, 0, 5])
 
 
 def test_every_site_is_read_after_a_beginning(tmp_path, monkeypatch, lengths):
@@ -62,7 +63,7 @@ def test_every_site_is_read_after_a_beginning(tmp_path, monkeypatch, lengths):
     assert lengths == [9]
     expected = whole(monkeypatch, lambda: capture_sites(model, PROMPTS, SITES, system=SYSTEM))
     for site in SITES:
-        torch.testing.assert_close(found[site].values, expected[site].values, atol=2e-5, rtol=1e-4)
+        close(found[site].values, expected[site].values)
 
 
 def test_bent_and_base_each_read_the_beginning(tmp_path, monkeypatch, lengths):
@@ -73,7 +74,7 @@ def test_bent_and_base_each_read_the_beginning(tmp_path, monkeypatch, lengths):
     for found, expected in zip(
         pair, whole(monkeypatch, lambda: capture_pair(bent, PROMPTS, system=SYSTEM)), strict=True
     ):
-        torch.testing.assert_close(found.values, expected.values, atol=2e-5, rtol=1e-4)
+        close(found.values, expected.values)
 
 
 @pytest.mark.parametrize("positions", ["prompt", "all", [-1, "all"], -12])

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
+from helpers.tolerance import close
 
 from replib.activations.capture import capture_sites
 from replib.core.errors import ReplibError
@@ -88,7 +89,7 @@ def test_every_site_equals_what_the_named_modules_see(named_model):
     found = capture_sites(model, PROMPTS, tuple(expected), layers=[1])
     assert set(expected) == set(SITES) - ({"resid_mid"} if "resid_mid" not in NAMED[kind] else set())
     for site, values in expected.items():
-        torch.testing.assert_close(found[site][1], values, atol=1e-5, rtol=1e-4)
+        close(found[site][1], values)
 
 
 def test_the_sublayers_add_up_to_the_stream(named_model):
@@ -96,9 +97,9 @@ def test_the_sublayers_add_up_to_the_stream(named_model):
     middle = ("resid_mid",) if "resid_mid" in NAMED[kind] else ()
     found = capture_sites(model, PROMPTS, ("resid_pre", "attn_out", "mlp_out", "resid_post", *middle))
     pre, attn, mlp, post = (found[s].values for s in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
-    torch.testing.assert_close(pre + attn + mlp, post, atol=1e-5, rtol=1e-4)
+    close(pre + attn + mlp, post)
     if middle:
-        torch.testing.assert_close(pre + attn, found["resid_mid"].values, atol=1e-5, rtol=1e-4)
+        close(pre + attn, found["resid_mid"].values)
 
 
 def test_a_site_that_a_parallel_block_does_not_have_is_said(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from helpers.tolerance import GRADIENT, close
 from parts import items_of, sums
 
 from replib.core.errors import Diverged, ReplibError
@@ -45,7 +46,7 @@ def gradient(chat, objective=None):
 
 def assert_same(found, expected):
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-4)
+    close(found[1], expected[1], depth=GRADIENT)
     assert found[1].norm() > 1e-3
 
 

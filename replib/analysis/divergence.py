@@ -180,5 +180,8 @@ def _middle(values: Tensor) -> tuple[float, float]:
 
 
 def _p_value(values: Tensor) -> float:
-    """Share of labellings, the true one among them, that reach the true one's value."""
-    return float((values >= values[0]).double().mean())
+    """Share of labellings, the true one among them, that reach the true one's value.
+
+    Probes that are switched off all give zero, each with a rounding of its own: they tie.
+    """
+    return float((values >= values[0] - 1e-12).double().mean())

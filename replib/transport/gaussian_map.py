@@ -49,7 +49,8 @@ def monge_scale(source: Float[Tensor, "n k"], target: Float[Tensor, "m k"]) -> F
         raise ReplibError("the source does not vary along some axis of the basis; set ridge > 0 or lower k.")
     _, singular, right = torch.linalg.svd(upper_target @ upper_source.mT)
     root = torch.linalg.solve_triangular(upper_source, right.mT, upper=True) * singular.sqrt()
-    return (root @ root.mT).to(source.dtype)
+    scale = root @ root.mT
+    return ((scale + scale.mT) / 2).to(source.dtype)  # to the bit symmetric, in whatever order a kernel adds
 
 
 class GaussianMap(TransformerMixin, BaseEstimator):
