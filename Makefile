@@ -13,11 +13,7 @@ PYTHON ?= $(or $(FOUND),python3)
 # CI=true adds the slow tests.
 SLOW := $(if $(filter true,$(CI)),-m "")
 # Tests of numbers; kernels add in another order on every processor, and three kinds of them can be chosen on most.
-NUMERIC := ablation activations adversary affine asked attribution bases bend bend_literal bend_training bures \
-  capture_command chat defences depth directions edits forced gap gates geometry hardening interpolation joined \
-  lens localise methods minimum models moments prefix refusals remote response rivals screen shards shared \
-  shrinkage siege sites training_options transport
-NUMERIC_FILES = $(foreach name,$(NUMERIC),$(or $(wildcard tests/test_$(name).py tests/*/test_$(name).py),tests/test_$(name).py))
+NUMERIC := $(addprefix tests/,ablation activations analysis audit defences edits models training transport)
 KERNELS := native avx2 sse41
 KERNEL_TARGETS := $(addprefix test-kernel-,$(KERNELS))
 KERNEL_avx2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
@@ -45,7 +41,7 @@ test-kernels: $(KERNEL_TARGETS)  ## run the tests of numbers on three kinds of k
 
 $(KERNEL_TARGETS): test-kernel-%: $(TEST_READY)
 	@echo "Tests of numbers on the kernels: $*"
-	@$(KERNEL_$*) $(BIN)/python -m pytest -q -n 2 --dist worksteal $(NUMERIC_FILES)
+	@$(KERNEL_$*) $(BIN)/python -m pytest -q -n 2 --dist worksteal $(NUMERIC)
 
 lab: $(DEMO_READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import test_sites
-import tiny
 
+from helpers import tiny
 from replib.activations.capture import capture_sites
 from replib.models.hooks import SITES
 from replib.models.load import load

@@ -10,13 +10,14 @@ import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
 
-import install as bootstrap
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import install as bootstrap
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -184,8 +185,7 @@ def test_make_adds_the_slow_tests_only_in_ci(checkout):
 def test_make_tests_numbers_on_each_kind_of_kernels(checkout):
     runs = [line for line in make(checkout, "-n", "test-kernels").stdout.splitlines() if "pytest" in line]
     assert [re.findall(r"ATEN_CPU_CAPABILITY=(\w+)", line) for line in runs] == [[], ["avx2"], ["default"]]
-    named = re.findall(r"tests/(test_\w+\.py)", runs[0])
-    assert len(named) > 40 and set(named) <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+    assert all((ROOT / room).is_dir() for run in runs for room in re.findall(r"tests/\w+", run))
 
 
 def test_versions_agree():

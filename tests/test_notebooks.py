@@ -7,8 +7,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-import tiny
 
+from helpers import tiny
 from replib.cli.notebooks import run_notebooks
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+
 from readme_picture import BROWSERS
 
 FLAGS = [

@@ -4,8 +4,9 @@ Kernels add in an order of their own, which may also differ with the shape of a 
 epsilon of the scale, so two routes through ``depth`` additions one after another differ by ``depth`` epsilons at most.
 """
 
-import tiny
 import torch
+
+from helpers import tiny
 
 _SIZES = tiny.GROUPED | {"blocks": tiny.COMMON["num_hidden_layers"]}
 # Sums over the width for queries and keys, for attention, for its output and into the MLP; one over the inner width.

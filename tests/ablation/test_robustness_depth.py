@@ -1,0 +1,51 @@
+"""Edits fitted at tokens of an answer: which activations fit them, and where they act."""
+
+import pytest
+import torch
+
+from helpers import tiny
+from replib.ablation.robustness import ON_ANSWER, PROMPT, SPAN, answer_states, token_edits, token_name
+from replib.activations.capture import capture
+from replib.core.errors import ReplibError
+from replib.data.prompts import Dialogue
+from replib.models.load import load
+
+ANSWER = "w1 w2 w3 w4 w5"
+HARMFUL = [Dialogue(f"w{i} w{i + 1}", f"w{i % 7} {ANSWER}") for i in range(8)]
+HARMLESS = [Dialogue(f"w{i} w{2 * i % 40} w3", f"w{i % 9} {ANSWER}") for i in range(10, 19)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(tiny.save_model(tmp_path_factory.mktemp("llama")))
+
+
+def test_states_are_those_of_the_named_tokens(model):
+    found = answer_states(model, HARMFUL, tokens=(1, 4))
+    assert list(found) == [PROMPT, token_name(1), token_name(4), SPAN]
+    texts = [d.prompt for d in HARMFUL], [d.response for d in HARMFUL]
+    for name, position in {PROMPT: "last_prompt", token_name(1): 0, token_name(4): 3, SPAN: "response"}.items():
+        expected = capture(model, texts[0], responses=texts[1], positions=position).values
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_answers_that_end_before_the_last_token_are_left_out(model):
+    short = [*HARMFUL, Dialogue("w30 w31", "w1 w2")]
+    both = (answer_states(model, some, tokens=(1, 3)) for some in (short, HARMFUL))
+    one, other = (found[token_name(1)] for found in both)
+    torch.testing.assert_close(one, other)
+    with pytest.raises(ReplibError, match="0 of 8 answers have 9 tokens"):
+        answer_states(model, HARMFUL, tokens=(9,))
+
+
+def test_each_edit_carries_the_harmful_mean_of_its_place_to_the_harmless_one_and_acts_where_its_name_says(model):
+    states = [answer_states(model, some, tokens=(1, 4)) for some in (HARMFUL, HARMLESS)]
+    edits = token_edits(*states, "actadd")
+    assert all(len(blocks) == model.n_layers for blocks in edits.values()) and len(edits) == 2 + 2 * 3
+    for name in (PROMPT, token_name(1), token_name(4), SPAN):
+        x, y = (found[name][1].mean(0) for found in states)
+        where = "last_prompt" if name == PROMPT else "response"
+        torch.testing.assert_close(edits[name][1][where]["resid_post", 1](x), y, atol=1e-5, rtol=1e-4)
+    assert edits[ON_ANSWER][2] == {"response": edits[PROMPT][2]["last_prompt"]}
+    both = edits[f"{PROMPT} + {token_name(4)}"][0]
+    assert both == edits[PROMPT][0] | edits[token_name(4)][0]
