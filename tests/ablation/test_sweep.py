@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers import tiny
+from helpers.sweeps import DATA, HARMFUL, HARMLESS
 from helpers.tolerance import close
 from replib.ablation.damage import DamageMeter, DamageSets, token_kl
 from replib.ablation.fit import AblationData, Cell, fit_edits, grid
@@ -20,10 +21,6 @@ from replib.data.prompts import Prompt
 from replib.edits.apply import applied
 from replib.edits.methods import METHODS
 from replib.models.load import load
-
-HARMFUL = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 20)]
-HARMLESS = [f"w{i} w{(2 * i) % 40}" for i in range(20, 38)]
-DATA = AblationData(HARMFUL, HARMLESS, [Prompt("w39 w38", "harmful"), Prompt("w37 w36", "harmful")], ["w1 w39", "w2"])
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from ablation.test_sweep import DATA
 from helpers import tiny
+from helpers.sweeps import DATA
 from replib.ablation.fit import Cell
 from replib.ablation.refusal_score import FirstTokenScore, RefusalTokens
 from replib.ablation.sweep import Sweeper
