@@ -8,7 +8,7 @@ import torch
 
 from helpers import gaussians, tiny
 from replib.activations.capture import capture
-from replib.cli import main as cli
+from replib.cli import app as cli
 from replib.core.settings import data_dir
 from replib.defences.repbend.config import OFFICIAL
 from replib.models.load import PUBLISHED

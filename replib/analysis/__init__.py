@@ -1,1 +1,7 @@
-"""What activations show: geometry, divergence, probes, logit lens."""
+"""Measures of activations: geometry, divergence, probes, logit lens."""
+
+from replib.analysis.divergence import js_divergence
+from replib.analysis.geometry import layer_profile, pairwise_distance, pca
+from replib.analysis.logit_lens import compare, logit_lens
+
+__all__ = ["compare", "js_divergence", "layer_profile", "logit_lens", "pairwise_distance", "pca"]

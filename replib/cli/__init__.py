@@ -1,5 +1,5 @@
-"""The replib command."""
+"""The ``replib`` command."""
 
-from replib.cli.main import main
+from replib.cli.app import main
 
 __all__ = ["main"]

@@ -1,1 +1,1 @@
-"""The model organism: an invented world, its language and tokenizer, and the models trained on it."""
+"""The model organism: its invented world, language, prompts, weights and recorded measurements."""

@@ -18,7 +18,7 @@ from helpers.tolerance import close
 from replib.activations.capture import capture, capture_cost, capture_to
 from replib.activations.store import Activations, Shards
 from replib.cli import commands
-from replib.cli import main as cli
+from replib.cli import app as cli
 from replib.core.errors import ReplibError
 from replib.data.prompts import load_prompts
 from replib.models.load import load

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from helpers import tiny
 from helpers.parts import bend_terms, items_of
 from helpers.tolerance import GRADIENT, close
-from replib.cli import main as cli
+from replib.cli import app as cli
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.data.mixtures import BendData

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import replib
-from replib.cli import main as cli
+from replib.cli import app as cli
 from replib.core import settings
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir, setting
@@ -37,7 +37,7 @@ def modules_after(statement):
     "statement",
     [
         "import replib",
-        "import replib.settings, replib.core.errors",
+        "import replib.core.settings, replib.core.errors",
         "import replib.cli\ntry: replib.cli.main(['--help'])\nexcept SystemExit: pass",
     ],
 )
