@@ -16,7 +16,7 @@ from torch import Tensor
 
 from replib.audit.judges import Judge, Outcome, encode_outcomes
 from replib.core.errors import ReplibError
-from replib.core.stats import Mean, contrast, mean_over, outcome_matrix, perplexity, wilson
+from replib.core.stats import Mean, contrast, kl, mean_over, outcome_matrix, perplexity, wilson
 from replib.core.storage import content_hash, key_of
 from replib.data.prompts import Prompt
 from replib.edits.apply import Edits, applied
@@ -31,8 +31,7 @@ def token_kl(base: Float[Tensor, "*tokens vocab"], edited: Float[Tensor, "*token
     A token that the base suppresses (logit −inf) adds nothing; one that the edit alone suppresses makes it inf. NaN
     only where logits are.
     """
-    p, q = base.double().log_softmax(-1), edited.double().log_softmax(-1)
-    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
+    return kl(base.double().log_softmax(-1), edited.double().log_softmax(-1))
 
 
 class Tokens(NamedTuple):

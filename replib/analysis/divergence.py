@@ -16,6 +16,7 @@ from torch import Tensor
 
 from replib.analysis.probe import cross_fitted_logits
 from replib.core.errors import ReplibError
+from replib.core.stats import kl
 from replib.transport.gaussians import Samples, sample_pair, span_coordinates
 
 LN2 = math.log(2)
@@ -34,7 +35,7 @@ def js_discrete(logits_p: Tensor, logits_q: Tensor) -> Float[Tensor, "*batch"]:
     dtype = torch.promote_types(torch.promote_types(logits_p.dtype, logits_q.dtype), torch.float32)
     log_p, log_q = logits_p.to(dtype).log_softmax(-1), logits_q.to(dtype).log_softmax(-1)
     log_m = torch.logaddexp(log_p, log_q) - LN2
-    return ((_kl(log_p, log_m) + _kl(log_q, log_m)) / 2).clamp(0, LN2)
+    return ((kl(log_p, log_m) + kl(log_q, log_m)) / 2).clamp(0, LN2)
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,6 @@ def js_divergence(
         permutations=permutations,
         seed=seed,
     )
-
-
-def _kl(log_p: Tensor, log_m: Tensor) -> Tensor:
-    return torch.where(log_p.isinf(), 0, log_p.exp() * (log_p - log_m)).sum(-1)
 
 
 def _labelled(

@@ -140,6 +140,14 @@ def spearman(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> fl
     return float(spearmanr(one, other).statistic) if varied else float("nan")
 
 
+def kl(log_p: Float[Tensor, "*batch n"], log_q: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+    """KL(p || q) over the last axis, in nats, from log probabilities, in their dtype.
+
+    A category with p = 0 adds nothing; one with q = 0 < p makes it inf.
+    """
+    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 Values = NDArray[np.floating[Any]]
 Numbers = ArrayLike | Sequence[Any] | int | float  # whatever numpy.asarray turns into numbers
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.core.errors import ReplibError
+from replib.core.stats import kl
 from replib.data.prompts import Dialogue
 from replib.models.chat_model import ChatModel
 from replib.models.forward import (
@@ -59,7 +60,7 @@ def kl_divergence(
     """
     p = (base_logits.float() / temperature).log_softmax(-1)
     q = (bent_logits.float() / temperature).log_softmax(-1)
-    mean = temperature**2 * torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    mean = temperature**2 * kl(p, q).mean()
     return mean if sequences is None else mean * (len(p) / sequences)
 
 
