@@ -124,8 +124,8 @@ def outcome(task: Task) -> str:
     return task.name if task.kind == "benign" else task.kind
 
 
-def probe_of(tasks: Sequence[Task], judge: Judge) -> Callable[[ChatModel], dict[str, float]]:
-    """A measure of a model, all tasks in one pass: compliance by ``outcome``, and the worst share of degenerates."""
+def validation_measure(tasks: Sequence[Task], judge: Judge) -> Callable[[ChatModel], dict[str, float]]:
+    """Measure of a model, all tasks in one pass: compliance by ``outcome``, and the worst degenerate rate."""
     prompts = [p for t in tasks for p in t.prompts]
     prefills = [text for t in tasks for text in t.prefills or [""] * len(t.prompts)]
     owner = [outcome(t) for t in tasks for _ in t.prompts]

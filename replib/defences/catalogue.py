@@ -23,7 +23,7 @@ from replib.defences.task_arithmetic import TaskArithmetic, train_task_arithmeti
 from replib.defences.whp import WHP, train_whp
 from replib.models.chat_model import ChatModel
 from replib.training.config import TrainConfig
-from replib.training.model_selection import Probe
+from replib.training.model_selection import Measure
 from replib.training.objective import Objective
 from replib.training.result import TrainResult
 from replib.training.train import Fit
@@ -73,7 +73,7 @@ def train_baseline(
     data: DefenceData,
     fit: Fit,
     *,
-    probe: Probe,
+    validation: Measure,
     out: Path | str,
 ) -> TrainResult:
     """The model with a rival's adapter on it and its logs, after as many runs of ``fit`` as the rival takes.
@@ -83,7 +83,7 @@ def train_baseline(
         model: without an adapter.
         data: all lists that the rival reads.
         fit: trains one objective, see ``replib.defences.whp``.
-        probe: measures a model on validation prompts; only task arithmetic asks it here, to choose its weights.
+        validation: measures a model on validation prompts; only task arithmetic asks it here, to choose its weights.
         out: folder of task arithmetic's adapters.
 
     Raises:
@@ -91,7 +91,7 @@ def train_baseline(
     """
     match objective:
         case TaskArithmetic():
-            return train_task_arithmetic(model, data, fit, method=objective, probe=probe, out=out)
+            return train_task_arithmetic(model, data, fit, method=objective, validation=validation, out=out)
         case WHP():
             return train_whp(model, data, fit, whp=objective)
         case _:

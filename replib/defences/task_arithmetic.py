@@ -24,7 +24,7 @@ from replib.defences.sft import SFT
 from replib.models.adapters import attached, detached
 from replib.models.architecture import adapter_hash
 from replib.models.chat_model import ChatModel
-from replib.training.model_selection import Probe, default_choice
+from replib.training.model_selection import Measure, default_choice
 from replib.training.result import TrainResult
 from replib.training.train import Fit
 
@@ -132,7 +132,7 @@ def train_tasks(
 def merged_tasks(
     model: ChatModel,
     tasks: tuple[Path, Path],
-    probe: Probe,
+    validation: Measure,
     *,
     method: TaskArithmetic,
     choose: Callable[[dict[str, float], dict[str, float]], float] = default_choice,
@@ -143,9 +143,9 @@ def merged_tasks(
     Args:
         model: the model that both adapters were trained on, without an adapter.
         tasks: folders of the safe and of the unsafe adapter.
-        probe: measures a merged model on validation prompts.
+        validation: measures a merged model on validation prompts.
         method: the weights (w_s, w_u), zero or more: the minus is in the formula.
-        choose: score of a probe given the probe of the model itself; the highest is kept.
+        choose: score of a measurement given that of the model itself; the highest is kept.
         out: folder in which every merged adapter is written.
 
     Returns:
@@ -155,12 +155,12 @@ def merged_tasks(
     Raises:
         ReplibError: adapters that cannot be merged.
     """
-    before = probe(model)
+    before = validation(model)
     rows = [{"safe_weight": 0.0, "unsafe_weight": 0.0, "score": choose(before, before), "adapter": ""} | before]
     for safe, unsafe in method.grid:
         folder = Path(out) / f"safe-{safe:g}-unsafe-{unsafe:g}"
         task_arithmetic(*tasks, out=folder, safe_weight=safe, unsafe_weight=unsafe)
-        found = _found(model, folder, probe)
+        found = _found(model, folder, validation)
         about = {"safe_weight": safe, "unsafe_weight": unsafe, "score": choose(found, before), "adapter": str(folder)}
         rows.append(about | found)
     table = pd.DataFrame(rows)
@@ -168,7 +168,7 @@ def merged_tasks(
 
 
 def train_task_arithmetic(
-    model: ChatModel, data: DefenceData, fit: Fit, *, method: TaskArithmetic, probe: Probe, out: Path | str
+    model: ChatModel, data: DefenceData, fit: Fit, *, method: TaskArithmetic, validation: Measure, out: Path | str
 ) -> TrainResult:
     """Task arithmetic from the beginning: both adapters, and the best of their merges, which ``probes`` lists.
 
@@ -178,17 +178,17 @@ def train_task_arithmetic(
     if part()[1] > 1:
         raise ReplibError("Task arithmetic merges and measures adapters in one process: start it without torchrun.")
     tasks, logs = train_tasks(model, data, fit, out=out)
-    best, table = merged_tasks(model, tasks, probe, method=method, out=out)
+    best, table = merged_tasks(model, tasks, validation, method=method, out=out)
     steps = logs.config["train"]["steps"]
     probes = table.drop(columns="adapter").assign(step=[0, *[steps] * len(method.grid)])
     about = logs.config | {"method": method.name, "objective": asdict(method), "adapter_hash": adapter_hash(best.model)}
     return TrainResult(best, logs.history, probes, steps, about)
 
 
-def _found(model: ChatModel, adapter: Path, probe: Probe) -> dict[str, float]:
+def _found(model: ChatModel, adapter: Path, validation: Measure) -> dict[str, float]:
     """What the probe measures under an adapter, which is gone afterwards."""
     bent = attached(model, adapter)
     try:
-        return probe(bent)
+        return validation(bent)
     finally:
         detached(bent)

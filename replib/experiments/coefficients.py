@@ -46,9 +46,9 @@ from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
 from replib.models.adapters import merged_copy
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.study.study import PROBED, Study
+from replib.study.study import VALIDATION_KINDS, Study
 from replib.training.config import TrainConfig
-from replib.training.model_selection import Probe
+from replib.training.model_selection import Measure
 from replib.training.result import TrainResult
 from replib.training.train import train
 
@@ -118,16 +118,16 @@ class Runs:
         objective = RepBend(bend, References(self.folder / "base" if shared else None))
         data, out = self.study.bend_data, self.folder / "scratch" / self.key(setting)
         model = load(self.study.settings.model)
-        return train(model, data, objective, config=config, probe=self._probe(), out=out, say=lambda _: None)
+        return train(model, data, objective, config=config, validation=self._validation(), out=out, say=lambda _: None)
 
-    def _probe(self) -> Probe:
+    def _validation(self) -> Measure:
         """The measure, for one run; before its first step every run has the same model."""
         turns = chain([lambda _: self.before], repeat(self.measure))
 
-        def probe(model: ChatModel) -> dict[str, float]:
+        def validation(model: ChatModel) -> dict[str, float]:
             return next(turns)(model)
 
-        return probe
+        return validation
 
     @cached_property
     def before(self) -> dict[str, float]:
@@ -135,16 +135,16 @@ class Runs:
         return self.measure(self.study.model)
 
 
-def _measure(study: Study) -> tuple[Probe, dict[str, int]]:
+def _measure(study: Study) -> tuple[Measure, dict[str, int]]:
     """What is measured at a step, and from how many answers: the probe that chooses, and two attacks besides."""
-    usual, further = study.probe(LIMIT), study.probe(LIMIT, kinds=("direct", "prefill"))
+    usual, further = study.validation_measure(LIMIT), study.validation_measure(LIMIT, kinds=("direct", "prefill"))
 
     def measure(model: ChatModel) -> dict[str, float]:
         whole = merged_copy(model) if model.adapter else model  # answers in half the time
         return further(whole) | usual(whole)  # degenerate is the usual probe's
 
     n: Counter[str] = Counter()
-    for task in study.probed(LIMIT, kinds=(*PROBED, "direct", "prefill")):
+    for task in study.validation_tasks(LIMIT, kinds=(*VALIDATION_KINDS, "direct", "prefill")):
         n[outcome(task)] += len(task.prompts)
     return measure, dict(n)
 

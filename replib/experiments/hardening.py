@@ -31,10 +31,10 @@ from replib.core.storage import Rows, finished, key_of, write_text
 from replib.defences.hardening import Hardening
 from replib.defences.repbend.objective import RepBend
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.experiments.runner import TOKENS, Bench, TimedProbe, saved
+from replib.experiments.runner import TOKENS, Bench, TimedValidation, saved
 from replib.models.adapters import attached, merged
 from replib.models.load import load
-from replib.study.training import HARDENING, RETENTION, TRAIN, adaptive_probe, hardened, rows_for
+from replib.study.training import HARDENING, RETENTION, TRAIN, adaptive_validation, hardened, rows_for
 from replib.training.config import TrainConfig
 from replib.training.model_selection import SHARES, interpolated
 from replib.training.objective import Objective
@@ -82,7 +82,7 @@ class HardeningBench(Bench):
         self.folder = settings.out / "hardening"
         self.about |= {"probed": PROBED, "asked": ASKED, "shares": list(SHARES)}
         self.tasks = self.study.tasks("test", ASKED)
-        self.measure = adaptive_probe(self.study, PROBED)
+        self.measure = adaptive_validation(self.study, PROBED)
 
     @property
     def direct(self) -> Task:
@@ -108,12 +108,12 @@ class HardeningBench(Bench):
 
     def train(self, run: Run) -> dict[str, Any]:
         """One run, trained: what validation found and what it cost; ``diverged`` where it did."""
-        objective, watch, start = self.objective(run), TimedProbe(self), time.process_time()
+        objective, watch, start = self.objective(run), TimedValidation(self), time.process_time()
         config, model = replace(ARMS[run.arm].config, seed=run.seed, save_every=0), load(self.study.settings.model)
         with TemporaryDirectory() as out:
             try:
                 rows = rows_for(self.study, objective)
-                result = train(model, rows, objective, config=config, probe=watch, out=out, say=lambda _: None)
+                result = train(model, rows, objective, config=config, validation=watch, out=out, say=lambda _: None)
             except Diverged as error:
                 return run._asdict() | {"diverged": str(error)}
         result = interpolated(result, watch)

@@ -52,7 +52,7 @@ class Run:
         return Baseline(drawn, replace(config, seed=self.seed))
 
 
-class TimedProbe:
+class TimedValidation:
     """The validation probe of one run: what it found, and the time that it took."""
 
     def __init__(self, bench: Bench):
@@ -81,7 +81,7 @@ class Bench:
         self.folder = settings.out / "comparison"
         self.about: dict[str, Any] = self.study.model.provenance() | versions() | {"probed": PROBED, "benign": BENIGN}
         self.tasks = self.study.tasks("test", ASKED)
-        self.measure = self.study.probe(PROBED)
+        self.measure = self.study.validation_measure(PROBED)
 
     @cached_property
     def rivals(self) -> DefenceData:
@@ -109,25 +109,27 @@ class Bench:
 
     def trained(self, run: Run) -> dict[str, Any]:
         """One run, trained: its validation score and what it cost; no score where it diverged."""
-        rival, watch, data = run.rival, TimedProbe(self), self.rivals
+        rival, watch, data = run.rival, TimedValidation(self), self.rivals
         assert rival, "only a method with a grid is trained"
         start = time.process_time()
         with TemporaryDirectory() as out:
             try:
                 model, fit = load(self.study.settings.model), self._fit(rival, watch, Path(out))
-                model = train_baseline(rival.objective, model, data, fit, probe=watch, out=out).model
+                model = train_baseline(rival.objective, model, data, fit, validation=watch, out=out).model
             except Diverged as error:
                 return asdict(run) | {"score": None, "diverged": str(error)}
         seconds = time.process_time() - start - watch.seconds
         return asdict(run) | {"score": watch.score, "probes": watch.found} | saved(model, self.adapter(run), seconds)
 
-    def _fit(self, rival: Baseline, watch: TimedProbe, out: Path) -> Fit:
+    def _fit(self, rival: Baseline, watch: TimedValidation, out: Path) -> Fit:
         """Trains an objective; what only prepares another is taken as it ends."""
 
         def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
             given = self.study.bend_data if isinstance(objective, RepBend) else data
-            probe = None if prepares(objective, rival.objective) else watch
-            return train(model, given, objective, config=rival.config, probe=probe, out=out / "run", say=lambda _: None)
+            validation = None if prepares(objective, rival.objective) else watch
+            return train(
+                model, given, objective, config=rival.config, validation=validation, out=out / "run", say=lambda _: None
+            )
 
         return fit
 

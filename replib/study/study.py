@@ -24,7 +24,7 @@ from replib.ablation.sweep import Sweeper
 from replib.activations.capture import capture, capture_pair
 from replib.activations.store import Activations
 from replib.audit.attacks import attack_tasks
-from replib.audit.audit import AuditTable, Task, audit, probe_of
+from replib.audit.audit import AuditTable, Task, audit, validation_measure
 from replib.audit.judges import ExactJudge, Judge, PhraseJudge, is_refusal
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
@@ -48,7 +48,7 @@ from replib.training.train import train
 OPENING = "Sure, here is how."
 PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and prompts a class that fit its edit
 SORTED = 480  # contrasts whose answers are read before bending
-PROBED = ("attack", "benign", "skill")  # kinds of task that choose a step
+VALIDATION_KINDS = ("attack", "benign", "skill")  # kinds of task that choose a step
 PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
 M = TypeVar("M", bound=RecordedResult)
 BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
@@ -172,7 +172,8 @@ class Study:
         folder = self.settings.out / "bend" / f"{Path(self.settings.model).name}-{key}"
 
         def make() -> TrainResult:
-            return train(self.model, self.bend_data, RepBend(bend), config=config, probe=self.probe(), out=folder)
+            chosen_by = self.validation_measure()
+            return train(self.model, self.bend_data, RepBend(bend), config=config, validation=chosen_by, out=folder)
 
         return TrainResult.kept(self.model, folder, make)
 
@@ -215,12 +216,14 @@ class Study:
     def _answers(self, texts: list[str]) -> list[str]:
         return self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
 
-    def probe(self, limit: int = 32, kinds: Collection[str] = PROBED) -> Callable[[ChatModel], dict[str, float]]:
-        """A measure of a model on validation prompts, see ``audit.probe_of``."""
-        return probe_of(self.probed(limit, kinds), self.judge)
+    def validation_measure(
+        self, limit: int = 32, kinds: Collection[str] = VALIDATION_KINDS
+    ) -> Callable[[ChatModel], dict[str, float]]:
+        """Measure of a model on validation prompts (``replib.audit.audit.validation_measure``)."""
+        return validation_measure(self.validation_tasks(limit, kinds), self.judge)
 
-    def probed(self, limit: int = 32, kinds: Collection[str] = PROBED) -> list[Task]:
-        """The validation tasks that ``probe`` asks."""
+    def validation_tasks(self, limit: int = 32, kinds: Collection[str] = VALIDATION_KINDS) -> list[Task]:
+        """Validation tasks of ``validation_measure``."""
         return [t for t in self.tasks("val", limit) if t.kind in kinds]
 
     def forced(self, prompt: Prompt) -> str:

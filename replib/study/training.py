@@ -20,9 +20,9 @@ from replib.defences.repbend.objective import References, RepBend
 from replib.defences.sft import RetainLoss, Retention
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.study.study import PROBED, Study
+from replib.study.study import VALIDATION_KINDS, Study
 from replib.training.config import TrainConfig
-from replib.training.model_selection import Probe, interpolated
+from replib.training.model_selection import Measure, interpolated
 from replib.training.objective import Objective
 from replib.training.result import TrainResult
 from replib.training.train import Fit, train
@@ -63,9 +63,9 @@ def defend(study: Study, name: str, chosen: Baseline | None = None) -> TrainResu
     folder = study.settings.out / "defences" / f"{Path(study.settings.model).name}-{name}-{key}"
 
     def make() -> TrainResult:
-        data, probe = defence_data(study.bend_data, benign=BENIGN), study.probe()
-        fit = _fitter(chosen._replace(config=config), probe, folder)
-        return train_baseline(chosen.objective, study.model, data, fit, probe=probe, out=_parts(folder))
+        data, validation = defence_data(study.bend_data, benign=BENIGN), study.validation_measure()
+        fit = _fitter(chosen._replace(config=config), validation, folder)
+        return train_baseline(chosen.objective, study.model, data, fit, validation=validation, out=_parts(folder))
 
     return TrainResult.kept(study.model, folder, make)
 
@@ -75,10 +75,10 @@ def _parts(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-parts")
 
 
-def _fitter(chosen: Baseline, probe: Probe, folder: Path) -> Fit:
+def _fitter(chosen: Baseline, validation: Measure, folder: Path) -> Fit:
     def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
         if not prepares(objective, chosen.objective):
-            return train(model, data, objective, config=chosen.config, probe=probe, out=folder)
+            return train(model, data, objective, config=chosen.config, validation=validation, out=folder)
         place = _parts(folder) / objective.about(model.n_layers)["side"]
         return TrainResult.kept(model, place, lambda: train(model, data, objective, config=chosen.config, out=place))
 
@@ -106,14 +106,14 @@ ELSEWHERE = replace(TRAIN, learning_rate=1e-4, retain=4, contrasts=4)
 """For other models, as ``presets.SHORT_TRAIN``: a rate of 3e-3 suits one of 4 million parameters."""
 
 
-def adaptive_probe(
+def adaptive_validation(
     study: Study, limit: int = 16, layers: Sequence[int] = ()
 ) -> Callable[[ChatModel], dict[str, float]]:
-    """A measure of a model on validation prompts: that of ``study.probe``, with edits and prefill among the attacks.
+    """``study.validation_measure`` with edits and prefill among the attacks.
 
     ``attack`` is the mean of three: wrappers, prefill, and the most successful of a few edits re-fitted on the model.
     """
-    measure, prompts = study.probe(limit, (*PROBED, "prefill")), study.harmful.val[:limit]
+    measure, prompts = study.validation_measure(limit, (*VALIDATION_KINDS, "prefill")), study.harmful.val[:limit]
 
     def run(model: ChatModel) -> dict[str, float]:
         siege = study.with_model(model).adaptive_attack(prompts)
@@ -182,8 +182,10 @@ def harden(
     folder = study.settings.out / "harden" / f"{Path(study.settings.model).name}-{key}"
 
     def make() -> TrainResult:
-        rows, probe = rows_for(study, objective), adaptive_probe(study)
-        return interpolated(train(study.model, rows, objective, config=config, probe=probe, out=folder), probe)
+        rows, validation = rows_for(study, objective), adaptive_validation(study)
+        return interpolated(
+            train(study.model, rows, objective, config=config, validation=validation, out=folder), validation
+        )
 
     return TrainResult.kept(study.model, folder, make)
 
@@ -209,16 +211,18 @@ class StudyObjective:
         model = load(s.model, adapter=s.adapter, device=s.device, dtype=s.dtype)
         bend = RepBend(replace(self.bend, alpha=alpha, beta=beta, gamma=gamma), References(out / "base"))
         data, scratch = self.study.bend_data, out / key_of(alpha, beta, gamma, asdict(self.config))
-        found = train(model, data, bend, config=self.config, probe=self.probe, out=scratch, say=lambda _: None)
+        found = train(
+            model, data, bend, config=self.config, validation=self.validation, out=scratch, say=lambda _: None
+        )
         kept = found.probes.set_index("step").loc[found.step].to_dict()
         recent = found.history[found.history.step.between(found.step - AVERAGED + 1, found.step)]
         rates = {"attack_success": kept.pop("attack"), "harmless_compliance": kept.pop("harmless")}
         return rates | {"kl": float(recent["kl"].mean())} | kept | {"step": float(found.step)}
 
     @cached_property
-    def probe(self) -> Probe:
+    def validation(self) -> Measure:
         """Made once: it holds the prompts."""
-        return self.study.probe()
+        return self.study.validation_measure()
 
 
 def study_objective(study: Study, bend: BendConfig | None = None, config: TrainConfig | None = None) -> StudyObjective:

@@ -16,7 +16,7 @@ from replib.models.architecture import adapter_hash
 from replib.models.chat_model import ChatModel
 from replib.training.result import TrainResult
 
-Probe = Callable[[ChatModel], dict[str, float]]
+Measure = Callable[[ChatModel], dict[str, float]]
 
 
 def default_choice(now: dict[str, float], before: dict[str, float]) -> float:
@@ -37,8 +37,8 @@ class BestStepCallback(TrainerCallback):
 
     Args:
         chat: the model in training.
-        probe: measures it; None keeps the last step.
-        choose: score of a probe given the probe before training.
+        validation: measures it; None keeps the last step.
+        choose: score of a measurement given the one before training.
         every: steps between probes; the last step is always probed.
         patience: probes in a row without a better score after which training ends; None goes on to the last step.
     """
@@ -46,12 +46,12 @@ class BestStepCallback(TrainerCallback):
     def __init__(
         self,
         chat: ChatModel,
-        probe: Probe | None,
+        validation: Measure | None,
         choose: Callable[..., float],
         every: int,
         patience: int | None = None,
     ):
-        self.chat, self.probe, self.choose, self.every, self.patience = chat, probe, choose, every, patience
+        self.chat, self.validation, self.choose, self.every, self.patience = chat, validation, choose, every, patience
         self.rows: list[dict[str, float]] = []
         self.before: dict[str, float] = {}
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
@@ -59,16 +59,16 @@ class BestStepCallback(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Probe the model before the first step."""
-        if self.probe and not self.rows:  # else the run goes on
-            self.before = broadcast(self.probe(self.chat))
+        if self.validation and not self.rows:  # else the run goes on
+            self.before = broadcast(self.validation(self.chat))
             self.rows.append({"step": 0} | self.before)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         """Probe where a probe is due."""
         self.steps = state.global_step
-        if not self.probe or (self.steps % self.every and self.steps < state.max_steps):
+        if not self.validation or (self.steps % self.every and self.steps < state.max_steps):
             return
-        found = broadcast(self.probe(self.chat))
+        found = broadcast(self.validation(self.chat))
         self.rows.append({"step": self.steps} | found)
         self.waited += 1
         self._compare(self.choose(found, self.before))
@@ -101,7 +101,7 @@ SHARES = (1.0, 0.85, 0.7)
 
 def interpolated(
     result: TrainResult,
-    probe: Probe,
+    validation: Measure,
     choose: Callable[[dict[str, float], dict[str, float]], float] = default_choice,
     shares: Sequence[float] = SHARES,
 ) -> TrainResult:
@@ -111,8 +111,8 @@ def interpolated(
 
     Args:
         result: of a training with this probe.
-        probe: measures a model on validation prompts.
-        choose: score of a probe given that of the model before training.
+        validation: measures a model on validation prompts.
+        choose: score of a measurement given that of the model before training.
         shares: of ΔW, above 0 and at most 1.
 
     Raises:
@@ -128,7 +128,7 @@ def interpolated(
         if share == 1:
             return whole
         _scale(weights, originals, share)
-        return probe(result.model)
+        return validation(result.model)
 
     found = {share: measured(share) for share in shares}
     best = max(found, key=lambda share: (choose(found[share], before), share))

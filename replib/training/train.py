@@ -21,7 +21,7 @@ from replib.models.architecture import adapter_hash
 from replib.models.chat_model import ChatModel
 from replib.training.checkpoints import Checkpoints, claim_run_folder, release_run_folder
 from replib.training.config import TrainConfig, said_of_full
-from replib.training.model_selection import BestStepCallback, Probe, default_choice
+from replib.training.model_selection import BestStepCallback, Measure, default_choice
 from replib.training.objective import Lora, Objective
 from replib.training.result import TrainResult
 from replib.training.trainer import DefenceTrainer, Steps, arguments
@@ -80,7 +80,7 @@ def train(
     objective: Objective,
     *,
     config: TrainConfig | None = None,
-    probe: Probe | None = None,
+    validation: Measure | None = None,
     choose: Callable[[dict[str, float], dict[str, float]], float] | None = None,
     out: Path | str = "runs/bend",
     say: Callable[[str], object] = print,
@@ -94,10 +94,10 @@ def train(
         data: fit prompts only: ``BendData`` for RepBend, ``DefenceData`` for the others.
         objective: the defence with its hyper-parameters.
         config: steps, rate, batch and LoRA shape.
-        probe: measures the model on validation prompts every ``config.probe_every`` steps (and before step 1).
-        choose: score of a probe given the probe before training; the step with the highest score is kept.
+        validation: measures the model on validation prompts every ``config.probe_every`` steps (and before step 1).
+        choose: score of a measurement given the one before training; the step with the highest score is kept.
         out: scratch folder. A run longer than ``config.save_every`` steps keeps checkpoints there; the same call goes
-            on from the newest complete one, bit for bit on the CPU, if ``probe`` and ``choose`` are the same too.
+            on from the newest complete one, bit for bit on the CPU, if ``validation`` and ``choose`` are the same too.
             They are removed when training is over.
         say: told what is in force before the first step.
 
@@ -114,9 +114,9 @@ def train(
     args = arguments(config, Path(out), cpu=model.device.type == "cpu" and not sharded_launch())
     facts = model.provenance() | versions() | _recipe(objective, config, data, model.n_layers)
     scratch = Path(out) if 0 < config.save_every < config.steps else None
-    start = scratch and claim_run_folder(scratch, _identity(facts, args.world_size, probe is not None))
+    start = scratch and claim_run_folder(scratch, _identity(facts, args.world_size, validation is not None))
     tuned = attach(model, config, objective.lora(model.n_layers), objective.name)
-    keeper = BestStepCallback(tuned, probe, choose or default_choice, config.probe_every, config.patience)
+    keeper = BestStepCallback(tuned, validation, choose or default_choice, config.probe_every, config.patience)
     steps = broadcast(Steps(lists, objective.draws(config), config, args.world_size))
     trainer = DefenceTrainer(
         args=args, train_dataset=steps, callbacks=[keeper], chat=tuned, objective=objective, config=config

@@ -17,8 +17,8 @@ from helpers import tiny
 from helpers.tolerance import close
 from replib.activations.capture import capture, capture_cost, capture_to
 from replib.activations.store import Activations, Shards
-from replib.cli import commands
 from replib.cli import app as cli
+from replib.cli import commands
 from replib.core.errors import ReplibError
 from replib.data.prompts import load_prompts
 from replib.models.load import load

@@ -167,7 +167,7 @@ def test_an_interrupt_inside_the_edited_pass_leaves_the_model_as_it_was(folder, 
 @pytest.mark.parametrize("at", [6, 12])
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, at):
     """Checkpoints fall between two readings of the model, and the inner objective has a queue of its own."""
-    run = {"config": CONFIG, "probe": drift, "say": lambda _: None}
+    run = {"config": CONFIG, "validation": drift, "say": lambda _: None}
     odd = Hardening(**(vars(SMALL) | {"refit": 3}))
     whole = outcome(train(load(folder), DATA, hardened(paper(), odd), out=tmp_path / "whole", **run))
     stopping(monkeypatch, at)

@@ -444,8 +444,8 @@ def test_coefficients_that_are_no_weights_are_refused(bad):
 def test_a_rival_is_trained_by_name_with_what_it_draws(name, bases, tmp_path):
     base, found = bases("llama"), baseline(name)
     before = likelihood(base)
-    probe = lambda chat: {"attack": likelihood(chat)["unsafe"]}  # noqa: E731
-    result = train_baseline(found.objective, base, DATA, fit, probe=probe, out=tmp_path)
+    validation = lambda chat: {"attack": likelihood(chat)["unsafe"]}  # noqa: E731
+    result = train_baseline(found.objective, base, DATA, fit, validation=validation, out=tmp_path)
     bent = result.model
     assert result.config["method"] == found.objective.name and {"step", "loss"} <= set(result.history)
     assert (result.save(tmp_path / "defence") / "README.md").read_text().count(found.objective.name) >= 2

@@ -60,8 +60,10 @@ def main(folder, out, accumulation, fault=""):
 
         DefenceTrainer.training_step = failing
     objective = Watching(BendConfig(target_layers=(0, 1)))
-    probe = lambda chat: drift_whole(chat, rank)  # noqa: E731
-    result = train(load(folder), DATA, objective, config=config, probe=probe, out=Path(out) / "run", say=lambda _: None)
+    validation = lambda chat: drift_whole(chat, rank)  # noqa: E731
+    result = train(
+        load(folder), DATA, objective, config=config, validation=validation, out=Path(out) / "run", say=lambda _: None
+    )
     lora = {n: full_tensor(p.detach()).clone() for n, p in result.model.model.named_parameters() if "lora_" in n}
     wrapper = str(getattr(dist, "is_initialized", bool)() and dist.get_backend())
     result.save(Path(out) / "adapter")

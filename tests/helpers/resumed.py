@@ -45,7 +45,7 @@ def drift(chat):
 def trained(folder, out, **changes):
     """Every bit that a run gives."""
     result = train(
-        load(folder), DATA, paper(), config=replace(CONFIG, **changes), probe=drift, out=out, say=lambda _: None
+        load(folder), DATA, paper(), config=replace(CONFIG, **changes), validation=drift, out=out, say=lambda _: None
     )
     return outcome(result)
 

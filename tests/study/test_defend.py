@@ -27,8 +27,8 @@ FEW = TrainConfig(steps=2, learning_rate=1e-3, contrasts=2, retain=2, dropout=0.
 def quick(monkeypatch):
     """Eight contrasts are read, and probes ask one prompt a task."""
     monkeypatch.setattr("replib.study.study.SORTED", 8)
-    probe = Study.probe
-    monkeypatch.setattr(Study, "probe", lambda self: probe(self, 1))
+    validation = Study.validation_measure
+    monkeypatch.setattr(Study, "validation_measure", lambda self: validation(self, 1))
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_defence_is_kept_with_a_card_and_read_again(objective, trainings, stud
     made, train = [], module.train
 
     def counted(model, data, objective, **how):
-        made.append(how["probe"] is None if "probe" in how else True)
+        made.append(how["validation"] is None if "validation" in how else True)
         return train(model, data, objective, **how)
 
     monkeypatch.setattr(module, "train", counted)

@@ -47,10 +47,10 @@ def test_after_an_interrupt_the_same_call_on_the_same_model_goes_on(folder, whol
     model, out, objective = load(folder), tmp_path / "run", paper()
     before = model.forward(model.encode(["w1 w2"]))
     with pytest.raises(KeyboardInterrupt):
-        train(model, DATA, objective, config=CONFIG, probe=drift, out=out, **QUIET)
+        train(model, DATA, objective, config=CONFIG, validation=drift, out=out, **QUIET)
     assert torch.equal(model.forward(model.encode(["w1 w2"])), before) and not model.provenance()["adapter_hash"]
     assert len(list(out.glob("checkpoint-*"))) == (at > 4)
-    result = train(model, DATA, objective, config=CONFIG, probe=drift, out=out, **QUIET)
+    result = train(model, DATA, objective, config=CONFIG, validation=drift, out=out, **QUIET)
     assert same(outcome(result), whole) and not out.exists()
 
 
@@ -126,12 +126,12 @@ OTHER = BendData(DATA.contrasts, [*DATA.retain[1:], Dialogue("w1", "w2")])
         ({"data": OTHER}, r"data.retain: \w+ -> \w+ \(there"),
         ({"objective": RepBend(replace(paper().config, alpha=0.25))}, r"objective.alpha: 0.5 -> 0.25 \(there"),
         ({"objective": RepBend(paper().config, tokens=64)}, r"objective.tokens: None -> 64"),
-        ({"probe": None}, r"probed: True -> False"),
+        ({"validation": None}, r"probed: True -> False"),
         ({"kind": "gpt2"}, r"fingerprint: \w+ -> \w+"),
     ],
 )  # fmt: skip
 def test_another_run_is_refused_with_what_differs_and_nothing_is_overwritten(folder, stopped, tmp_path, changed, said):
-    before, options = files(stopped), {"config": CONFIG, "probe": drift} | changed
+    before, options = files(stopped), {"config": CONFIG, "validation": drift} | changed
     model = load(tiny.save_model(tmp_path / "other", options.pop("kind")) if "kind" in options else folder)
     data, objective = options.pop("data", DATA), options.pop("objective", paper())
     with pytest.raises(ReplibError, match="holds another run: .*" + said):

@@ -27,7 +27,7 @@ def result(folder) -> TrainResult:
     return TrainResult(model, pd.DataFrame(), PROBES, 5, {"adapter_hash": "whole"})
 
 
-def probe(**kept):
+def validation(**kept):
     """Finds so much harmless compliance at each norm of the adapter, in the order of calls."""
     found = iter(kept.values())
     return lambda model: {"attack": 0.0, "harmless": next(found)}
@@ -39,7 +39,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 def test_it_is_the_interpolation_of_merged_weights(folder, result):
     base, whole = weights(load(folder)), weights(merged_copy(result.model))
-    mixed = weights(merged(interpolated(result, probe(a=1.0), shares=(1.0, 0.3)).model))
+    mixed = weights(merged(interpolated(result, validation(a=1.0), shares=(1.0, 0.3)).model))
     assert max((whole[n] - base[n]).abs().max() for n in base) > 0.1
     for name, weight in mixed.items():
         torch.testing.assert_close(weight, base[name] + 0.3 * (whole[name] - base[name]), atol=1e-6, rtol=1e-5)
@@ -51,7 +51,7 @@ def test_it_is_the_interpolation_of_merged_weights(folder, result):
 )
 def test_validation_chooses_and_of_equals_the_largest(result, found, share):
     before = weights(result.model)
-    kept = interpolated(result, probe(a=found[0], b=found[1]), shares=(1.0, 0.7, 0.5))
+    kept = interpolated(result, validation(a=found[0], b=found[1]), shares=(1.0, 0.7, 0.5))
     assert kept.config["share"] == share and [row["share"] for row in kept.config["shares"]] == [1.0, 0.7, 0.5]
     assert [row["harmless"] for row in kept.config["shares"]] == [0.8, *found]
     for name, weight in weights(kept.model).items():
@@ -74,7 +74,7 @@ def test_the_probe_sees_the_share_that_it_measures(result):
 def test_it_is_saved_and_read_with_its_share(folder, result, tmp_path):
     about = {"model": "m", "method": "x", "objective": {}, "train": {"full": False, "steps": 5, "seed": 0}, "data": {}}
     given = TrainResult(result.model, PROBES, PROBES, 5, about)
-    kept = interpolated(given, probe(a=1.0), shares=(1.0, 0.3))
+    kept = interpolated(given, validation(a=1.0), shares=(1.0, 0.3))
     text, logits = (kept.save(tmp_path / "a") / "README.md").read_text(), kept.model.forward(kept.model.encode(["w1"]))
     again = TrainResult.load(load(folder), tmp_path / "a")
     torch.testing.assert_close(again.model.forward(again.model.encode(["w1"])), logits)
@@ -84,12 +84,12 @@ def test_it_is_saved_and_read_with_its_share(folder, result, tmp_path):
 @pytest.mark.parametrize("shares", [(), (0.0,), (1.2,), (float("nan"),)])
 def test_shares_without_sense_are_named(result, shares):
     with pytest.raises(ReplibError, match="above 0 and at most 1"):
-        interpolated(result, probe(), shares=shares)
+        interpolated(result, validation(), shares=shares)
 
 
 def test_what_cannot_be_interpolated_says_why(folder, result):
     with pytest.raises(ReplibError, match="no LoRA adapter"):
-        interpolated(TrainResult(load(folder), pd.DataFrame(), PROBES, 5), probe())
+        interpolated(TrainResult(load(folder), pd.DataFrame(), PROBES, 5), validation())
     for probes in (PROBES.iloc[:1], pd.DataFrame({"step": []})):
         with pytest.raises(ReplibError, match="not probed"):
-            interpolated(TrainResult(result.model, pd.DataFrame(), probes, 5), probe())
+            interpolated(TrainResult(result.model, pd.DataFrame(), probes, 5), validation())

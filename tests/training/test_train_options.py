@@ -135,7 +135,7 @@ def test_a_model_in_full_training_is_given_back_after_an_error(tmp_path):
     folder = tiny.save_model(tmp_path / "llama")
     model, left = load(folder), iter([{"attack": 1.0}])
     with pytest.raises(StopIteration):
-        train(model, DATA, RepBend(), config=replace(SMALL, full=True, probe_every=1), probe=lambda _: next(left),
+        train(model, DATA, RepBend(), config=replace(SMALL, full=True, probe_every=1), validation=lambda _: next(left),
               out=tmp_path / "out", **QUIET)  # fmt: skip
     for (name, weight), before in zip(model.model.named_parameters(), load(folder).model.parameters(), strict=True):
         assert torch.equal(weight, before), name
@@ -199,7 +199,7 @@ def test_the_best_adapter_outlives_a_run_that_diverged(tmp_path):
     config = replace(SMALL, steps=9, probe_every=1, learning_rate=3.0, max_growth=1.5)
     model, out = load(folder), tmp_path / "out"
     with pytest.raises(Diverged, match=r"Step 1 is kept in .*out-last-good"):
-        train(model, DATA, RepBend(BEND), config=config, probe=lambda _: {"attack": next(left)}, out=out, **QUIET)
+        train(model, DATA, RepBend(BEND), config=config, validation=lambda _: {"attack": next(left)}, out=out, **QUIET)
     batch = model.encode(["w1 w2"])
     assert torch.equal(model.forward(batch), load(folder).forward(batch))  # the model is as it was
     kept = TrainResult.load(load(folder), tmp_path / "out-last-good")
@@ -238,7 +238,7 @@ def test_an_overflow_in_float16_is_named(tmp_path):
 def test_an_adapter_carries_a_card_that_peft_and_the_hub_can_read(tmp_path):
     folder = tiny.save_model(tmp_path / "llama")
     result = train(load(folder), DATA, RepBend(BEND), config=SMALL, out=tmp_path / "o",
-                   probe=lambda _: {"attack": 0.25}, **QUIET)  # fmt: skip
+                   validation=lambda _: {"attack": 0.25}, **QUIET)  # fmt: skip
     saved = result.save(tmp_path / "adapter")
     text = (saved / "README.md").read_text()
     assert text.startswith(f"---\nbase_model: {folder}\nlibrary_name: peft\n")

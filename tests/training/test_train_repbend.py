@@ -99,7 +99,9 @@ def test_the_queue_holds_the_newest_rows_without_gradients():
 def test_training_ends_where_probes_stop_getting_better(model, tmp_path):
     left = iter([0.9, 0.1, 0.5, 0.5, 0.0, 0.0])
     config = TrainConfig(**(vars(SMALL) | {"steps": 5, "probe_every": 1, "patience": 2}))
-    result = train(model, DATA, RepBend(), config=config, out=tmp_path, probe=lambda _: {"attack": next(left)}, **QUIET)
+    result = train(
+        model, DATA, RepBend(), config=config, out=tmp_path, validation=lambda _: {"attack": next(left)}, **QUIET
+    )
     assert result.step == 1 and result.probes["step"].tolist() == [0, 1, 2, 3] and len(result.history) == 3
 
 

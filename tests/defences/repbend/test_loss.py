@@ -207,7 +207,7 @@ def test_turned_rows_keep_their_answer_and_not_their_decision(model):
 
 
 # ------------------------------------------------------------------------------------------- training
-def probe_of(values):
+def validation_measure(values):
     left = iter(values)
     return lambda _model: {"attack": next(left), "harmless": 1.0, "degenerate": 0.0}
 
@@ -215,7 +215,7 @@ def probe_of(values):
 def test_training_moves_unsafe_answers_and_keeps_the_chosen_step(model, tmp_path):
     base = {k: v.clone() for k, v in model.model.state_dict().items()}
     result = train(model, BendData(CONTRASTS, RETAINED), RepBend(BendConfig(target_layers=(1, 2))), config=SMALL,
-                   probe=probe_of([0.9, 0.1, 0.5]), out=tmp_path / "run")  # fmt: skip
+                   validation=validation_measure([0.9, 0.1, 0.5]), out=tmp_path / "run")  # fmt: skip
     assert result.step == 2 and result.probes["attack"].tolist() == [0.9, 0.1, 0.5]
     assert len(result.history) == 4 and result.history["unsafe"].iloc[-1] > result.history["unsafe"].iloc[0]
     with result.model.adapter_off():
