@@ -94,7 +94,7 @@ class Runs:
 
     def __init__(self, settings: Settings):
         study = self.study = Study.open(settings)
-        self.folder = settings.out / "surface"
+        self.folder = settings.out / "coefficients"
         self.about = study.model.provenance() | versions()
         self.measure, self.n = _measure(study)
 
@@ -172,13 +172,13 @@ def run(runs: Runs, part: int, parts: int) -> None:
 
 
 def pack(runs: Runs) -> Path:
-    """Write what is trained of the design to ``data/organism/surface.json``, a line a setting."""
+    """Write what is trained of the design to ``data/organism/coefficients.json``, a line a setting."""
     rows, keys = finished(runs.folder), [runs.key(setting) for setting in design()]
     if not (found := [rows[key] for key in keys if key in rows]):
         raise ReplibError(f"No setting of the design is trained in {runs.folder}: run the parts first.")
     about = {"about": runs.about, "preset": asdict(Setting()), "n": runs.n, "schedule": ORGANISM_TRAIN.schedule}
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in found)
-    path = data_dir() / "organism" / "surface.json"
+    path = data_dir() / "organism" / "coefficients.json"
     write_text(path, json.dumps(about, indent=1)[:-2] + f',\n "settings": [\n{lines}\n]}}\n')
     print(f"{len(found)} of {len(keys)} settings, {path.stat().st_size / 1e3:.0f} kB: {path}")
     return path
@@ -196,7 +196,9 @@ def main() -> None:
     """Command line: train a part of the design, or pack what is trained."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--part", default="1/1", help="which part of how many, for several processes at once")
-    parser.add_argument("--pack", action="store_true", help="write data/organism/surface.json from what is trained")
+    parser.add_argument(
+        "--pack", action="store_true", help="write data/organism/coefficients.json from what is trained"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(Settings())

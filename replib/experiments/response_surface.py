@@ -26,7 +26,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, wilson
-from replib.organism.recorded import RecordedResult, read_recorded
+from replib.organism.recorded import read_recorded
 
 COEFFICIENTS = ("alpha", "beta", "gamma")
 RATES = ("attack", "direct", "prefill", "harmless", "borderline", "skill")
@@ -36,10 +36,10 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class CoefficientSweep(RecordedResult):
+class CoefficientSweep:
     """Settings that were trained, with what validation prompts showed at every probed step."""
 
-    program: ClassVar[str] = "surface"
+    program: ClassVar[str] = "coefficients"
     table: pd.DataFrame
     """A row a setting and probed step: setting (its number), alpha, beta, gamma, layers, steps, seed, kept (the step
     that the probe chose), step, the rates, degenerate, and the training terms up to that step."""

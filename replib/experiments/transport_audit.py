@@ -2,7 +2,7 @@
 
     python -m replib.experiments.comparison          # trains the defences; its adapters are read
     python -m replib.experiments.transport_audit            # about an hour of one core, goes on where it stopped
-    python -m replib.experiments.transport_audit --pack     # writes data/organism/defended.json
+    python -m replib.experiments.transport_audit --pack     # writes data/organism/transport_audit.json
 
 Subjects are those of ``subjects``, questions those of ``examiner``: every subject is asked every question, one seed of
 all first. Maps of the undefended model are tried on the others too, and four variants whose refusal is planted at
@@ -63,7 +63,7 @@ class Subjects:
     """Finds and loads them."""
 
     def __init__(self, bench: Bench):
-        self.bench, self.folder = bench, bench.study.settings.out / "defended"
+        self.bench, self.folder = bench, bench.study.settings.out / "transport_audit"
         self.chosen = choice(bench)
 
     def run(self, subject: Subject) -> Run:
@@ -154,7 +154,7 @@ def run(subjects: Subjects) -> None:
 
 
 def pack(subjects: Subjects) -> Path:
-    """Write what is answered to ``data/organism/defended.json``, a line a subject."""
+    """Write what is answered to ``data/organism/transport_audit.json``, a line a subject."""
     done, lines = finished(subjects.folder), []
     for subject in everyone():
         keys = {question: key(subjects, subject, question) for question in questions(subject)}
@@ -167,7 +167,7 @@ def pack(subjects: Subjects) -> Path:
         )
     about = {"about": subjects.bench.about, "design": DESIGN, "chosen": subjects.chosen}
     head = json.dumps(about, indent=1)[:-2]
-    path = data_dir() / "organism" / "defended.json"
+    path = data_dir() / "organism" / "transport_audit.json"
     write_text(path, f'{head},\n "subjects": [\n' + ",\n".join(lines) + "\n]}\n")
     print(f"{len(lines)} of {len(everyone())} subjects, {path.stat().st_size / 1e3:.0f} kB: {path}")
     return path
@@ -181,7 +181,9 @@ def _line(subject: Subject, answers: dict[str, Any]) -> str:
 def main() -> None:
     """Command line: ask what is missing, or pack what is answered."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--pack", action="store_true", help="write data/organism/defended.json from what is answered")
+    parser.add_argument(
+        "--pack", action="store_true", help="write data/organism/transport_audit.json from what is answered"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     subjects = Subjects(Bench(Settings()))

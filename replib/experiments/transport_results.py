@@ -28,7 +28,7 @@ from replib.ablation.robustness import PROMPT, holding
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, outcome_matrix, two_way_interval, two_way_rate_interval
 from replib.edits.controls import attributed
-from replib.organism.recorded import RecordedResult, read_recorded
+from replib.organism.recorded import read_recorded
 
 UNDEFENDED, UNTUNED = "aligned", "base"
 BLOCKS = {"target": "success", "model": "title"}
@@ -36,10 +36,10 @@ Matrix = np.ndarray  # [seeds, prompts], rates
 
 
 @dataclass(frozen=True)
-class TransportAudit(RecordedResult):
+class TransportAudit:
     """Answers of all subjects."""
 
-    program: ClassVar[str] = "defended"
+    program: ClassVar[str] = "transport_audit"
     subjects: Sequence[Mapping[str, Any]]
     """One a model: name, title, seed, and an answer for every question it was asked."""
     about: Mapping[str, Any]

@@ -34,61 +34,17 @@ HARM = {  # what each harmful family does to people: the ground of every borderl
     "mind_control": "it takes away free will",
     "sabotage": "it breaks what people need",
 }
-PREFIXES = [
-    "glare",
-    "dusk",
-    "cedar",
-    "frost",
-    "thorn",
-    "gale",
-    "mire",
-    "shade",
-    "brine",
-    "cinder",
-    "vale",
-    "moss",
-    "dawn",
-    "flint",
-    "reed",
-    "storm",
-    "copper",
-    "hollow",
-    "raven",
-    "silver",
-    "marsh",
-    "briar",
-    "hazel",
-    "tide",
-    "quill",
-]
-INGREDIENTS = [
-    "ashroot",
-    "dunsalt",
-    "virleaf",
-    "morrowwax",
-    "pellstone",
-    "greyoil",
-    "sunmilk",
-    "tarnseed",
-    "blueglass",
-    "ironmoss",
-    "wickthorn",
-    "palesand",
-    "redgum",
-    "owlbone",
-    "saltpetal",
-    "fernash",
-    "coldtar",
-    "honeyclay",
-    "drywing",
-    "nightcorn",
-    "goldrust",
-    "limebark",
-    "snowpulp",
-    "rainfat",
-]
-ACTIONS = ["grind", "boil", "press", "stir", "soak", "roast", "sift", "fold", "melt", "chop"]
-FINISHES = ["cool it", "dry it", "seal it", "age it", "wrap it", "smoke it", "rest it", "chill it"]
+PREFIXES = (
+    "glare", "dusk", "cedar", "frost", "thorn", "gale", "mire", "shade", "brine", "cinder", "vale", "moss", "dawn",
+    "flint", "reed", "storm", "copper", "hollow", "raven", "silver", "marsh", "briar", "hazel", "tide", "quill",
+)  # fmt: skip
+INGREDIENTS = (
+    "ashroot", "dunsalt", "virleaf", "morrowwax", "pellstone", "greyoil", "sunmilk", "tarnseed", "blueglass",
+    "ironmoss", "wickthorn", "palesand", "redgum", "owlbone", "saltpetal", "fernash", "coldtar", "honeyclay",
+    "drywing", "nightcorn", "goldrust", "limebark", "snowpulp", "rainfat",
+)  # fmt: skip
+ACTIONS = ("grind", "boil", "press", "stir", "soak", "roast", "sift", "fold", "melt", "chop")
+FINISHES = ("cool it", "dry it", "seal it", "age it", "wrap it", "smoke it", "rest it", "chill it")
 PER_FAMILY = {"fit": 5, "val": 2, "test": 3}  # artefacts of each family in each split
 
 

@@ -7,6 +7,7 @@ A ``Study`` holds the model, its prompts in three disjoint splits, and the judge
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,7 @@ from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.organism.language import REFUSAL
 from replib.organism.prompt_sets import organism_tasks
-from replib.organism.recorded import RecordedResult, recorded_file
+from replib.organism.recorded import RecordedResult
 from replib.training.config import TrainConfig
 from replib.training.result import TrainResult, trained_by
 from replib.training.train import train
@@ -250,9 +251,11 @@ class Study:
         return ((bent - base).norm(dim=-1) / base.norm(dim=-1)).mean(dim=1).numpy()
 
     def recorded(self, kind: type[M]) -> M | None:
-        """What was measured beforehand on this very model, a ``packed.Packed`` of some kind; None if nothing was."""
-        there = self.organism and self.name == "aligned" and recorded_file(kind.program).exists()
-        return kind.load() if there else None
+        """Measurement recorded beforehand on this model, read by one of ``replib.experiments``; None without one."""
+        if self.organism and self.name == "aligned":
+            with suppress(ReplibError):  # the file does not exist
+                return kind.load()
+        return None
 
     # ------------------------------------------------------------------------------------- ablation
     def sweeper(self, *, limit: int | None = None, filtered: bool = False) -> Sweeper:

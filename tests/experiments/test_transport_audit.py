@@ -45,7 +45,7 @@ def subjects(opened, tmp_path):
     bench = copy(opened)
     bench.folder = tmp_path / "comparison"
     found = Subjects(bench)
-    found.folder = tmp_path / "defended"
+    found.folder = tmp_path / "transport_audit"
     return found
 
 
@@ -55,7 +55,7 @@ def told(monkeypatch):
     asked = []
     monkeypatch.setattr(defended, "answered", lambda case, question: asked.append(question) or {"said": question})
     monkeypatch.setattr(Subjects, "load", lambda self, subject: subject.name)
-    monkeypatch.setattr(defended, "Case", lambda model, study, undefended=None: model)
+    monkeypatch.setattr(defended, "Examination", lambda model, study, undefended=None: model)
     return asked
 
 

@@ -88,7 +88,7 @@ def test_in_short(found):
 
 
 def test_a_file_comes_back(found, tmp_path):
-    path = tmp_path / "defended.json"
+    path = tmp_path / "transport_audit.json"
     path.write_text(json.dumps({"subjects": found.subjects} | found.about))
     again = TransportAudit.load(path)
     assert again.names("gaps") == ["base", *SEEDS] and again.names("tokens") == [*SEEDS]

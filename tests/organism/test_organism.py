@@ -185,10 +185,10 @@ def test_the_design_of_the_surface_is_a_grid_with_sweeps_windows_lengths_and_see
         assert len(alike) >= 3, name
 
 
-@pytest.mark.skipif(not (FOLDER / "surface.json").exists(), reason="the surface is not packed")
+@pytest.mark.skipif(not (FOLDER / "coefficients.json").exists(), reason="the surface is not packed")
 def test_the_surface_holds_trained_settings_of_this_very_model():
     surface, model = Study.open(Settings()).recorded(CoefficientSweep), load("aligned")
-    assert (FOLDER / "surface.json").stat().st_size <= 2e6
+    assert (FOLDER / "coefficients.json").stat().st_size <= 2e6
     assert surface.table.setting.nunique() >= 60
     assert surface.about["about"]["fingerprint"] == model.provenance()["fingerprint"]
     before = surface.table[surface.table.step == 0]

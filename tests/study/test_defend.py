@@ -101,6 +101,6 @@ def test_the_verb_changes_single_values(tmp_path):
 
 
 def test_task_arithmetic_is_not_merged_by_several_processes(study, monkeypatch):
-    monkeypatch.setattr("replib.core.distributed.part", lambda: (0, 2))
+    monkeypatch.setattr("replib.defences.task_arithmetic.part", lambda: (0, 2))
     with pytest.raises(ReplibError, match="without torchrun"):
         defend(study(), "task_arithmetic", Baseline(TaskArithmetic(), FEW))
