@@ -156,12 +156,12 @@ def test_make_installs_once_and_again_when_the_dependencies_change(checkout):
     later = (checkout / READY).stat().st_mtime + 5
     os.utime(checkout / "constraints.txt", (later, later))
     make(checkout, READY, "PYTHON=./python")
-    assert (checkout / "calls").read_text().count("bootstrap") == 2
+    assert (checkout / "calls").read_text().count("install.py") == 2
 
 
 def test_demo_is_content_with_what_the_tests_installed(checkout):
     (checkout / ".venv/.installed-dev,notebooks,browser,tune").touch()
-    assert "bootstrap" not in make(checkout, "-n", "demo").stdout
+    assert "install.py" not in make(checkout, "-n", "demo").stdout
     assert "replib demo" in make(checkout, "-n", "demo").stdout
 
 

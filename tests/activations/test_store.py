@@ -88,16 +88,15 @@ def test_several_sites_in_one_folder(model, tmp_path):
 # Stops itself with SIGKILL after two shards.
 KILLED = """
 import os, signal, sys
-from replib import shards
-from replib.activations import capture_to
-from replib.models import load
-write, done = shards.Shards.write, []
+from replib import capture_to, load
+from replib.activations import store
+write, done = store.Shards.write, []
 def dying(self, *args):
     write(self, *args)
     done.append(1)
     if len(done) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-shards.Shards.write = dying
+store.Shards.write = dying
 capture_to(load(sys.argv[1]), sys.argv[3:], sys.argv[2], shard=4)
 """
 

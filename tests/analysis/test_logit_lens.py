@@ -1,6 +1,7 @@
 """The logit lens against transformers' own logits and literal arithmetic."""
 
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
 from helpers import tiny
-from replib.analysis import logit_lens as lens
 from replib.analysis.logit_lens import compare, logit_lens
 from replib.core.errors import ReplibError
 from replib.models.load import load
+
+lens = import_module("replib.analysis.logit_lens")  # the room names the function
 
 PROMPT, RESPONSE = "w1 w2 w3 w4", "w5 w6 w7"
 

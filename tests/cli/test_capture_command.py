@@ -211,8 +211,10 @@ def test_a_disk_without_room_is_noticed_before(model, tmp_path, monkeypatch):
 # The command, with a fault on one rank before its second shard: $FAULT.
 FAULTY = """
 import os, signal, sys, time
-from replib import cli, errors, shards
-write, done = shards.Shards.write, []
+from replib import cli
+from replib.activations import store
+from replib.core import errors
+write, done = store.Shards.write, []
 def faulty(self, *rest):
     fault = os.environ["FAULT"] if os.environ["RANK"] == "1" and done else ""
     if fault == "error":
@@ -224,7 +226,7 @@ def faulty(self, *rest):
         time.sleep(600)
     write(self, *rest)
     done.append(1)
-shards.Shards.write = faulty
+store.Shards.write = faulty
 raise SystemExit(cli.main())
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

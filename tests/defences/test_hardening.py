@@ -157,7 +157,7 @@ def test_what_edits_are_fitted_on_is_read_anew_when_it_is_due(chat, monkeypatch)
 def test_an_interrupt_inside_the_edited_pass_leaves_the_model_as_it_was(folder, tmp_path, monkeypatch):
     model = load(folder)
     before = model.forward(model.encode(["w1 w2"]))
-    monkeypatch.setattr("replib.models.forward.token_losses", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("replib.defences.hardening.token_losses", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(model, KEPT, hardened(), config=TrainConfig(steps=2), out=tmp_path / "run", say=lambda _: None)
     assert torch.equal(model.forward(model.encode(["w1 w2"])), before) and not model.provenance()["adapter_hash"]

@@ -78,7 +78,7 @@ def test_errors_in_blocks_and_who_says_nothing():
     assert "two says nothing of 1" in figure.layout.title.text
 
 
-@pytest.mark.parametrize("draw", ["gap_profiles", "success_by_block", "holding_curves", "shares", "token_depths"])
+@pytest.mark.parametrize("draw", ["gap_profiles", "success_by_block", "robustness_curves", "shares", "token_depths"])
 def test_nothing_is_not_drawn(draw):
     with pytest.raises(ReplibError, match="there is nothing to draw"):
         getattr(audit_views, draw)({})

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_an_adapter_that_the_hub_does_not_give_is_named(folder, monkeypatch):
 
 
 def test_quantising_without_the_package_says_what_is_missing(folder, monkeypatch):
-    monkeypatch.setattr("replib.models.load.find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("replib.models.load"), "find_spec", lambda name: None)
     with pytest.raises(ReplibError, match="'4bit' needs the package bitsandbytes: pip install"):
         load(folder, quantize="4bit")
     with pytest.raises(ReplibError, match="'2bit': say '4bit' or '8bit'"):

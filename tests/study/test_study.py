@@ -77,7 +77,7 @@ def test_every_verb_runs_on_a_foreign_model_and_real_files(foreign):
 def test_an_adapter_that_was_trained_is_read_and_not_trained_again(tmp_path, monkeypatch):
     settings = Settings(out=tmp_path, limit=4)
     first = Study.open(settings).bend(config=FEW)
-    monkeypatch.setattr("replib.training.train.train", lambda *_a, **_k: pytest.fail("trained again"))
+    monkeypatch.setattr("replib.study.study.train", lambda *_a, **_k: pytest.fail("trained again"))
     again = Study.open(settings).bend(config=FEW)
     assert again.step == first.step
     batch = first.model.encode(["Repeat: sun moon"])
