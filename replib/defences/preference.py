@@ -1,14 +1,10 @@
-"""Defences that make safe answers likely or unsafe ones unlikely: SFT, DPO and NPO, as the trainer trains them.
-
-All read the tokens of answers alone, their end-of-sequence token among them. Where a source divides by padding or
-counts the prompt's tokens, its docstring says so.
-"""
+"""DPO and NPO: losses on the log-probabilities of whole answers, relative to the model before training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -17,12 +13,26 @@ from torch import Tensor
 from replib.core.errors import check_positive
 from replib.data.mixtures import check_lists
 from replib.data.prompts import Contrast
-from replib.defences.losses import LogProbs, asked, log_probs
+from replib.defences.losses import dialogue_batch
 from replib.defences.sft import RetainLoss
 from replib.models.chat_model import ChatModel
-from replib.models.forward import answered
+from replib.models.forward import answer_logp, answered
+from replib.models.tokens import Batch
 from replib.training.config import TrainConfig
-from replib.training.objective import Objective, Part
+from replib.training.objective import Objective, Part, reference
+
+
+class LogProbs(NamedTuple):
+    """Summed log-probability of each response under the tuned and the frozen model, nats."""
+
+    tuned: Float[Tensor, " rows"]
+    frozen: Float[Tensor, " rows"]
+
+
+def _log_probs(chat: ChatModel, batch: Batch) -> LogProbs:
+    with reference(chat) as base:
+        frozen = answer_logp(base, batch)
+    return LogProbs(answer_logp(chat, batch), frozen)
 
 
 def npo(forget: LogProbs, *, beta: float = 0.1) -> Float[Tensor, ""]:
@@ -53,27 +63,27 @@ class DPO(Objective):
 
     name = "DPO"
     beta: float = 0.1
-    """How strongly the model is held to its reference; the larger, the closer it stays."""
+    """Strength of the pull to the reference; larger values keep the model closer."""
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """There must be pairs."""
+        """Pairs must be given."""
         del chat
         check_lists(self.name, data, "pairs")
 
     def draws(self, config: TrainConfig) -> dict[str, int]:
-        """Pairs: two rows each."""
+        """Pairs, two rows each."""
         return {"pairs": config.contrasts}
 
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """One part: both answers of a pair meet within the logarithm."""
+        """One part, since both answers of a pair enter one logarithm."""
         del progress
         pairs: Sequence[Contrast] = items["pairs"]
         both = [(c.prompt, c.safe_response) for c in pairs] + [(c.prompt, c.unsafe_response) for c in pairs]
-        found = log_probs(chat, answered(chat, both))
-        chosen, rejected = (LogProbs(*x) for x in zip(*(v.split(len(pairs)) for v in found), strict=True))
+        logps = _log_probs(chat, answered(chat, both))
+        chosen, rejected = (LogProbs(*x) for x in zip(*(v.split(len(pairs)) for v in logps), strict=True))
         loss = dpo(chosen, rejected, beta=self.beta)
         margin = (chosen.tuned - chosen.frozen - rejected.tuned + rejected.frozen).mean()
         yield Part(loss, {"dpo": loss.detach(), "margin": margin.detach()})
@@ -83,9 +93,9 @@ class DPO(Objective):
 class NPO(Objective):
     """Negative preference optimisation, Zhang et al. 2024 (arXiv 2404.05868), Eq. 3, on unsafe answers.
 
-    L = −(2/β) mean log σ(−β log(π/π_ref)(unsafe)) + what ``keep`` says; log-probabilities are summed over the answer.
-    The default is the paper's plain NPO with its β; ``RetainLoss(ce=1)`` is NPO-RT, ``RetainLoss(kl=1)`` NPO-KL, with the weights
-    of its official code, where all are 1.
+    L = −(2/β) mean log σ(−β log(π/π_ref)(unsafe)) + ``keep``; log-probabilities are summed over the answer. The default
+    is plain NPO with the paper's β. ``RetainLoss(ce=1)`` is NPO-RT, ``RetainLoss(kl=1)`` NPO-KL, as weighted in the
+    official code.
     """
 
     name = "NPO"
@@ -97,17 +107,17 @@ class NPO(Objective):
         check_positive(beta=self.beta)
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """There must be unsafe answers, and those to keep."""
+        """Unsafe answers and the list of ``keep`` must be given."""
         del chat
         check_lists(self.name, data, "unsafe", *self.keep.lists)
 
     def draws(self, config: TrainConfig) -> dict[str, int]:
-        """Unsafe answers and those to keep."""
+        """Unsafe answers and retained ones."""
         return {"unsafe": config.contrasts} | self.keep.draws(config)
 
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """What is unlearned, then what is kept."""
+        """Forget loss, then retain loss."""
         del progress
-        loss = npo(log_probs(chat, answered(chat, asked(items["unsafe"]))), beta=self.beta)
+        loss = npo(_log_probs(chat, dialogue_batch(chat, items["unsafe"])), beta=self.beta)
         yield Part(loss, {"npo": loss.detach()})
         yield from self.keep.parts(chat, items)

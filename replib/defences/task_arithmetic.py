@@ -1,21 +1,16 @@
-"""The defences RepBend is compared with: each loss a pure function of tensors, named as in its own paper.
-
-Hidden states come as `[layers tokens dim]`, counted tokens only, as in `replib.defences.repbend.config`; log-probabilities as
-one number a response, in nats. Every loss is a scalar to be minimised, computed in float32 or wider.
-"""
+"""Task arithmetic, Ilharco et al. 2023 (arXiv 2212.04089): the unsafe task vector is subtracted, the safe one added."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import pandas as pd
-import torch
-from torch import Tensor
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 
 from replib.core.distributed import part
 from replib.core.errors import ReplibError, check_coefficients
@@ -30,6 +25,7 @@ from replib.training.train import Fit
 
 
 def task_arithmetic(
+    model: ChatModel,
     safe: str | Path,
     unsafe: str | Path,
     *,
@@ -37,60 +33,44 @@ def task_arithmetic(
     safe_weight: float = 1.0,
     unsafe_weight: float = 1.0,
 ) -> Path:
-    """Write the LoRA adapter of `merge_lora` for two saved adapters of one base model; returns its folder.
+    """Write the LoRA adapter with ΔW = w_s ΔW_safe − w_u ΔW_unsafe for two saved adapters; returns its folder.
 
-    Ilharco et al. 2023 (arXiv 2212.04089): θ = θ₀ + w_s ΔW_safe − w_u ΔW_unsafe. The base is not touched.
+    Ilharco et al. 2023 (arXiv 2212.04089). The merge is exact: ranks add up. ``model`` is unchanged afterwards.
+
+    Raises:
+        ReplibError: a folder without an adapter, adapters of different bases or modules, or other than plain LoRA.
     """
-    from safetensors.torch import load_file, save_file
-
-    configs = [_read_adapter(Path(folder)) for folder in (safe, unsafe)]
-    if configs[0]["base_model_name_or_path"] != configs[1]["base_model_name_or_path"]:
-        raise ReplibError(f"adapters '{safe}' and '{unsafe}' were trained on different base models; merge only like.")
-    signed = (safe_weight * _scaling(configs[0]), -unsafe_weight * _scaling(configs[1]))
-    states = [load_file(Path(folder) / "adapter_model.safetensors") for folder in (safe, unsafe)]
-    merged = merge_lora(states[0], states[1], weights=signed)
-    rank = configs[0]["r"] + configs[1]["r"]
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(merged, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {**configs[0], "r": rank, "lora_alpha": rank, "use_rslora": False}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return folder
-
-
-def merge_lora(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], *, weights: tuple[float, float]
-) -> dict[str, Tensor]:
-    """LoRA state whose delta is w₁ B₁A₁ + w₂ B₂A₂, exactly: the ranks are stacked, the weights go into B."""
-    if first.keys() != second.keys():
-        odd = sorted(first.keys() ^ second.keys())[:3]
-        raise ReplibError(f"the adapters do not touch the same modules, e.g. {odd}; train both on the same targets.")
-    return {name: _stack(name, first[name], second[name], weights) for name in first}
-
-
-def _stack(name: str, first: Tensor, second: Tensor, weights: tuple[float, float]) -> Tensor:
-    if ".lora_A." in name:
-        return torch.cat([first, second], dim=0).contiguous()
-    if ".lora_B." in name:
-        return torch.cat([weights[0] * first, weights[1] * second], dim=1).contiguous()
-    raise ReplibError(f"'{name}' is no plain LoRA matrix (DoRA, bias or a saved module); only LoRA can be merged.")
-
-
-def _read_adapter(folder: Path) -> dict:
-    """The adapter's configuration; refused where one scaling does not hold for all of its modules."""
+    _check_mergeable(Path(safe), Path(unsafe))
+    both = PeftModel.from_pretrained(model.causal_lm, safe, adapter_name="safe")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ReplibError(f"'{folder}' has no adapter_config.json; give the folder of a saved LoRA adapter.") from error
-    odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if config.get("peft_type") != "LORA" or odd:
-        raise ReplibError(f"'{folder}' is not a plain LoRA adapter ({odd or config.get('peft_type')}); retrain it.")
-    return config
+        both.load_adapter(str(unsafe), "unsafe")
+        both.peft_config["safe"].use_rslora = False  # the merge inherits it, and peft would scale by √rank once more
+        both.add_weighted_adapter(["safe", "unsafe"], [safe_weight, -unsafe_weight], "default", combination_type="cat")
+        both.save_pretrained(str(out), selected_adapters=["default"])
+    finally:
+        both.unload()
+    return Path(out)
 
 
-def _scaling(config: dict) -> float:
-    rank = config["r"]
-    return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _check_mergeable(safe: Path, unsafe: Path) -> None:
+    if odd := sorted(_lora_matrices(safe) ^ _lora_matrices(unsafe))[:3]:
+        raise ReplibError(f"the adapters do not touch the same modules, e.g. {odd}; train both on the same targets.")
+    bases = {PeftConfig.from_pretrained(folder).base_model_name_or_path for folder in (safe, unsafe)}
+    if len(bases) > 1:
+        raise ReplibError(f"the adapters were trained on different base models {bases}; train both on the same one.")
+
+
+def _lora_matrices(folder: Path) -> set[str]:
+    if not (folder / "adapter_config.json").exists():
+        raise ReplibError(f"'{folder}' has no adapter_config.json; give the folder of a saved LoRA adapter.")
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    other = sorted(name for name in names if not re.search(r"\.lora_[AB]\.", name))
+    if (bias := getattr(PeftConfig.from_pretrained(folder), "bias", "none")) != "none":
+        other.append(f"bias={bias}")
+    if other:
+        raise ReplibError(f"'{folder}' is not a plain LoRA adapter: it has {other[0]}; retrain it.")
+    return names
 
 
 GRID = tuple((safe, unsafe) for safe in (0.5, 1.0, 1.2) for unsafe in (0.0, 0.1, 0.2))
@@ -99,10 +79,11 @@ GRID = tuple((safe, unsafe) for safe in (0.5, 1.0, 1.2) for unsafe in (0.0, 0.1,
 
 @dataclass(frozen=True)
 class TaskArithmetic:
-    """Two SFT runs and their merge, chosen from a grid of weights: see ``merged_tasks``."""
+    """Two SFT runs and their merge, with weights chosen from a grid; see ``merged_tasks``."""
 
     name: ClassVar[str] = "task arithmetic"
     grid: tuple[tuple[float, float], ...] = GRID
+    """Pairs (safe, unsafe) of weights, zero or more."""
 
     def __post_init__(self) -> None:
         if not self.grid:
@@ -114,10 +95,10 @@ class TaskArithmetic:
 def train_tasks(
     model: ChatModel, data: DefenceData, fit: Fit, *, out: Path | str
 ) -> tuple[tuple[Path, Path], TrainResult]:
-    """Both adapters of task arithmetic, trained one after the other on safe and on unsafe answers.
+    """Train both adapters of task arithmetic, first on safe answers, then on unsafe ones.
 
     Returns:
-        Their folders, and their logs: the history of both with a column ``side``.
+        Folders of both, and a result whose history has both runs, told apart by the column ``side``.
     """
     check_lists("Task arithmetic", data, "safe", "unsafe")
     folders, histories = [], []
@@ -138,19 +119,19 @@ def merged_tasks(
     choose: Callable[[dict[str, float], dict[str, float]], float] = default_choice,
     out: Path | str,
 ) -> tuple[ChatModel, pd.DataFrame]:
-    """Task arithmetic, Ilharco et al. 2023 (arXiv 2212.04089): θ₀ + w_s ΔW_safe − w_u ΔW_unsafe, weights by validation.
+    """Merge at every pair of weights, θ₀ + w_s ΔW_safe − w_u ΔW_unsafe, and attach the best merge by validation.
 
     Args:
-        model: the model that both adapters were trained on, without an adapter.
+        model: the common base of both adapters, without an adapter.
         tasks: folders of the safe and of the unsafe adapter.
         validation: measures a merged model on validation prompts.
-        method: the weights (w_s, w_u), zero or more: the minus is in the formula.
-        choose: score of a measurement given that of the model itself; the highest is kept.
-        out: folder in which every merged adapter is written.
+        method: grid of weights (w_s, w_u).
+        choose: score of a measurement given that of the base; the highest wins.
+        out: folder of all merged adapters.
 
     Returns:
-        The model with the best adapter on it, and the grid: safe_weight, unsafe_weight, score, adapter, and the probe.
-        Its first row is the model itself, of weights zero and no adapter; it is not chosen.
+        The model with the best adapter, and a table: safe_weight, unsafe_weight, score, adapter, and the measurement.
+        Its first row is the base, with weights zero and no adapter; it cannot win.
 
     Raises:
         ReplibError: adapters that cannot be merged.
@@ -159,10 +140,10 @@ def merged_tasks(
     rows = [{"safe_weight": 0.0, "unsafe_weight": 0.0, "score": choose(before, before), "adapter": ""} | before]
     for safe, unsafe in method.grid:
         folder = Path(out) / f"safe-{safe:g}-unsafe-{unsafe:g}"
-        task_arithmetic(*tasks, out=folder, safe_weight=safe, unsafe_weight=unsafe)
-        found = _found(model, folder, validation)
-        about = {"safe_weight": safe, "unsafe_weight": unsafe, "score": choose(found, before), "adapter": str(folder)}
-        rows.append(about | found)
+        task_arithmetic(model, *tasks, out=folder, safe_weight=safe, unsafe_weight=unsafe)
+        measured = _measured(model, folder, validation)
+        merge = {"safe_weight": safe, "unsafe_weight": unsafe, "score": choose(measured, before)}
+        rows.append(merge | {"adapter": str(folder)} | measured)
     table = pd.DataFrame(rows)
     return attached(model, Path(table.adapter[table.score[1:].idxmax()])), table
 
@@ -170,10 +151,10 @@ def merged_tasks(
 def train_task_arithmetic(
     model: ChatModel, data: DefenceData, fit: Fit, *, method: TaskArithmetic, validation: Measure, out: Path | str
 ) -> TrainResult:
-    """Task arithmetic from the beginning: both adapters, and the best of their merges, which ``probes`` lists.
+    """Train task arithmetic in full: both adapters, then the best merge; ``probes`` lists all merges.
 
     Raises:
-        ReplibError: several processes, which would write the same merges.
+        ReplibError: several processes, which would write the same files.
     """
     if part()[1] > 1:
         raise ReplibError("Task arithmetic merges and measures adapters in one process: start it without torchrun.")
@@ -185,8 +166,8 @@ def train_task_arithmetic(
     return TrainResult(best, logs.history, probes, steps, about)
 
 
-def _found(model: ChatModel, adapter: Path, validation: Measure) -> dict[str, float]:
-    """What the probe measures under an adapter, which is gone afterwards."""
+def _measured(model: ChatModel, adapter: Path, validation: Measure) -> dict[str, float]:
+    """Measurement of the model under an adapter, which is detached afterwards."""
     bent = attached(model, adapter)
     try:
         return validation(bent)

@@ -13,8 +13,7 @@ from replib.data.mixtures import DefenceData
 from replib.data.prompts import Contrast, Dialogue
 from replib.defences.adversary import Adversary, EditDistribution, SampledEdit
 from replib.defences.hardening import Hardened, Hardening, refusal_loss, refusals
-from replib.defences.losses import cross_entropy
-from replib.defences.sft import SFT, RetainLoss, Retention
+from replib.defences.sft import SFT, RetainLoss, Retention, cross_entropy
 from replib.models.adapters import attached_lora, perturb
 from replib.models.chat_model import ChatModel
 from replib.models.forward import without_checkpointing
