@@ -18,7 +18,6 @@ from torch import Tensor
 from replib.ablation.refusal_score import RefusalTokens
 from replib.core.errors import ReplibError
 from replib.core.stats import spearman
-from replib.edits.gates import Gate
 from replib.models.chat_model import ChatModel
 from replib.transport.gaussian_map import GaussianMap
 from replib.transport.gaussians import Samples, sample_pair
@@ -162,19 +161,26 @@ def block_features(harmful: Samples, harmless: Samples, gaps: Sequence[float], *
     x, y = sample_pair(harmful, harmless)
     fitted = GaussianMap(k=k).fit(x, y)
     within = torch.cat([x - x.mean(0), y - y.mean(0)])
-    discriminant = Gate.fit(x, y, 0).w.double()  # (S + l I)^-1 gap, times l
-    ridge = float(within.square().sum()) / (len(within) - 2) / x.shape[1]
     identity = torch.eye(k, dtype=fitted.scale_.dtype)
     return Features(
         depth=depth,
         mean_gap=gaps[0],
         covariance_gap=gaps[1],
-        mahalanobis=float(discriminant @ (x.mean(0) - y.mean(0))) / ridge,
+        mahalanobis=_mahalanobis(x.mean(0) - y.mean(0), within),
         rho=fitted.rho_,
         rank=_effective_rank(within),
         gain=float((fitted.scale_ - identity).norm()) / k**0.5,
         cost=fitted.cost_ / float((x.var(0) + y.var(0)).sum() / 2),
     )
+
+
+def _mahalanobis(gap: Float[Tensor, " d"], rows: Float[Tensor, "n d"]) -> float:
+    """``gap^T (S + l I)^-1 gap`` from the rows of both classes, each centred, without a d x d matrix."""
+    _, spread, axes = torch.linalg.svd(rows, full_matrices=False)
+    variance = spread.square() / (len(rows) - 2)
+    ridge = variance.sum() / rows.shape[1]
+    inside = (axes @ gap).square()
+    return float((gap @ gap - inside.sum()) / ridge + (inside / (variance + ridge)).sum())
 
 
 def _effective_rank(rows: Float[Tensor, "n d"]) -> float:

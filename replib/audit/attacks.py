@@ -4,7 +4,7 @@ Attacks that are searched for on one model, suffixes and embeddings, are in ``re
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from replib.audit.audit import Task
 from replib.core.errors import ReplibError
@@ -25,8 +25,6 @@ class Attack:
     """The user's turn; ``{request}`` is where the prompt goes."""
     opening: str = ""
     """First words of the answer for prompts without a ``target``; empty leaves the answer to the model."""
-    texts: tuple[Prompt, ...] = field(default=(), repr=False)
-    """Prompts in which the attack is already applied; ``apply`` chooses among them."""
 
     def __post_init__(self) -> None:
         """Refuse a template that would lose the request."""
@@ -35,24 +33,11 @@ class Attack:
 
     def apply(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[str] | None]:
         """The prompts under attack and, only for prefills, the beginning of each answer."""
-        if self.texts:
-            return self._about(prompts), None
         wrapper = "" if self.template == "{request}" else self.name
         asked = [
             replace(p, text=self.template.replace("{request}", p.text), wrapper=wrapper or p.wrapper) for p in prompts
         ]
         return asked, [p.target or self.opening for p in prompts] if self.opening else None
-
-    def _about(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Those of the attack's own texts that are about the same groups, in the same splits."""
-        wanted = {(p.group, p.split) for p in prompts}
-        chosen = [text for text in self.texts if (text.group, text.split) in wanted]
-        if prompts and not chosen:
-            raise ReplibError(
-                f"attack {self.name!r} has no text about any group and split of the {len(prompts)} prompts. "
-                "Use prompts and wrapped prompts of one world and split."
-            )
-        return chosen
 
 
 def direct() -> Attack:
@@ -96,13 +81,3 @@ def attack_tasks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[
         Task("prefill", "prefill", asked, openings or ()),
         Task("harmless", "benign", harmless),
     ]
-
-
-def from_wrapped(prompts: Sequence[Prompt]) -> list[Attack]:
-    """One attack for each ``Prompt.wrapper`` of prompts that come with it applied (``organism/wrapped``)."""
-    by_wrapper: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        if not prompt.wrapper:
-            raise ReplibError(f"a prompt about {prompt.group!r} names no wrapper. Load a set that is wrapped.")
-        by_wrapper.setdefault(prompt.wrapper, []).append(prompt)
-    return [Attack(name, texts=tuple(texts)) for name, texts in by_wrapper.items()]

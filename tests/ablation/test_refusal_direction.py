@@ -18,8 +18,6 @@ from replib.ablation.refusal_score import RefusalTokens, filtered_prompts, first
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.edits.apply import applied
-from replib.edits.gates import Gate
-from replib.edits.methods import fit_edit
 from replib.models.load import load
 from replib.study.study import Study
 from replib.transport.affine import AffineEdit
@@ -189,9 +187,3 @@ def test_refusal_planted_in_blocks_5_and_6_is_found_above_them(tmp_path):
         assert tokens.scores(first_logits(model, val[0])).max() < 0
     with applied(model, chosen.addition(model, 1.0), positions="all"):
         assert tokens.scores(first_logits(model, val[1])).median() > 0
-    x, y = (capture(model, p, layers=[6])[6] for p in fit)
-    edit, gate = fit_edit("pca_ot", x, y, 6), Gate.fit(x, y, 6)
-    plain = first_logits(model, val[1])
-    with applied(model, edit, gate=gate):  # only what looks harmful is moved
-        assert tokens.scores(first_logits(model, val[0])).median() < 0
-        assert torch.equal(first_logits(model, val[1]), plain)

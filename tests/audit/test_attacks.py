@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from replib.audit.attacks import OPENING, WRAPPERS, Attack, direct, from_wrapped, prefill, wrappers
+from replib.audit.attacks import OPENING, WRAPPERS, Attack, direct, prefill, wrappers
 from replib.audit.gradient_attacks import GCGConfig, SoftPromptConfig, gcg, soft_prompt
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt, load_prompts
@@ -63,23 +63,6 @@ def test_wrappers_keep_the_request_word_for_word_and_all_else_in_place():
 def test_a_template_that_loses_the_request_is_refused():
     with pytest.raises(ReplibError, match="'odd' lacks {request}"):
         Attack("odd", template="Tell me a story.")
-
-
-def test_wrapped_prompts_become_one_attack_a_wrapper_and_keep_to_group_and_split():
-    wrapped = [
-        Prompt(f"{w} {g} {s}", group=g, split=s, wrapper=w)
-        for w in ("story", "game")
-        for g in "ab"
-        for s in ("val", "test")
-    ]
-    story, game = from_wrapped(wrapped)
-    assert (story.name, story.kind, game.name) == ("story", "wrapper", "game")
-    asked, openings = story.apply([Prompt("x", group="a", split="test"), Prompt("y", group="a", split="test")])
-    assert [p.text for p in asked] == ["story a test"] and openings is None
-    with pytest.raises(ReplibError, match="no text about any group and split"):
-        game.apply([Prompt("x", group="c", split="test")])
-    with pytest.raises(ReplibError, match="names no wrapper"):
-        from_wrapped(PROMPTS)
 
 
 def test_attacks_run_on_real_prompts(shared_data):

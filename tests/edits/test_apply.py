@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from helpers import tiny
-from helpers.steered import PROMPTS, halves, next_input, random_edit
+from helpers.steered import PROMPTS, next_input, random_edit
 from helpers.tolerance import close
 from replib.activations.capture import capture, capture_sites
 from replib.core.errors import ReplibError
 from replib.edits.apply import applied, bound
-from replib.edits.gates import Gate
 from replib.models.load import load
 from replib.transport.affine import AffineEdit
 
@@ -46,7 +45,7 @@ def test_each_group_of_rows_meets_its_own_edits(model):
     for edits, logits in zip(groups, together, strict=True):
         with torch.no_grad(), applied(model, edits, positions="all"):
             close(model.forward(batch), logits)
-    with applied(model, groups), pytest.raises(ReplibError, match="4 rows do not fall into 3 equal groups"):
+    with applied(model, groups), pytest.raises(ReplibError, match="4 rows do not split into 3 equal groups"):
         model.forward(model.encode(["w1 w2"] * 4))
 
 
@@ -155,13 +154,6 @@ def test_what_a_sublayer_adds_is_edited_where_it_is_added(kind, tmp_path):
         ({("resid_mid", 0): random_edit()}, {}, "resid_mid is only read: edit attn_out"),
         ({0: random_edit()}, {"positions": "last"}, "Unknown edit positions 'last'"),
         ({0: random_edit()}, {"strength": 1.5}, r"1.5 is outside \[0, 1\].*multiply the edit"),
-        (
-            {0: random_edit()},
-            {"gate": Gate(torch.ones(16), 0.0, 1)},
-            "block 1, after the edit at resid_post of block 0",
-        ),
-        ({0: random_edit()}, {"gate": Gate(torch.ones(8), 0.0, 0)}, "gate has width 8"),
-        ({0: random_edit()}, {"gate": Gate(torch.ones(16), 0.0, 7)}, "Layer 7"),
     ],
 )
 def test_bad_edits_are_named(model, edits, options, reason):
@@ -288,15 +280,14 @@ def test_generating_with_a_cache_is_generating_without_one(model):
     assert torch.equal(found[kept], decoded(model, batch, edit=edit, steps=5)[kept]) and kept.any()
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("positions", ["last_prompt", "all_prompt", "decode", "all"])
-def test_beams_of_one_prompt_meet_the_same_edit(model, positions, gated):
+def test_beams_of_one_prompt_meet_the_same_edit(model, positions):
     """Beam search holds each row several times; a prompt in a batch is answered as by itself."""
-    gate, edit = halves(model) if gated else None, random_edit()
+    edit = random_edit()
 
     def beams(prompts):
         batch = model.encode(prompts)
-        with model.reading_batch(batch), applied(model, {1: edit}, positions=positions, gate=gate):
+        with model.reading_batch(batch), applied(model, {1: edit}, positions=positions):
             ids = model.model.generate(**batch.inputs(), num_beams=3, do_sample=False, max_new_tokens=4, pad_token_id=0)
         return model.tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
 

@@ -1,9 +1,7 @@
-"""A random edit, a gate, and what an edited model's next block is given, for the tests of edits."""
+"""A random edit, and the input of an edited model's next block, for the tests of edits."""
 
 import torch
 
-from replib.activations.capture import capture
-from replib.edits.gates import Gate
 from replib.transport.affine import AffineEdit
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"]
@@ -26,10 +24,3 @@ def next_input(model, batch, layer):
     finally:
         del block.forward
     return seen[0]
-
-
-def halves(model, layer=0):
-    """A gate that parts PROMPTS, the third from the others, by the stream after a block."""
-    x = capture(model, PROMPTS, layers=[layer])[layer]
-    w = x[2] - x[:2].mean(0)
-    return Gate(w, float((x[2] @ w + (x[:2] @ w).max()) / 2), layer)
