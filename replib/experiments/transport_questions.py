@@ -21,7 +21,7 @@ from replib.ablation.localisation import block_features, lens_profile
 from replib.ablation.refusal_score import RefusalTokens
 from replib.ablation.robustness import STRENGTHS, TOKENS, answer_states, least_strengths, scaled, token_edits
 from replib.activations.capture import capture
-from replib.analysis.geometry import PARTS, layer_profile, relative_gaps
+from replib.analysis.profile import PARTS, layer_profile, relative_gaps
 from replib.core.errors import ReplibError
 from replib.core.stats import outcome_matrix
 from replib.data.prompts import Dialogue, Prompt

@@ -12,7 +12,8 @@ import torch
 from plotly.subplots import make_subplots
 
 from replib.activations.store import Activations
-from replib.analysis.geometry import LayerProfile, pca
+from replib.analysis.geometry import pca
+from replib.analysis.profile import LayerProfile
 from replib.core.stats import Measured, Numbers
 from replib.figures.style import AMBER, DASHES, INK, apply_style, safe, styled
 from replib.figures.traces import as_measured, band, cases, clouds, component, counts, curve_lines, need

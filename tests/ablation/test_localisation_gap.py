@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from replib.ablation.localisation import block_features
-from replib.analysis.geometry import layer_profile, relative_gaps
+from replib.analysis.profile import layer_profile, relative_gaps
 
 
 def clouds(n=200, d=12, shift=0.0, scale=1.0, seed=0):

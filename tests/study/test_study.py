@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers import tiny
-from replib.analysis.geometry import layer_profile
 from replib.analysis.logit_lens import compare, logit_lens
+from replib.analysis.profile import layer_profile
 from replib.audit.judges import ExactJudge, PhraseJudge
 from replib.cli.commands import run_audit, run_bend, run_sweep
 from replib.core.errors import ReplibError
