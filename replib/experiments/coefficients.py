@@ -1,4 +1,4 @@
-"""Train RepBend at seventy settings: ``python -m replib.experiments.coefficients``, a good minute a setting on one core.
+"""Train RepBend at seventy settings: ``python -m replib.experiments.coefficients``, a minute or two a setting.
 
     python -m replib.experiments.coefficients --part 1/2 &  python -m replib.experiments.coefficients --part 2/2;  wait
     python -m replib.experiments.coefficients --pack
@@ -23,26 +23,21 @@ chooses the step that would be kept, on the same prompts, so that the chosen ste
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, product, repeat
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from replib.audit.audit import outcome
-from replib.core.errors import Diverged, ReplibError
-from replib.core.settings import Settings, data_dir
-from replib.core.storage import Rows, finished, key_of, versions, write_text
+from replib.core.errors import Diverged
+from replib.core.settings import Settings
+from replib.core.storage import key_of, versions
 from replib.defences.repbend.config import BendConfig
 from replib.defences.repbend.objective import References, RepBend
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
+from replib.experiments.runner import Experiment, Finished, command_line
 from replib.models.adapters import merged_copy
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
@@ -57,6 +52,7 @@ SWEEPS = {"alpha": (0.04, 0.16, 0.64), "beta": (0.3, 1.0, 10.0, 100.0), "gamma":
 WINDOWS = {"early": range(4), "middle": range(4, 8), "middle to late": range(4, 12), "all": range(12)}
 STRENGTHS = (0.08, 0.32)  # alpha
 STEPS, SEEDS = (20, 80), (1, 2)
+SECONDS = 1.75  # CPU seconds of a training step on a busy core, its share of the probes included
 LIMIT = 48  # validation prompts of a task
 AVERAGED = 4  # training steps up to a probe over which distances and KL are averaged: one batch alone is noisy
 TERMS = ("safe", "unsafe", "cosine", "kl")
@@ -158,55 +154,33 @@ def _rows(result: TrainResult) -> Iterator[dict[str, float]]:
         yield {name: round(value, 4) for name, value in probed.items()} | terms
 
 
-def run(runs: Runs, part: int, parts: int) -> None:
-    """Train what is missing of one part; each finished setting is on disk before the next begins."""
-    mine = design()[part - 1 :: parts]
-    rows = Rows(runs.folder / f"part-{part}-of-{parts}.jsonl")
-    todo = [s for s in mine if runs.key(s) not in finished(runs.folder)]
-    print(f"part {part} of {parts}: {len(mine) - len(todo)} settings are there, {len(todo)} to train", flush=True)
-    start = time.monotonic()
-    for done, setting in enumerate(todo, 1):
-        rows.put(runs.key(setting), row := runs.row(setting))
-        left = (time.monotonic() - start) / done * (len(todo) - done) / 60
-        print(f"{done}/{len(todo)} {_told(row)}; {left:.0f} minutes left", flush=True)
-
-
-def pack(runs: Runs) -> Path:
-    """Write what is trained of the design to ``data/organism/coefficients.json``, a line a setting."""
-    rows, keys = finished(runs.folder), [runs.key(setting) for setting in design()]
-    if not (found := [rows[key] for key in keys if key in rows]):
-        raise ReplibError(f"No setting of the design is trained in {runs.folder}: run the parts first.")
-    about = {"about": runs.about, "preset": asdict(Setting()), "n": runs.n, "schedule": ORGANISM_TRAIN.schedule}
-    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in found)
-    path = data_dir() / "organism" / "coefficients.json"
-    write_text(path, json.dumps(about, indent=1)[:-2] + f',\n "settings": [\n{lines}\n]}}\n')
-    print(f"{len(found)} of {len(keys)} settings, {path.stat().st_size / 1e3:.0f} kB: {path}")
-    return path
-
-
-def _told(row: dict[str, Any]) -> str:
-    named = ", ".join(f"{name} {row[name]}" for name in ("alpha", "beta", "gamma", "layers", "steps", "seed"))
-    if not row["rows"]:
-        return f"{named}: diverged"
-    rates = ", ".join(f"{name} {row['rows'][-1][name]:.0%}" for name in ("attack", "prefill", "harmless", "borderline"))
-    return f"{named}: kept step {row['step']}, at the last {rates}"
-
-
-def main() -> None:
-    """Command line: train a part of the design, or pack what is trained."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--part", default="1/1", help="which part of how many, for several processes at once")
-    parser.add_argument(
-        "--pack", action="store_true", help="write data/organism/coefficients.json from what is trained"
+def _experiment(settings: Settings) -> Experiment[Setting]:
+    """The coefficient sweep on the model of the settings."""
+    runs = Runs(settings)
+    return Experiment(
+        "coefficients",
+        runs.folder,
+        (lambda: [[setting] for setting in design()],),
+        key=runs.key,
+        make=runs.row,
+        seconds=lambda setting: SECONDS * setting.steps,
+        describe=_described,
+        contents=lambda done: _contents(runs, done),
     )
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    runs = Runs(Settings())
-    if arguments.pack:
-        pack(runs)
-    else:
-        run(runs, *map(int, arguments.part.split("/")))
+
+
+def _contents(runs: Runs, done: Finished) -> dict[str, Any]:
+    about = {"about": runs.about, "preset": asdict(Setting()), "n": runs.n, "schedule": ORGANISM_TRAIN.schedule}
+    return about | {"settings": [done[key] for setting in design() if (key := runs.key(setting)) in done]}
+
+
+def _described(row: dict[str, Any]) -> str:
+    setting = ", ".join(f"{name} {row[name]}" for name in ("alpha", "beta", "gamma", "layers", "steps", "seed"))
+    if not row["rows"]:
+        return f"{setting}: diverged"
+    rates = ", ".join(f"{name} {row['rows'][-1][name]:.0%}" for name in ("attack", "prefill", "harmless", "borderline"))
+    return f"{setting}: step {row['step']} chosen, at the last {rates}"
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, _experiment)

@@ -1,37 +1,32 @@
 """Does hardening hold on the organism? ``python -m replib.experiments.hardening``, about five minutes of a core a run.
 
-    python -m replib.experiments.hardening --part 1 &  python -m replib.experiments.hardening --part 2;  wait
+    python -m replib.experiments.hardening --part 1/2 &  python -m replib.experiments.hardening --part 2/2;  wait
     python -m replib.experiments.hardening --pack
 
 Each arm is trained with three seeds and audited on the test split, edits re-fitted on the trained model: seed 0 of all
-arms, then seed 1, so that an interrupted run can be packed too. Part 1 goes through this from the front, part 2 from
-the back, and each leaves out what it finds done; part 1 alone does everything. Validation prompts chose the values of
-``replib.study.training`` and choose the step of a run and the share of its change that is kept, the same way for every arm;
-test prompts choose nothing.
+arms, then seed 1, so that an interrupted run can be packed too. Validation prompts chose the values of
+``replib.study.training`` and choose the step of a run and the share of its change in weights, the same way for every
+arm; test prompts choose nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
-
 from replib.ablation.adaptive_attack import EDIT_ATTACKS, Cell, best_edit_by_block, success
 from replib.audit.audit import Task
-from replib.core.errors import Diverged, ReplibError
-from replib.core.settings import Settings, data_dir
-from replib.core.storage import Rows, finished, key_of, write_text
+from replib.core.errors import Diverged
+from replib.core.settings import Settings
+from replib.core.storage import key_of
 from replib.defences.hardening import Hardening
 from replib.defences.repbend.objective import RepBend
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.experiments.runner import TOKENS, Bench, TimedValidation, saved
+from replib.experiments.defence_runs import TOKENS, Bench, TimedValidation, saved
+from replib.experiments.runner import Experiment, Finished, command_line
 from replib.models.adapters import attached, merged
 from replib.models.load import load
 from replib.study.training import HARDENING, RETENTION, TRAIN, adaptive_validation, hardened, rows_for
@@ -67,11 +62,18 @@ ARMS = {
 AUDIT = 150  # CPU seconds of one
 
 
-class Run(NamedTuple):
+class HardeningRun(NamedTuple):
     """One training, or the model itself."""
 
     arm: str
     seed: int = 0
+
+
+class HardeningJob(NamedTuple):
+    """Training or audit of one run."""
+
+    run: HardeningRun
+    audit: bool = False
 
 
 class HardeningBench(Bench):
@@ -89,24 +91,24 @@ class HardeningBench(Bench):
         """The requests that edits are scored on."""
         return next(task for task in self.tasks if task.kind == "direct")
 
-    def objective(self, run: Run) -> Objective:
+    def objective(self, run: HardeningRun) -> Objective:
         """What a run trains, with its seed."""
         inner, hardening = ARMS[run.arm][1:3]
         assert inner, "only an arm with an objective is trained"
         return replace(hardened(self.study, inner, hardening), seed=run.seed) if hardening else inner
 
-    def key_of(self, run: Run, *, audited: bool = False) -> str:
+    def key_of(self, run: HardeningRun, *, audited: bool = False) -> str:
         """What a row depends on."""
         arm = ARMS[run.arm]
         how = [self.objective(run).about(self.study.model.n_layers), asdict(arm.config)] if arm.inner else []
         siege = [ASKED, TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
         return key_of(run._asdict() if arm.inner else run.arm, how, self.about, siege)
 
-    def folder_of(self, run: Run) -> Path:
+    def folder_of(self, run: HardeningRun) -> Path:
         """Where the adapter of a run lies."""
         return self.folder / "adapters" / self.key_of(run)
 
-    def train(self, run: Run) -> dict[str, Any]:
+    def train(self, run: HardeningRun) -> dict[str, Any]:
         """One run, trained: what validation found and what it cost; ``diverged`` where it did."""
         objective, watch, start = self.objective(run), TimedValidation(self), time.process_time()
         config, model = replace(ARMS[run.arm].config, seed=run.seed, save_every=0), load(self.study.settings.model)
@@ -120,7 +122,7 @@ class HardeningBench(Bench):
         cost = saved(result.model, self.folder_of(run), time.process_time() - start - watch.seconds)
         return run._asdict() | {"step": result.step, "share": result.config["share"], "probes": watch.found} | cost
 
-    def audit(self, run: Run) -> dict[str, Any]:
+    def audit(self, run: HardeningRun) -> dict[str, Any]:
         """One run on the test split: a letter an answer, by task and by edit."""
         model = load(self.study.settings.model)
         if ARMS[run.arm].inner:
@@ -130,36 +132,32 @@ class HardeningBench(Bench):
         return run._asdict() | {"answers": self._answers(model, self.tasks), "edits": edits}
 
 
-def runs() -> list[Run]:
+def runs() -> list[HardeningRun]:
     """Seed by seed; the model itself has but one."""
-    return [Run(arm, seed) for seed in SEEDS for arm in ARMS if ARMS[arm].inner or not seed]
+    return [HardeningRun(arm, seed) for seed in SEEDS for arm in ARMS if ARMS[arm].inner or not seed]
 
 
-def missing(bench: HardeningBench, run: Run) -> Iterator[bool]:
-    """What is not done of a run: False is its training, True its audit."""
-    done = finished(bench.folder)
-    if ARMS[run.arm].inner and bench.key_of(run) not in done:
-        yield False
-    if bench.key_of(run, audited=True) not in done and "diverged" not in done.get(bench.key_of(run), {}):
-        yield True
+def _experiment(settings: Settings) -> Experiment[HardeningJob]:
+    """The hardening of the model of the settings."""
+    bench = HardeningBench(settings)
+    return Experiment(
+        "hardening",
+        bench.folder,
+        (lambda: [_jobs(run) for run in runs()],),
+        key=lambda job: bench.key_of(job.run, audited=job.audit),
+        make=lambda job: bench.audit(job.run) if job.audit else bench.train(job.run),
+        seconds=lambda job: AUDIT if job.audit else ARMS[job.run.arm].seconds,
+        describe=described,
+        contents=lambda done: _contents(bench, done),
+        possible=lambda job, done: not job.audit or "diverged" not in done.get(bench.key_of(job.run), {}),
+    )
 
 
-def minutes(bench: HardeningBench) -> float:
-    """What is still to be paid, in minutes of one busy core."""
-    return sum(AUDIT if audit else ARMS[r.arm].seconds for r in runs() for audit in missing(bench, r)) / 60
+def _jobs(run: HardeningRun) -> list[HardeningJob]:
+    return [HardeningJob(run)] * bool(ARMS[run.arm].inner) + [HardeningJob(run, audit=True)]
 
 
-def work(bench: HardeningBench, part: int) -> None:
-    """Do what is missing; each finished row is on disk before the next begins."""
-    rows = Rows(bench.folder / f"part-{part}.jsonl")
-    print(f"part {part}: about {minutes(bench):.0f} core minutes are to be paid by all parts together", flush=True)
-    for run in reversed(runs()) if part == 2 else runs():
-        for audit in missing(bench, run):
-            rows.put(bench.key_of(run, audited=audit), row := bench.audit(run) if audit else bench.train(run))
-            print(f"{told(row)}; {minutes(bench):.0f} core minutes left", flush=True)
-
-
-def told(row: dict[str, Any]) -> str:
+def described(row: dict[str, Any]) -> str:
     """A finished row in words."""
     name = f"{ARMS[row['arm']].title}, seed {row['seed']}"
     if "diverged" in row:
@@ -171,22 +169,17 @@ def told(row: dict[str, Any]) -> str:
     return f"{name}: complied with " + ", ".join(f"{task} {rate:.0%}" for task, rate in rates.items())
 
 
-def pack(bench: HardeningBench) -> Path:
-    """Write what is done to ``data/organism/hardening.json``, a line a run."""
-    done = finished(bench.folder)
-    found = [(r, done[key]) for r in runs() if (key := bench.key_of(r, audited=True)) in done]
-    if not found:
-        raise ReplibError(f"Nothing is audited in {bench.folder}: run the parts first.")
+def _contents(bench: HardeningBench, done: Finished) -> dict[str, Any]:
+    audits = [(run, done[key]) for run in runs() if (key := bench.key_of(run, audited=True)) in done]
     tasks = [{"name": t.name, "kind": t.kind, "n": len(t.prompts)} for t in bench.tasks]
-    tasks += [{"name": name, "kind": "edit", "n": ASKED} for name in EDIT_ATTACKS]
-    lines = ",\n".join(json.dumps(packed(r, row, done.get(bench.key_of(r), {}))) for r, row in found)
-    head = json.dumps(bench.about | {"tasks": tasks, "trials": []}, indent=1)[:-2]
-    path = write_text(data_dir() / "organism" / "hardening.json", f'{head},\n "runs": [\n{lines}\n]\n}}\n')
-    print(f"{len(found)} of {len(runs())} audits, {path.stat().st_size / 1e3:.0f} kB: {path}")
-    return path
+    return bench.about | {
+        "trials": [],
+        "tasks": tasks + [{"name": name, "kind": "edit", "n": ASKED} for name in EDIT_ATTACKS],
+        "runs": [packed(run, row, done.get(bench.key_of(run), {})) for run, row in audits],
+    }
 
 
-def packed(run: Run, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+def packed(run: HardeningRun, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
     """One run: answers to all tasks, under the worst edit of each assault, and under the worst of each block."""
     edits = {Cell(a, layer, k): letters for a, layer, k, letters in row["edits"]}
     worst = {a: max((c for c in edits if c.assault == a), key=lambda c: edits[c].count("c")) for a in EDIT_ATTACKS}
@@ -197,19 +190,5 @@ def packed(run: Run, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, 
     return named | {"answers": answers, "worst": {a: list(c[1:]) for a, c in worst.items()}, "blocks": blocks}
 
 
-def main() -> None:
-    """Command line: do a part, or pack what is done."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--part", type=int, choices=(1, 2), default=1, help="1: from the front, 2: from the back")
-    parser.add_argument("--pack", action="store_true", help="write data/organism/hardening.json from what is done")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    bench = HardeningBench(Settings())
-    if arguments.pack:
-        pack(bench)
-    else:
-        work(bench, arguments.part)
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, _experiment)

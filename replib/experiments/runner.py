@@ -1,161 +1,112 @@
-"""One run of the comparison on the organism: a method trained with a seed, scored on validation, audited on test."""
+"""Runner of the experiments: rows are made one by one by several processes and packed into one file."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from replib.audit.audit import Task
-from replib.audit.judges import encode_outcomes
-from replib.core.errors import Diverged
+import torch
+
+from replib.core.errors import ReplibError
 from replib.core.settings import Settings
-from replib.core.storage import key_of, versions
-from replib.data.mixtures import DefenceData, defence_data
-from replib.defences.catalogue import Baseline, prepares, safety_prompted, train_baseline
-from replib.defences.organism_grid import BENIGN, CONTENDERS
-from replib.defences.repbend.objective import RepBend
-from replib.defences.rmu import RMU
-from replib.models.adapters import attached, merged, merged_copy
-from replib.models.chat_model import ChatModel
-from replib.models.load import load
-from replib.study.study import Study
-from replib.training.model_selection import default_choice
-from replib.training.objective import Objective
-from replib.training.result import TrainResult
-from replib.training.train import Fit, train
+from replib.core.storage import Rows, finished, write_text
+from replib.organism.recorded import recorded_file
 
-PROBED, ASKED = 32, 64  # prompts of a validation task, and of a test task
-TOKENS = 40  # of an answer at most
+Row = dict[str, Any]
+Finished = Mapping[str, Row]
+Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training, or the model itself where a method trains nothing."""
+class Experiment(Generic[Job]):
+    """Jobs that give one row each; every row is on disk before the next job begins."""
 
-    method: str
-    trial: int = 0
-    """Which point of the method's grid."""
-    seed: int = 0
+    name: str
+    """Module of ``replib.experiments``, and the packed file."""
+    folder: Path
+    stages: Sequence[Callable[[], list[list[Job]]]]
+    """Groups of jobs. A group stays in one process; a stage is listed once the stage before it is done."""
+    key: Callable[[Job], str]
+    make: Callable[[Job], Row]
+    seconds: Callable[[Job], float]
+    """CPU seconds of a busy core that a job takes."""
+    describe: Callable[[Row], str]
+    contents: Callable[[Finished], dict[str, Any]]
+    """Packed contents by finished row: facts first, then lists of rows, the last of them the results."""
+    possible: Callable[[Job, Finished], bool] = lambda _, __: True
 
-    @property
-    def rival(self) -> Baseline | None:
-        """What is trained, with this seed."""
-        if not (grid := CONTENDERS[self.method].grid):
-            return None
-        objective, config = grid[self.trial]
-        drawn = replace(objective, seed=self.seed) if isinstance(objective, RMU) else objective
-        return Baseline(drawn, replace(config, seed=self.seed))
+    def missing(self, jobs: Sequence[Job] | None = None) -> list[Job]:
+        """Possible jobs without a row, each once; by default of all stages."""
+        done = finished(self.folder)
+        if jobs is None:
+            jobs = [job for stage in self.stages for group in stage() for job in group]
+        return [job for job in dict.fromkeys(jobs) if self.key(job) not in done and self.possible(job, done)]
 
+    def minutes(self) -> float:
+        """Minutes of one busy core that the missing jobs take."""
+        return sum(map(self.seconds, self.missing())) / 60
 
-class TimedValidation:
-    """The validation probe of one run: what it found, and the time that it took."""
+    def run(self, part: int = 1, parts: int = 1) -> None:
+        """Do the missing jobs, in a share of the groups first and then in those of the other parts."""
+        rows = Rows(self.folder / f"part-{part}-of-{parts}.jsonl")
+        print(f"part {part} of {parts}: {self.minutes():.0f} core minutes for all parts together", flush=True)
+        for stage in self.stages:
+            for job in (job for group in _ordered(stage(), part, parts) for job in group):
+                if self.missing([job]):
+                    rows.put(self.key(job), row := self.make(job))
+                    print(f"{self.describe(row)}; {self.minutes():.0f} core minutes left", flush=True)
 
-    def __init__(self, bench: Bench):
-        self.bench = bench
-        self.found: list[dict[str, float]] = []
-        self.seconds = 0.0
+    def pack(self) -> Path:
+        """Write the finished rows to ``data/organism/<name>.json``, a line a row.
 
-    def __call__(self, model: ChatModel) -> dict[str, float]:
-        """Measure a model; before training every run has the same one."""
-        start = time.process_time()
-        self.found.append(self.bench.measured(model) if self.found else self.bench.before)
-        self.seconds += time.process_time() - start
-        return self.found[-1]
-
-    @property
-    def score(self) -> float:
-        """That of what was kept: the highest."""
-        return max(default_choice(found, self.found[0]) for found in self.found[1:])
-
-
-class Bench:
-    """Trains and audits on one model: what does not depend on the run is made once."""
-
-    def __init__(self, settings: Settings):
-        self.study = Study.open(settings)
-        self.folder = settings.out / "comparison"
-        self.about: dict[str, Any] = self.study.model.provenance() | versions() | {"probed": PROBED, "benign": BENIGN}
-        self.tasks = self.study.tasks("test", ASKED)
-        self.measure = self.study.validation_measure(PROBED)
-
-    @cached_property
-    def rivals(self) -> DefenceData:
-        """What the rivals train on."""
-        return defence_data(self.study.bend_data, benign=BENIGN)
-
-    @cached_property
-    def before(self) -> dict[str, float]:
-        """What validation finds in the model itself."""
-        return self.measure(self.study.model)
-
-    def measured(self, model: ChatModel) -> dict[str, float]:
-        """What validation finds in a model in training."""
-        return self.measure(merged_copy(model))
-
-    def key(self, run: Run, *, audited: bool = False) -> str:
-        """What a row depends on."""
-        rival = run.rival
-        how = [repr(rival.objective), asdict(rival.config)] if rival else [run.method, run.seed]
-        return key_of(how, self.about, [ASKED, TOKENS] if audited else None)
-
-    def adapter(self, run: Run) -> Path:
-        """Where the adapter of a run lies."""
-        return self.folder / "adapters" / self.key(run)
-
-    def trained(self, run: Run) -> dict[str, Any]:
-        """One run, trained: its validation score and what it cost; no score where it diverged."""
-        rival, watch, data = run.rival, TimedValidation(self), self.rivals
-        assert rival, "only a method with a grid is trained"
-        start = time.process_time()
-        with TemporaryDirectory() as out:
-            try:
-                model, fit = load(self.study.settings.model), self._fit(rival, watch, Path(out))
-                model = train_baseline(rival.objective, model, data, fit, validation=watch, out=out).model
-            except Diverged as error:
-                return asdict(run) | {"score": None, "diverged": str(error)}
-        seconds = time.process_time() - start - watch.seconds
-        return asdict(run) | {"score": watch.score, "probes": watch.found} | saved(model, self.adapter(run), seconds)
-
-    def _fit(self, rival: Baseline, watch: TimedValidation, out: Path) -> Fit:
-        """Trains an objective; what only prepares another is taken as it ends."""
-
-        def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
-            given = self.study.bend_data if isinstance(objective, RepBend) else data
-            validation = None if prepares(objective, rival.objective) else watch
-            return train(
-                model, given, objective, config=rival.config, validation=validation, out=out / "run", say=lambda _: None
-            )
-
-        return fit
-
-    def audited(self, run: Run) -> dict[str, Any]:
-        """One run on the test split: a letter an answer, r(efusal), c(ompliance) or d(egenerate), by task."""
-        tasks = [_prompted(task, run.seed) for task in self.tasks] if run.method == "prompting" else self.tasks
-        model = load(self.study.settings.model)
-        if run.rival:
-            model = merged(attached(model, self.adapter(run)))
-        return asdict(run) | {"answers": self._answers(model, tasks)}
-
-    def _answers(self, model: ChatModel, tasks: Sequence[Task]) -> dict[str, str]:
-        prompts = [p for t in tasks for p in t.prompts]
-        prefills = [text for t in tasks for text in t.prefills or [""] * len(t.prompts)]
-        asked = [p.text for p in prompts]
-        answers = model.generate(asked, max_new_tokens=TOKENS, prefills=prefills, batch_size=256)
-        letters = iter(encode_outcomes(self.study.judge(prompts, answers)))
-        return {t.name: "".join(next(letters) for _ in t.prompts) for t in tasks}
+        Raises:
+            ReplibError: no result is finished.
+        """
+        contents = self.contents(finished(self.folder))
+        results = [*contents.values()][-1]
+        if not results:
+            raise ReplibError(f"No result in {self.folder}: run python -m replib.experiments.{self.name} first.")
+        path = write_text(recorded_file(self.name), packed_text(contents))
+        print(f"{len(results)} {[*contents][-1]}, {path.stat().st_size / 1e3:.0f} kB: {path}")
+        return path
 
 
-def saved(model: ChatModel, folder: Path, seconds: float) -> dict[str, float]:
-    """Write an adapter, and say what it cost."""
-    model.model.save_pretrained(folder)
-    size = sum(p.numel() for name, p in model.model.named_parameters() if ".lora_" in name)
-    return {"seconds": round(seconds, 1), "parameters": size}
+def _ordered(groups: list[list[Job]], part: int, parts: int) -> list[list[Job]]:
+    """Own share forwards, all other groups backwards, so that two processes rarely meet."""
+    own = range(part - 1, len(groups), parts)
+    return [groups[i] for i in own] + [group for i, group in reversed([*enumerate(groups)]) if i not in own]
 
 
-def _prompted(task: Task, seed: int) -> Task:
-    return replace(task, prompts=safety_prompted(task.prompts, seed))
+def packed_text(contents: Mapping[str, Any]) -> str:
+    """JSON with indented facts; lists of rows have a compact line each."""
+    lists = {name: value for name, value in contents.items() if value and _is_rows(value)}
+    head = json.dumps({name: value for name, value in contents.items() if name not in lists}, indent=1)[:-2]
+    lines = {name: ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) for name, rows in lists.items()}
+    return head + "".join(f',\n "{name}": [\n{text}\n]' for name, text in lines.items()) + "\n}\n"
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+
+
+def command_line(doc: str | None, build: Callable[[Settings], Experiment[Any]], *, shared: bool = True) -> None:
+    """Command line of an experiment: do the missing jobs, or pack what is done.
+
+    ``shared``: several processes may share the work. ``--part 1`` is short for 1/2.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n\n")[0])
+    if shared:
+        parser.add_argument("--part", default="1/1", help="1/2 and 2/2: the shares of two processes")
+    parser.add_argument("--pack", action="store_true", help="write the finished rows to data/organism")
+    arguments = parser.parse_args()
+    part, _, parts = getattr(arguments, "part", "1/1").partition("/")
+    torch.set_num_threads(1)
+    experiment = build(Settings())
+    if arguments.pack:
+        experiment.pack()
+    else:
+        experiment.run(int(part), int(parts or 2))

@@ -1,32 +1,28 @@
-"""Does a defence hold when the attack is fitted on the defended model: ``python -m replib.experiments.transport_audit``.
+"""Audit defences by transport fitted on the defended model: ``python -m replib.experiments.transport_audit``.
 
     python -m replib.experiments.comparison          # trains the defences; its adapters are read
-    python -m replib.experiments.transport_audit            # about an hour of one core, goes on where it stopped
+    python -m replib.experiments.transport_audit         # about an hour of one core, goes on where it stopped
     python -m replib.experiments.transport_audit --pack     # writes data/organism/transport_audit.json
 
-Subjects are those of ``subjects``, questions those of ``examiner``: every subject is asked every question, one seed of
-all first. Maps of the undefended model are tried on the others too, and four variants whose refusal is planted at
-other depths are trained, to score what is said about depth; their weights stay in the folder of results.
+Every subject answers every question of ``transport_questions``, one seed of all subjects first. Maps of the undefended
+model are applied to the others too. Four variants whose refusal is planted at other depths are trained to score
+estimates of depth; their weights stay in the folder of results.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir
-from replib.core.storage import Rows, finished, key_of, write_text
+from replib.core.storage import key_of
 from replib.defences.organism_grid import CONTENDERS
 from replib.experiments.comparison import SEEDS, choice
-from replib.experiments.runner import Bench, Run
+from replib.experiments.defence_runs import Bench, Run
+from replib.experiments.runner import Experiment, Finished, command_line
 from replib.experiments.transport_questions import DESIGN, QUESTIONS, Examination, answered
 from replib.models.adapters import attached, merged
 from replib.models.chat_model import ChatModel
@@ -65,6 +61,7 @@ class Subjects:
     def __init__(self, bench: Bench):
         self.bench, self.folder = bench, bench.study.settings.out / "transport_audit"
         self.chosen = choice(bench)
+        self.loaded: tuple[Subject, Examination] | None = None
 
     def run(self, subject: Subject) -> Run:
         """The training in the comparison that a defended version comes from."""
@@ -87,7 +84,7 @@ class Subjects:
         if subject.name in REPLANTED:
             stage = _stage(subject.name)
             return key_of(vars(stage) | {"stream": stage.stream.__name__})
-        return hashlib.sha256((self.weights(subject) / "model.safetensors").read_bytes()).hexdigest()[:16]
+        return _weights_hash(self.weights(subject) / "model.safetensors")
 
     def load(self, subject: Subject) -> ChatModel:
         """The model, ready to be asked; one that is planted elsewhere is trained first, in three minutes or so."""
@@ -98,13 +95,33 @@ class Subjects:
             tune(where.parent, where.name, _stage(subject.name), data_dir() / "organism" / BASE)
         return load(str(where))
 
+    def trains_for(self, subject: Subject, question: str) -> bool:
+        """Whether a planted variant is trained before this question, its first."""
+        return question == "gaps" and subject.name in REPLANTED and not self.weights(subject).exists()
+
+    def answer(self, subject: Subject, question: str) -> dict[str, Any]:
+        """Row of one question; the subject stays loaded for the next one."""
+        if self.loaded is None or self.loaded[0] != subject:
+            self.loaded = subject, Examination(self.load(subject), self.bench.study, self.undefended)
+        return subject._asdict() | {"question": question, "answer": answered(self.loaded[1], question)}
+
+    @cached_property
+    def undefended(self) -> Examination:
+        """The model that the defences start from."""
+        return Examination(self.bench.study.model, self.bench.study)
+
+
+@cache
+def _weights_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
 
 def _stage(name: str) -> Stage:
     return replace(STAGES[PLANTED], blocks=REPLANTED[name])
 
 
 TRAINING = 250  # CPU seconds of a busy core: one planted variant
-Task = tuple[Subject, str]
+Question = tuple[Subject, str]
 
 
 def questions(subject: Subject) -> list[str]:
@@ -121,77 +138,38 @@ def key(subjects: Subjects, subject: Subject, question: str) -> str:
     return key_of(question, subjects.key(subject), subjects.bench.about, DESIGN)
 
 
-def missing(subjects: Subjects) -> Iterator[Task]:
-    """What is not answered yet, of the subjects that are there."""
-    done = finished(subjects.folder)
-    for subject in filter(subjects.ready, everyone()):
-        for question in questions(subject):
-            if key(subjects, subject, question) not in done:
-                yield subject, question
+def _experiment(settings: Settings) -> Experiment[Question]:
+    """The transport audit beside the comparison of the settings."""
+    return audit_of(Subjects(Bench(settings)))
 
 
-def minutes(subjects: Subjects, tasks: list[Task]) -> float:
-    """What that costs, in minutes of one busy core."""
-    untrained = {s for s, _ in tasks if s.name in REPLANTED and not subjects.weights(s).exists()}
-    return (sum(QUESTIONS[question][1] for _, question in tasks) + TRAINING * len(untrained)) / 60
-
-
-def run(subjects: Subjects) -> None:
-    """Answer what is missing; each answer is on disk before the next question is asked."""
-    rows, tasks = Rows(subjects.folder / "part-1.jsonl"), list(missing(subjects))
+def audit_of(subjects: Subjects) -> Experiment[Question]:
+    """All questions to the subjects that can be loaded."""
     absent = [f"{s.title} {s.seed}" for s in everyone() if not subjects.ready(s)]
-    print(f"{len(tasks)} questions, about {minutes(subjects, tasks):.0f} core minutes", flush=True)
     if absent:
-        print(f"not trained yet, run organism.comparison first: {', '.join(absent)}", flush=True)
-    undefended, case = Examination(subjects.bench.study.model, subjects.bench.study), None
-    for i, (subject, question) in enumerate(tasks):
-        if case is None or subject != tasks[i - 1][0]:
-            case = Examination(subjects.load(subject), subjects.bench.study, undefended)
-        row = subject._asdict() | {"question": question, "answer": answered(case, question)}
-        rows.put(key(subjects, subject, question), row)
-        left = minutes(subjects, tasks[i + 1 :])
-        print(f"{subject.title}, seed {subject.seed}, {question}: done; {left:.0f} core minutes left", flush=True)
+        print(f"not trained yet, run replib.experiments.comparison first: {', '.join(absent)}", flush=True)
+    return Experiment(
+        "transport_audit",
+        subjects.folder,
+        (lambda: [[(s, question) for question in questions(s)] for s in everyone() if subjects.ready(s)],),
+        key=lambda task: key(subjects, *task),
+        make=lambda task: subjects.answer(*task),
+        seconds=lambda task: QUESTIONS[task[1]][1] + TRAINING * subjects.trains_for(*task),
+        describe=lambda row: f"{row['name']}, seed {row['seed']}, {row['question']}: done",
+        contents=lambda done: _contents(subjects, done),
+    )
 
 
-def pack(subjects: Subjects) -> Path:
-    """Write what is answered to ``data/organism/transport_audit.json``, a line a subject."""
-    done, lines = finished(subjects.folder), []
+def _contents(subjects: Subjects, done: Finished) -> dict[str, Any]:
+    rows = []
     for subject in everyone():
         keys = {question: key(subjects, subject, question) for question in questions(subject)}
         answers = {question: done[k]["answer"] for question, k in keys.items() if k in done}
+        planted = {"planted": TRUTH[subject.name]} if subject.name in TRUTH else {}
         if answers:
-            lines.append(_line(subject, answers))
-    if not lines:
-        raise ReplibError(
-            f"Nothing is answered in {subjects.folder}: run python -m replib.experiments.transport_audit first."
-        )
-    about = {"about": subjects.bench.about, "design": DESIGN, "chosen": subjects.chosen}
-    head = json.dumps(about, indent=1)[:-2]
-    path = data_dir() / "organism" / "transport_audit.json"
-    write_text(path, f'{head},\n "subjects": [\n' + ",\n".join(lines) + "\n]}\n")
-    print(f"{len(lines)} of {len(everyone())} subjects, {path.stat().st_size / 1e3:.0f} kB: {path}")
-    return path
-
-
-def _line(subject: Subject, answers: dict[str, Any]) -> str:
-    planted = {"planted": TRUTH[subject.name]} if subject.name in TRUTH else {}
-    return json.dumps(subject._asdict() | {"title": subject.title} | planted | answers, separators=(",", ":"))
-
-
-def main() -> None:
-    """Command line: ask what is missing, or pack what is answered."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument(
-        "--pack", action="store_true", help="write data/organism/transport_audit.json from what is answered"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    subjects = Subjects(Bench(Settings()))
-    if arguments.pack:
-        pack(subjects)
-    else:
-        run(subjects)
+            rows.append(subject._asdict() | {"title": subject.title} | planted | answers)
+    return {"about": subjects.bench.about, "design": DESIGN, "chosen": subjects.chosen, "subjects": rows}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, _experiment, shared=False)

@@ -47,7 +47,7 @@ class TransportAudit:
 
     @classmethod
     def load(cls, path: Path | None = None) -> TransportAudit:
-        """Read what ``python -m replib.experiments.transport_audit --pack`` wrote; raises ReplibError as ``read_recorded``."""
+        """Read the recorded audit, or the file at ``path``; raises ReplibError as ``read_recorded``."""
         found = read_recorded(cls.program, path)
         return cls(found.pop("subjects"), found)
 

@@ -17,11 +17,10 @@ from replib.defences import organism_grid as contenders
 from replib.defences.catalogue import DEFENCES
 from replib.defences.organism_grid import CHOSEN, CONTENDERS, ORGANISM
 from replib.defences.repbend.objective import RepBend
-from replib.experiments import comparison
-from replib.experiments import runner as benches
-from replib.experiments.comparison import SEEDS, choice, cost, finals, missing, pack, trials
+from replib.experiments import comparison, defence_runs, runner
+from replib.experiments.comparison import SEEDS, ComparisonJob, choice, comparison_on, finals, trials
 from replib.experiments.comparison_results import MEASURES, DefenceComparison
-from replib.experiments.runner import Bench, Run
+from replib.experiments.defence_runs import Bench, Run
 from replib.figures.audit import pareto_defences
 from replib.models.load import load
 
@@ -104,11 +103,12 @@ def test_what_a_rival_learns_holds_answers_to_harmless_requests(bench):
 
 
 def test_the_cost_is_said_before_it_is_paid_and_falls_with_what_is_done(bench):
-    before = cost(bench)
+    experiment = comparison_on(bench)
+    before = experiment.minutes()
     assert 60 <= before <= 150
     rows = Rows(bench.folder / "part-1.jsonl")
     rows.put(bench.key(Run("sft")), {"score": -0.5})
-    assert cost(bench) == pytest.approx(before - (CONTENDERS["sft"].seconds + comparison.PROBING) / 60)
+    assert experiment.minutes() == pytest.approx(before - (CONTENDERS["sft"].seconds + comparison.PROBING) / 60)
 
 
 def test_validation_chooses_and_a_finished_row_is_not_made_again(bench):
@@ -117,9 +117,11 @@ def test_validation_chooses_and_a_finished_row_is_not_made_again(bench):
         rows.put(bench.key(Run("sft", trial)), {"score": score})
     rows.put(bench.key(Run("dpo")), {"score": None, "diverged": "no number"})
     assert choice(bench)["sft"] == 1 and choice(bench)["dpo"] == 0
-    assert list(missing(bench, [Run("sft", 1), Run("dpo")], audits=True)) == [(Run("sft", 1), True)]
+    experiment = comparison_on(bench)
+    jobs = [ComparisonJob(run, audit) for run in (Run("sft", 1), Run("dpo")) for audit in (False, True)]
+    assert experiment.missing(jobs) == [ComparisonJob(Run("sft", 1), audit=True)]
     rows.put(bench.key(Run("sft", 1), audited=True), {"answers": {}})
-    assert not list(missing(bench, [Run("sft", 1)], audits=True))
+    assert not experiment.missing(jobs)
 
 
 def test_the_values_for_the_organism_are_those_that_validation_chose():
@@ -137,20 +139,21 @@ def test_a_method_is_trained_audited_packed_and_gone_on_with(tmp_path, monkeypat
     for name in ("rmu", "repbend"):
         grid = tuple(r._replace(config=replace(r.config, steps=2, contrasts=2, retain=2)) for r in few[name].grid[:2])
         few[name] = few[name]._replace(grid=grid)
-    for module in (benches, comparison):
+    for module in (defence_runs, comparison):
         monkeypatch.setattr(module, "CONTENDERS", few)
     monkeypatch.setattr(comparison, "SEEDS", range(2))
-    monkeypatch.setattr(benches, "PROBED", 2)
-    monkeypatch.setattr(benches, "ASKED", 3)
-    monkeypatch.setattr(comparison, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(defence_runs, "PROBED", 2)
+    monkeypatch.setattr(defence_runs, "ASKED", 3)
+    monkeypatch.setattr(runner, "recorded_file", lambda name: tmp_path / f"{name}.json")
     bench = Bench(Settings(out=tmp_path))
-    with pytest.raises(ReplibError, match="run the parts first"):
-        pack(bench)
-    comparison.run(bench, 2)
+    experiment = comparison_on(bench)
+    with pytest.raises(ReplibError, match=r"run python -m replib\.experiments\.comparison first"):
+        experiment.pack()
+    experiment.run(2, 2)
     done = finished(bench.folder)
-    comparison.run(bench, 1)
-    assert finished(bench.folder) == done and not cost(bench)
-    found = DefenceComparison.load(pack(bench))
+    experiment.run(1, 2)
+    assert finished(bench.folder) == done and not experiment.minutes()
+    found = DefenceComparison.load(experiment.pack())
     assert found.methods == list(few) and set(found.trials.method) == {"rmu"}
     assert found.matrix("repbend", "attack").shape == (2, 3) and found.runs.parameters.max() > 5e5
     assert isinstance(few["repbend"].grid[0].objective, RepBend)

@@ -9,7 +9,7 @@ import pytest
 from replib.ablation.adaptive_attack import EDIT_ATTACKS, GOAL
 from replib.experiments import hardening
 from replib.experiments.comparison_results import HardeningResults
-from replib.experiments.hardening import ARMS, ASKED, SEEDS, Run, packed, runs
+from replib.experiments.hardening import ARMS, ASKED, SEEDS, HardeningRun, packed, runs
 from replib.figures.audit import hardening_blocks, hardening_frontier
 
 TASKS = {"direct": "direct", "prefill": "prefill", "story": "attack", "harmless": "benign", "borderline": "benign",
@@ -46,7 +46,7 @@ def found(rows, tmp_path):
 
 def test_every_arm_has_every_seed_and_the_model_itself_one():
     assert Counter(r.arm for r in runs()) == {arm: 1 if arm == "none" else len(SEEDS) for arm in ARMS}
-    assert len(SEEDS) >= 3 and runs()[0] == Run("none")
+    assert len(SEEDS) >= 3 and runs()[0] == HardeningRun("none")
 
 
 def test_the_worst_is_that_of_brute_force(rows, found):
@@ -98,6 +98,6 @@ def test_figures_are_drawn_from_it(found):
 
 
 def test_a_run_in_words_names_its_worst_edits(rows):
-    said = hardening.told(rows[Run("none")])
+    said = hardening.described(rows[HardeningRun("none")])
     assert said.startswith("aligned, seed 0: complied with") and "ot_all" in said
-    assert hardening.told({"arm": "both", "seed": 1, "diverged": "x"}) == "RepBend + hardening, seed 1: diverged"
+    assert hardening.described({"arm": "both", "seed": 1, "diverged": "x"}) == "RepBend + hardening, seed 1: diverged"

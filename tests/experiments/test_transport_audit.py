@@ -9,10 +9,11 @@ import torch
 
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
+from replib.experiments import runner
 from replib.experiments import transport_audit as defended
 from replib.experiments import transport_questions as examiner
 from replib.experiments.comparison import SEEDS
-from replib.experiments.runner import Bench
+from replib.experiments.defence_runs import Bench
 from replib.experiments.transport_audit import (
     DEFENCES,
     ONCE,
@@ -21,13 +22,10 @@ from replib.experiments.transport_audit import (
     TRUTH,
     Subject,
     Subjects,
+    audit_of,
     everyone,
     key,
-    minutes,
-    missing,
-    pack,
     questions,
-    run,
 )
 from replib.experiments.transport_results import TransportAudit
 from replib.models.load import load
@@ -54,8 +52,7 @@ def told(monkeypatch):
     """Answers at no cost, and a list of what was asked."""
     asked = []
     monkeypatch.setattr(defended, "answered", lambda case, question: asked.append(question) or {"said": question})
-    monkeypatch.setattr(Subjects, "load", lambda self, subject: subject.name)
-    monkeypatch.setattr(defended, "Examination", lambda model, study, undefended=None: model)
+    monkeypatch.setattr(Subjects, "load", lambda self, subject: self.bench.study.model)
     return asked
 
 
@@ -82,16 +79,16 @@ def test_subjects_and_questions_have_keys_of_their_own(subjects):
 
 
 def test_defences_that_are_not_trained_yet_are_left_out(subjects):
-    names = {subject.name for subject, _ in missing(subjects)}
+    names = {subject.name for subject, _ in audit_of(subjects).missing()}
     assert names == {*SHIPPED, *REPLANTED}
     adapter = subjects.weights(Subject("sft", 3))
     adapter.mkdir(parents=True)
-    assert {s for s, _ in missing(subjects)} - {Subject(name) for name in names} == {Subject("sft", 3)}
+    assert {s for s, _ in audit_of(subjects).missing()} - {Subject(name) for name in names} == {Subject("sft", 3)}
 
 
 def test_the_audit_goes_on_where_it_stopped(subjects, told, monkeypatch, capsys):
-    whole = list(missing(subjects))
-    assert minutes(subjects, whole) > 4 * defended.TRAINING / 60
+    whole = audit_of(subjects).missing()
+    assert audit_of(subjects).minutes() > 4 * defended.TRAINING / 60
 
     def interrupted(case, question):
         if len(told) == 3:
@@ -100,21 +97,19 @@ def test_the_audit_goes_on_where_it_stopped(subjects, told, monkeypatch, capsys)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(defended, "answered", interrupted)
-        run(subjects)
-    assert len(told) == 3 and list(missing(subjects)) == whole[3:]
-    run(subjects)
-    assert told == [question for _, question in whole] and not list(missing(subjects))
+        audit_of(subjects).run()
+    assert len(told) == 3 and audit_of(subjects).missing() == whole[3:]
+    audit_of(subjects).run()
+    assert told == [question for _, question in whole] and not audit_of(subjects).missing()
     assert "not trained yet" in capsys.readouterr().out
 
 
 def test_what_is_packed_is_what_was_answered(subjects, told, monkeypatch, tmp_path):
-    with pytest.raises(ReplibError, match="Nothing is answered"):
-        pack(subjects)
-    run(subjects)
-    data = tmp_path / "data"
-    (data / "organism").mkdir(parents=True)
-    monkeypatch.setattr(defended, "data_dir", lambda: data)
-    found = TransportAudit.load(pack(subjects))
+    with pytest.raises(ReplibError, match="No result in"):
+        audit_of(subjects).pack()
+    audit_of(subjects).run()
+    monkeypatch.setattr(runner, "recorded_file", lambda name: tmp_path / f"{name}.json")
+    found = TransportAudit.load(audit_of(subjects).pack())
     assert found.names("gaps") == [*SHIPPED, *REPLANTED] and found.answers("deep", "tokens") == [{"said": "tokens"}]
     assert json.loads(json.dumps(found.about["design"])) == json.loads(json.dumps(examiner.DESIGN))
     assert found.subjects[2]["planted"] == list(PLANTED_BLOCKS)
