@@ -136,7 +136,11 @@ SWEEP: Kinds = {
 }
 OPTIONS = {
     "bend": COEFFICIENTS,
-    "defend": SCHEDULE,
+    "defend": SCHEDULE
+    | {
+        "mix": one_of("repbend", "circuit_breaker"),
+        "mix-files": listed("files by name", "breakers=circuit_breakers_train.json"),
+    },
     "harden": SCHEDULE | {"inner": one_of("repbend", "retention")},
     "capture": CAPTURE,
     "sweep": SWEEP,
@@ -158,6 +162,8 @@ HELP = {
     "learning-rate": "highest learning rate: of the first step, or after the warm-up; default by defence and model",
     "defence": "sft, dpo, npo, npo_rt, npo_kl, rmu, circuit_breaker, whp or task_arithmetic; on other models than the "
     "organism whp_retain too",
+    "mix": "training mix of a paper: repbend or circuit_breaker; the default is the rows that `replib bend` trains on",
+    "mix-files": "files of that mix by name, e.g. breakers=circuit_breakers_train.json (the organism needs none)",
     "inner": "what hardening is trained beside: repbend (the default), or retention, which holds the model in place",
     "save-every": "steps between checkpoints, from which the same command goes on; default 25, 0 for none",
     "trials": "trainings that the search holds in the end, default 20; those that are there are kept",

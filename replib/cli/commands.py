@@ -19,7 +19,7 @@ from replib.data.prompts import Prompt, load_prompts
 from replib.data.splits import check_world
 from replib.defences.catalogue import Baseline
 from replib.defences.repbend.presets import preset_named
-from replib.defences.tuning import ranges_around, tune
+from replib.defences.tuning import importances, ranges_around, tune
 from replib.models.hooks import check_site
 from replib.models.load import load
 from replib.models.tokens import Position, check_positions
@@ -73,19 +73,24 @@ def run_defend(
     steps: int | None = None,
     learning_rate: float | None = None,
     save_every: int | None = None,
+    mix: str | None = None,
+    mix_files: Sequence[str] = (),
 ) -> Path:
-    """``replib defend``: train one of the defences that RepBend is compared with, on the same rows.
+    """``replib defend``: train one of the defences that RepBend is compared with, on the same rows or a paper's mix.
 
     Values are those of the comparison for the organism, else those that the method's source reports, single ones
-    changed. Stopped or killed, the same command goes on.
+    changed. Stopped or killed, the same command goes on. ``mix`` and ``mix_files`` (``name=path`` each) are those of
+    ``paper_mix``.
 
     Raises:
-        ReplibError: no defence has that name.
+        ReplibError: no defence or mix has that name.
     """
     study = Study.open(replace(settings, device=own_device(settings.device)))
     objective, config = baseline_for(study, defence)
     config = replace(config, **_given(steps=steps, learning_rate=learning_rate, save_every=save_every))
-    return Path(str(defend(study, defence, Baseline(objective, config)).model.adapter))
+    files = {name: path for name, _, path in (part.partition("=") for part in mix_files)}
+    result = defend(study, defence, Baseline(objective, config), mix=mix, files=files)
+    return Path(str(result.model.adapter))
 
 
 def run_harden(
@@ -117,7 +122,8 @@ def _given(**options: Any) -> dict[str, Any]:
 def run_tune(settings: Settings, *, trials: int = 20, say: Callable[[str], object] = print) -> Path:
     """``replib tune``: search a tenth to ten times the preset's coefficients, as CSV; run again, it goes on.
 
-    The file has a row a trial, ``best`` where no other trial is better in every objective.
+    ``tune-MODEL.csv`` has a row a trial, ``best`` where no other trial dominates it. ``tune-MODEL-importances.csv`` has
+    the share of each objective's variance that each coefficient explains.
     """
     study = Study.open(settings)
     objective = study_objective(study)
@@ -126,6 +132,9 @@ def run_tune(settings: Settings, *, trials: int = 20, say: Callable[[str], objec
     found = tune(objective, trials=trials, storage=storage, seed=settings.seed, ranges=ranges)
     say(f"{len(found.table)} trials, {len(found.front)} on the front, {found.pruned} diverged; kept in {storage}")
     table = found.table.assign(best=found.table.index.isin(found.front.index))
+    write_text(
+        storage.with_name(f"{storage.stem}-importances.csv"), importances(found).to_csv(index_label="coefficient")
+    )
     return write_text(storage.with_suffix(".csv"), table.to_csv(index=False))
 
 

@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -24,9 +25,11 @@ from replib.data.training_sets import (
     Subset,
     circuit_breakers,
     evaluated,
+    pair,
     ultrachat,
     wildguardmix,
     wildjailbreak_pairs,
+    wildjailbreak_safe,
     xstest_compliances,
 )
 
@@ -66,8 +69,10 @@ PER_GROUP = 10_000
 
 @dataclass(frozen=True)
 class DefenceData:
-    """What the defences of ``replib.defences.catalogue`` read. Circuit Breaker and RMU need ``retain`` and ``unsafe``, NPO and WHP
-    ``unsafe`` (and what they keep), SFT ``safe``, DPO ``pairs``, task arithmetic ``safe`` and ``unsafe``.
+    """Training rows of the defences in ``replib.defences.catalogue``.
+
+    Circuit Breaker and RMU need ``retain`` and ``unsafe``, NPO and WHP ``unsafe`` (and their retain list), SFT
+    ``safe``, DPO ``pairs``, task arithmetic ``safe`` and ``unsafe``.
     """
 
     retain: Sequence[Dialogue]
@@ -85,6 +90,7 @@ def repbend_mix(
     *,
     source: str = "public",
     wildjailbreak: Source | None = None,
+    answers: str | Path | None = None,
     wildguard: Source | None = "allenai/wildguardmix",
     chat: Source | None = "HuggingFaceH4/ultrachat_200k",
     n: int | None = PER_GROUP,
@@ -93,9 +99,11 @@ def repbend_mix(
 ) -> BendData:
     """RepBend's mix, n of each group or all there are: WildJailbreak pairs, WildGuardMix safe and unsafe, UltraChat.
 
-    ``wildjailbreak`` is RepBend's own ``wildjailbreak.jsonl``. ``builds`` of the result says what every filter left;
-    ``train`` writes it beside the adapter. The authors take the first n of each file and one dialogue more; here all
-    groups are drawn (``replib.data.training_sets``).
+    ``wildjailbreak`` is RepBend's own ``wildjailbreak.jsonl``. With ``answers``, a dialogue file of unsafe answers to
+    vanilla prompts, it is the public training set instead, whose refusals ``pair`` joins with them.
+
+    ``builds`` of the result counts the rows left by every filter; ``train`` writes it beside the adapter. The authors
+    take the first n of each file and one dialogue more; here all groups are drawn (``replib.data.training_sets``).
 
     ``source="organism"`` reads the shipped sets instead, fit split: direct requests are the pairs, wrapped ones the
     unpaired unsafe answers and refusals; one half of the benign recipes and questions stands on the safe side, the
@@ -109,13 +117,23 @@ def repbend_mix(
         groups = _organism_bend(shared)
     else:
         groups = {
-            "contrasts": wildjailbreak_pairs(wildjailbreak, **shared),
+            "contrasts": _paired(wildjailbreak, answers, shared)
+            if answers
+            else wildjailbreak_pairs(wildjailbreak, **shared),
             "retain": ultrachat("train_sft", chat, **shared),
             "safe": wildguardmix("safe", wildguard, **shared),
             "unsafe": wildguardmix("unsafe", wildguard, **shared),
         }
     rows: dict[str, Any] = {name: built.rows for name, built in groups.items()}
     return BendData(**rows, builds=tuple(built.build for built in groups.values()))
+
+
+def _paired(wildjailbreak: Source | None, answers: str | Path, shared: dict[str, Any]) -> Subset:
+    """Refusals of the public WildJailbreak beside unsafe answers of your own."""
+    safe = wildjailbreak_safe(wildjailbreak or "allenai/wildjailbreak", **shared | {"n": None})
+    rows = pair(safe.rows, load_dialogues(answers))
+    source = f"{safe.build.source}, unsafe answers of {Path(answers).name}"
+    return FilterPipeline("wildjailbreak pairs", source, rows).built(**shared)
 
 
 def circuit_breaker_mix(
@@ -133,7 +151,8 @@ def circuit_breaker_mix(
 
     Retained are UltraChat's test_sft, the XSTest prompts that GPT-4 answered in full, 50 times each, and ``refusals``
     of the same file twice each, which the authors add for Llama alone (0 leaves them out). For Llama they also empty
-    the prompt of every second row; that is left out, since a chat with an empty turn is no chat.
+    the prompt of every second row; that is left out, since a chat with an empty turn is no chat. ``pairs`` has the
+    prompts with a refusal and a harmful answer.
 
     **Circuit Breaker trains on XSTest prompts: the XSTest score of a model trained with ``xstest`` is contaminated.**
     Without it (the default) that score may be reported, but the mix is not the paper's.
@@ -159,6 +178,7 @@ def circuit_breaker_mix(
         retain=_shuffled([row for built in kept for row in built.rows * built.build.times], seed),
         unsafe=unsafe.rows,
         safe=[row for built in safe for row in built.rows],
+        pairs=pair((row for built in safe for row in built.rows), unsafe.rows),
         builds=(unsafe.build, *(built.build for built in kept)),
     )
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 from peft import PeftConfig, PeftModel
@@ -142,7 +142,7 @@ def merged_tasks(
         folder = Path(out) / f"safe-{safe:g}-unsafe-{unsafe:g}"
         task_arithmetic(model, *tasks, out=folder, safe_weight=safe, unsafe_weight=unsafe)
         measured = _measured(model, folder, validation)
-        merge = {"safe_weight": safe, "unsafe_weight": unsafe, "score": choose(measured, before)}
+        merge: dict[str, Any] = {"safe_weight": safe, "unsafe_weight": unsafe, "score": choose(measured, before)}
         rows.append(merge | {"adapter": str(folder)} | measured)
     table = pd.DataFrame(rows)
     return attached(model, Path(table.adapter[table.score[1:].idxmax()])), table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -39,8 +39,9 @@ class Tuning:
 
     table: pd.DataFrame
     front: pd.DataFrame
-    pruned: int = 0
-    """Trials that diverged: they count as run, and have no row."""
+    pruned: int
+    """Number of diverged trials, which have no row."""
+    study: optuna.Study = field(repr=False, compare=False)
 
 
 def tune(
@@ -68,7 +69,7 @@ def tune(
         _run_trial(study, objective, seed=seed + number, ranges=ranges)
     table, state = _table(study), need_optuna().trial.TrialState
     pruned = len(study.get_trials(deepcopy=False, states=[state.PRUNED]))
-    return Tuning(table, pareto(table, minimise=MINIMISE, maximise=MAXIMISE), pruned)
+    return Tuning(table, pareto(table, minimise=MINIMISE, maximise=MAXIMISE), pruned, study)
 
 
 def pareto(table: pd.DataFrame, *, minimise: Collection[str] = (), maximise: Collection[str] = ()) -> pd.DataFrame:
@@ -187,24 +188,18 @@ def ranges_around(bend: BendConfig, factor: float = 10.0) -> dict[str, tuple[flo
     return {name: (x / factor, x * factor) if x else RANGES[name] for name, x in values.items()}
 
 
-def importances(tuning: Tuning, *, ranges: Mapping[str, tuple[float, float]] = RANGES, seed: int = 0) -> dict[str, Any]:
-    """Share of each objective's variance by fANOVA (Hutter, Hoos and Leyton-Brown 2014), on Optuna's random forest.
+def importances(tuning: Tuning, seed: int = 0) -> pd.DataFrame:
+    """Share of each objective's variance that each coefficient explains, by fANOVA (Hutter et al. 2014).
 
     Returns:
-        Objective -> a row a coefficient, with the share that it explains ``alone``; shares are scaled to add up to 1.
-        Fewer than two trials, or trials that all ended alike, explain nothing: shares of 0.
+        A row a coefficient, a column an objective; each column sums to 1, or is 0 where the trials do not differ.
     """
-    optuna = need_optuna()
-    spaces = {name: optuna.distributions.FloatDistribution(*ends, log=True) for name, ends in ranges.items()}
-    found = {}
-    for name in (*MINIMISE, *MAXIMISE):
-        shares = dict.fromkeys(RANGES, 0.0)
+    importance, shares = need_optuna().importance, {}
+    for i, name in enumerate((*MINIMISE, *MAXIMISE)):
         if tuning.table[name].nunique() > 1:
-            search = optuna.create_study()
-            for row in tuning.table.to_dict("records"):
-                point = {c: row[c] for c in RANGES}
-                search.add_trial(optuna.create_trial(params=point, distributions=spaces, value=row[name]))
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-            shares |= optuna.importance.get_param_importances(search, evaluator=evaluator)
-        found[name] = pd.DataFrame({"alone": [shares[c] for c in RANGES]}, index=list(RANGES))
-    return found
+            shares[name] = importance.get_param_importances(
+                tuning.study,
+                evaluator=importance.FanovaImportanceEvaluator(seed=seed),
+                target=lambda trial, i=i: trial.values[i],
+            )
+    return pd.DataFrame(shares, index=list(RANGES), columns=[*MINIMISE, *MAXIMISE]).fillna(0.0)

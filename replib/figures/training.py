@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, Numbers, numbers
-from replib.defences.tuning import Tuning, pareto
+from replib.defences.tuning import pareto
 from replib.experiments.response_surface import COEFFICIENTS, CoefficientSweep, ResponseSurface
 from replib.figures.style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, apply_style, faint, safe, styled
 from replib.figures.traces import as_measured, cases, curve_lines, need, present, whiskers
@@ -291,16 +291,6 @@ def variance_shares(response: ResponseSurface) -> go.Figure:
     found = response.shares()
     estimator = "Sobol indices of the interpolated rates, coefficients independent and uniform in log(1 + c / c0)"
     return importance({name: found[name] for name in SHOWN}, estimator=estimator)
-
-
-def tuning(found: Tuning) -> go.Figure:
-    """Trials of a search: attack success against harmless compliance."""
-    t = found.table
-    names = [
-        f"trial {r.trial}: α {r.alpha:.3g}, β {r.beta:.3g}, γ {r.gamma:.3g}, KL {r.kl:.2g}" for r in t.itertuples()
-    ]
-    success, benign = Measured(t.attack_success), Measured(t.harmless_compliance)
-    return pareto_front(success, benign, names=names, title=f"{len(t)} trials of the search")
 
 
 def _swept(surface: CoefficientSweep, table: pd.DataFrame, name: str, others: Sequence[str]) -> Sweep:

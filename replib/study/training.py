@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from replib.ablation.adaptive_attack import success
 from replib.core.errors import ReplibError, check_choice
 from replib.core.storage import content_hash, key_of, versions
-from replib.data.mixtures import BendData, DefenceData, defence_data
+from replib.data.mixtures import BendData, DefenceData, circuit_breaker_mix, defence_data, repbend_mix
 from replib.defences.adversary import EditDistribution
 from replib.defences.catalogue import Baseline, baseline, prepares, train_baseline
 from replib.defences.hardening import Hardened, Hardening
@@ -42,28 +43,70 @@ def baseline_for(study: Study, name: str) -> Baseline:
     return known[name]
 
 
-def defend(study: Study, name: str, chosen: Baseline | None = None) -> TrainResult:
-    """Train a rival of RepBend on the rows that ``study.bend`` trains on; the step is chosen on validation prompts.
+MIX_FILES = {
+    "repbend": ("wildjailbreak", "answers", "wildguard", "chat"),
+    "circuit_breaker": ("breakers", "xstest", "chat"),
+}
+"""Files of each paper's training mix; for their content see ``repbend_mix`` and ``circuit_breaker_mix``."""
+
+
+def paper_mix(study: Study, mix: str, files: Mapping[str, str] | None = None) -> DefenceData:
+    """Rows of a paper's training mix, without the study's validation and test prompts.
+
+    The organism has both mixes; elsewhere the public sets are read.
+
+    Args:
+        study: its prompts and its seed.
+        mix: "repbend" or "circuit_breaker".
+        files: file or hub id by name in ``MIX_FILES``, where a public set has no home on the hub or another is wanted.
+
+    Raises:
+        ReplibError: an unknown mix or file name; a set that cannot be read.
+    """
+    check_choice("mix", mix, tuple(MIX_FILES))
+    for name in files or ():
+        check_choice("file of the mix", name, MIX_FILES[mix])
+    avoid = [p for prompts in (study.harmful, study.harmless) for p in (*prompts.val, *prompts.test)]
+    place = {"source": "organism", "n": None} if study.organism else {"source": "public"}
+    options: dict[str, Any] = place | {"seed": study.settings.seed, "avoid": avoid} | dict(files or {})
+    if mix == "circuit_breaker":
+        return circuit_breaker_mix(**options)
+    return defence_data(repbend_mix(**options), benign=BENIGN)
+
+
+def defend(
+    study: Study,
+    name: str,
+    chosen: Baseline | None = None,
+    *,
+    mix: str | None = None,
+    files: Mapping[str, str] | None = None,
+) -> TrainResult:
+    """Train a defence that RepBend is compared with; validation prompts choose the step.
 
     The adapter lies in ``<out>/defences``. Stopped or killed, the same call goes on from the last checkpoint; of a
     defence that takes two trainings, a finished one is not made again.
 
     Args:
-        study: its model is used up: the result holds it, with the adapter on.
-        name: of the folder, and of a defence in ``suited``.
-        chosen: what is trained, other than ``suited``.
+        study: its model is used up; the result holds it, with the adapter on.
+        name: name of the folder, and of a defence in ``baseline_for``.
+        chosen: objective and schedule instead of those of ``baseline_for``.
+        mix: training mix of a paper, see ``paper_mix``; None trains on the rows of ``study.bend``.
+        files: files of the mix.
 
     Raises:
-        ReplibError: an unknown name; what the defence or the trainer refuses.
+        ReplibError: an unknown name or mix; data or configuration that the defence or the trainer refuses.
     """
     chosen = chosen or baseline_for(study, name)
     config = replace(chosen.config, seed=study.settings.seed)
     rows = content_hash([*study.contrasts, *study.harmless.fit])
-    key = key_of(repr(chosen.objective), asdict(config), rows, study.model.provenance() | versions())
+    drawn = [mix, dict(files or {})] if mix else []
+    key = key_of(repr(chosen.objective), asdict(config), rows, study.model.provenance() | versions(), *drawn)
     folder = study.settings.out / "defences" / f"{Path(study.settings.model).name}-{name}-{key}"
 
     def make() -> TrainResult:
-        data, validation = defence_data(study.bend_data, benign=BENIGN), study.validation_measure()
+        data = paper_mix(study, mix, files) if mix else defence_data(study.bend_data, benign=BENIGN)
+        validation = study.validation_measure()
         fit = _fitter(chosen._replace(config=config), validation, folder)
         return train_baseline(chosen.objective, study.model, data, fit, validation=validation, out=_parts(folder))
 

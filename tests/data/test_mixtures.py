@@ -168,6 +168,11 @@ def test_the_public_tsv_gives_refusals_of_vanilla_prompts_that_pair_with_answers
     assert {d.prompt: d.response for d in safe} == {"brew": "no brew", "null": "no null"}
     unsafe = [Dialogue("null", "sure"), Dialogue("else", "sure")]
     assert pair(safe, unsafe) == [Contrast("null", "no null", "sure", "fit", way="vanilla")]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": "null", "response": "sure"}) + "\n", encoding="utf-8")
+    (tmp_path / "mix").mkdir()
+    mix = repbend_mix(**mix_files(tmp_path / "mix") | {"wildjailbreak": file}, answers=answers, n=1)
+    assert mix.contrasts == pair(safe, unsafe) and "answers.jsonl" in mix.builds[0].source
 
 
 def test_ultrachat_takes_the_first_exchange_and_leaves_other_openings_out(tmp_path):
@@ -384,8 +389,7 @@ def test_the_same_words_are_the_same_and_no_text_becomes_none():
 
 
 # --------------------------------------------------------------------------------------------------- mixes
-@pytest.fixture
-def files(tmp_path):
+def mix_files(tmp_path):
     """Enough of everything for a mix."""
     rows = [
         dict(zip(LABELS, labels, strict=True)) | {"prompt": f"{labels[0]} {i}", "response": f"{labels[1]} {i}"}
@@ -401,6 +405,11 @@ def files(tmp_path):
         "wildguard": wildguard(tmp_path, rows),
         "chat": chat_file(tmp_path),
     }
+
+
+@pytest.fixture
+def files(tmp_path):
+    return mix_files(tmp_path)
 
 
 def test_repbend_mix_has_n_of_each_group_and_its_record(files):

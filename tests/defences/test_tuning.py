@@ -11,7 +11,6 @@ import pytest
 from replib.core.errors import Diverged, ReplibError
 from replib.core.settings import Settings
 from replib.defences.tuning import MAXIMISE, MINIMISE, RANGES, importances, pareto, ranges_around, tune
-from replib.figures import training as surface_views
 from replib.study.study import Study
 from replib.study.training import study_objective
 
@@ -140,10 +139,9 @@ def test_importances_find_the_coefficient_that_does_the_work(tmp_path):
     found = tune(lambda **c: {"attack_success": math.log(c["alpha"]), "kl": c["beta"], "harmless_compliance": 1.0},
                  trials=25, storage=tmp_path / "s")  # fmt: skip
     shares = importances(found)
-    assert shares["attack_success"]["alone"].idxmax() == "alpha"
-    assert shares["attack_success"]["alone"].sum() == pytest.approx(1)
-    assert not shares["harmless_compliance"]["alone"].any()
-    assert surface_views.tuning(found).data
+    assert shares["attack_success"].idxmax() == "alpha" and shares["kl"].idxmax() == "beta"
+    assert shares["attack_success"].sum() == pytest.approx(1)
+    assert not shares["harmless_compliance"].any()
 
 
 def test_a_study_is_searched_end_to_end_and_a_second_call_trains_nothing(tmp_path):

@@ -11,13 +11,13 @@ from replib.core.errors import ReplibError
 from replib.core.settings import Settings
 from replib.defences.catalogue import DEFENCES, Baseline
 from replib.defences.organism_grid import ORGANISM
-from replib.defences.preference import NPO
+from replib.defences.preference import DPO, NPO
 from replib.defences.sft import SFT
 from replib.defences.task_arithmetic import TaskArithmetic
 from replib.defences.whp import WHP
 from replib.study import training as module
 from replib.study.study import Study
-from replib.study.training import baseline_for, defend
+from replib.study.training import baseline_for, defend, paper_mix
 from replib.training.config import TrainConfig
 
 FEW = TrainConfig(steps=2, learning_rate=1e-3, contrasts=2, retain=2, dropout=0.0, probe_every=2, save_every=0)
@@ -98,6 +98,20 @@ def test_the_verb_changes_single_values(tmp_path):
     assert '"steps": 2' in (folder / "replib.json").read_text() and "aligned-rmu-" in folder.name
     with pytest.raises(ReplibError, match="No defence is called 'rmuu'"):
         run_defend(Settings(out=tmp_path, limit=4), defence="rmuu")
+
+
+def test_a_papers_mix_is_read_by_name_and_its_run_has_a_folder_of_its_own(study):
+    rows = {mix: paper_mix(study(), mix) for mix in ("repbend", "circuit_breaker")}
+    assert all(row.safe and row.pairs for row in rows.values()) and rows["repbend"] != rows["circuit_breaker"]
+    folders = {defend(study(), "dpo", Baseline(DPO(), FEW), mix=mix).model.adapter for mix in (None, "circuit_breaker")}
+    assert len(folders) == 2
+    with pytest.raises(ReplibError, match="mix"):
+        paper_mix(study(), "repbent")
+    with pytest.raises(ReplibError, match="breakers, xstest, chat"):
+        paper_mix(study(), "circuit_breaker", {"breaker": "a.json"})
+    elsewhere = replace(study(), settings=replace(study().settings, harmful="advbench.csv"))
+    with pytest.raises(ReplibError, match="circuit_breakers_train.json has no source"):
+        paper_mix(elsewhere, "circuit_breaker")
 
 
 def test_task_arithmetic_is_not_merged_by_several_processes(study, monkeypatch):
