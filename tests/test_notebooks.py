@@ -1,7 +1,9 @@
-"""The notebooks, run as a user runs them: on models and files that were not made here, and on the organism."""
+"""Notebooks have their shape and run on foreign models and files, and on the organism."""
 
+import ast
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -25,7 +27,6 @@ def shown(path):
     return "\n".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in outputs)
 
 
-# ------------------------------------------------------------------------------------------- as they lie there
 def test_they_are_there_in_order():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_meet_the_model", "02_look_inside", "03_bend", "04_what_moved", "05_ablate", "06_audit",
@@ -36,16 +37,29 @@ def test_they_are_there_in_order():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_they_are_thin_stripped_and_each_figure_has_its_sentence(path):
     notebook = nbformat.read(path, as_version=4)
+    sources = [cell.source for cell in cells(path, "code")]
+    assert len(notebook.cells) <= 25
+    assert sum(len(cell.source.split()) for cell in cells(path, "markdown")) <= 900
+    assert sum(len(source.splitlines()) for source in sources) <= 150
     for before, cell in zip([None, *notebook.cells], notebook.cells, strict=False):
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= 12 and not cell.outputs and cell.execution_count is None
-            if re.search(r"^views\.|^scrub_", cell.source, re.M):
-                assert before.cell_type == "markdown" and "." in before.source, cell.source
+            if "figures." in cell.source and "import " not in cell.source:
+                assert before.cell_type == "markdown" and re.search("[.:]", before.source), cell.source
     assert any("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
-    assert any(cell.source.startswith("assert ") for cell in notebook.cells)
+    assert any(source.startswith("assert ") for source in sources)
 
 
-# ------------------------------------------------------------------------------------------- on foreign input
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_they_define_nothing_and_import_public_names_only(path):
+    nodes = [node for cell in cells(path, "code") for node in ast.walk(ast.parse(cell.source))]
+    assert not [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("replib"):
+            public = import_module(node.module).__all__
+            assert node.module.count(".") <= 1 and {name.name for name in node.names} <= set(public), node.module
+
+
 def run_all(tmp_path, model, harmful, harmless):
     env = QUICK | {
         "REPLIB_MODEL": str(model),
@@ -79,7 +93,6 @@ def test_on_real_tokenizers_templates_files_and_a_real_checkpoint(name, shared_d
     assert ("none: plain text" in shown(executed[0])) == (name == "stories")
 
 
-# ------------------------------------------------------------------------------------------- on the organism
 @pytest.mark.slow
 def test_the_demo_with_few_prompts_passes_its_own_checks_and_bending_helps(tmp_path):
     """Bounds are wide because sixteen prompts a row are few; the demo itself reports the figures."""

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from replib.core.errors import ReplibError
 from replib.core.settings import data_dir
-from replib.figures import layers as views
+from replib.figures import clusters_pair
 from replib.study.study import Study
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -26,7 +26,7 @@ def main() -> None:
     after = bent.pair()
     with bent.model.adapter_off():
         before = bent.pair()
-    photograph(views.clusters_pair(before, after, layer), str(data_dir() / "clusters.png"))
+    photograph(clusters_pair(before, after, layer), str(data_dir() / "clusters.png"))
 
 
 def photograph(figure: go.Figure, path: str) -> None:

@@ -1,17 +1,25 @@
 """Ablation of refusal: fitted edits, sweeps over blocks, damage, robustness, localisation."""
 
-from replib.ablation.adaptive_attack import EDIT_ATTACKS, AdaptiveAttack
-from replib.ablation.fit import AblationData, Cell, fit_edits, grid
+from replib.ablation.adaptive_attack import EDIT_ATTACKS, AdaptiveAttack, success_by_block
+from replib.ablation.fit import AblationData, Cell, cells_of, fit_edits, grid
+from replib.ablation.localisation import sweep_onset
 from replib.ablation.sweep import Sweeper, best_of, sweep_layers
+from replib.ablation.sweep_report import SweepReport, compare, over_fits
 
 __all__ = [
     "EDIT_ATTACKS",
     "AblationData",
     "AdaptiveAttack",
     "Cell",
+    "SweepReport",
     "Sweeper",
     "best_of",
+    "cells_of",
+    "compare",
     "fit_edits",
     "grid",
+    "over_fits",
+    "success_by_block",
     "sweep_layers",
+    "sweep_onset",
 ]

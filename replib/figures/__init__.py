@@ -1,62 +1,18 @@
-"""Figures, widgets and the report."""
+"""Figures of results and the HTML report; a figure function takes a result or table and returns ``go.Figure``.
 
-from replib.figures.audit import (
-    audit_success,
-    gap_profiles,
-    hardening_blocks,
-    hardening_frontier,
-    localisation_errors,
-    pareto_defences,
-    predicted_vs_measured,
-    robustness_curves,
-    sample_curves,
-    shares,
-    success_by_block,
-    token_depths,
-)
-from replib.figures.layers import by_block, clusters, clusters_grid, clusters_pair, distances, divergence, transport_gap
-from replib.figures.lens import lens_grid, lens_pair
-from replib.figures.sweeps import cheap, edit_name, methods, sweep, tradeoff
-from replib.figures.training import (
-    coefficient_sweeps,
-    pareto_settings,
-    step_curves,
-    training_history,
-    variance_shares,
-    window_sweep,
-)
+========  ==========================================================================================================
+layers    clusters, clusters_pair, clusters_grid, layer_curves, distances, divergence, transport_gap
+lens      lens_heatmap
+training  training_curves, coefficient_sweeps, window_sweep, step_sweep, pareto_settings, coefficient_importance
+sweeps    sweep_heatmap, method_curves, first_token_curves, tradeoff, edit_name
+audit     audit_success, attack_curves, gap_curves, robustness_curves, sample_curves, edit_parts, token_heatmap,
+          predicted_vs_measured, localisation_errors, pareto_defences, pareto_hardening
+widgets   scrub_layers, scrub_response
+========  ==========================================================================================================
 
-__all__ = [
-    "audit_success",
-    "by_block",
-    "cheap",
-    "clusters",
-    "clusters_grid",
-    "clusters_pair",
-    "coefficient_sweeps",
-    "distances",
-    "divergence",
-    "edit_name",
-    "gap_profiles",
-    "hardening_blocks",
-    "hardening_frontier",
-    "lens_grid",
-    "lens_pair",
-    "localisation_errors",
-    "methods",
-    "pareto_defences",
-    "pareto_settings",
-    "predicted_vs_measured",
-    "robustness_curves",
-    "sample_curves",
-    "shares",
-    "step_curves",
-    "success_by_block",
-    "sweep",
-    "token_depths",
-    "tradeoff",
-    "training_history",
-    "transport_gap",
-    "variance_shares",
-    "window_sweep",
-]
+Values that are not finite stay blank. Each figure is legible at a width of 700 px.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # widgets need the extra `notebooks`

@@ -1,7 +1,7 @@
-"""Executed notebooks -> one HTML report that works with no kernel and no network.
+"""HTML report of executed notebooks that needs no kernel and no network.
 
-nbconvert renders the cells. Stored plotly figures and the views of `replib.figures.widgets` stay alive: plotly.js is
-written into the page once, and `static/view.js`, which draws the live widget, draws the page too.
+nbconvert renders the cells. Plotly figures and the views of `replib.figures.widgets` stay interactive: the page has
+plotly.js once, and `static/view.js` draws them as it draws the live widget.
 """
 
 import json
@@ -79,13 +79,13 @@ def _read(path: Path) -> nbformat.NotebookNode:
     try:
         return nbformat.read(path, as_version=4)
     except FileNotFoundError as error:
-        raise ReplibError(f"No notebook at {path}. Run the notebooks first, or mend the path.") from error
+        raise ReplibError(f"No notebook at {path}. Run the notebooks first, or correct the path.") from error
     except (nbformat.reader.NotJSONError, UnicodeDecodeError) as error:
-        raise ReplibError(f"{path} is no notebook: it holds no JSON. Pass .ipynb files.") from error
+        raise ReplibError(f"{path} is not a notebook; it holds no JSON. Pass .ipynb files.") from error
 
 
 def _alive(data: dict[str, Any]) -> dict[str, Any]:
-    """Turn a figure or a view into a node for `static/page.js`; say so where a control cannot live on."""
+    """Turn a figure or view into a node for `static/page.js`; replace other controls by a note."""
     for mime, name in LIVE.items():
         if mime in data:
             content = json.dumps(data[mime]).replace("<", "\\u003c")  # no text can close the script element
@@ -99,13 +99,13 @@ def _alive(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _height(content: dict[str, Any]) -> int:
-    """Return the height to keep free, so that the page does not jump when the figure is drawn."""
+    """Height of a figure in pixels, reserved so that the page does not jump when it is drawn."""
     layout = content["layout"] if "layout" in content else content["figure"]["layout"]
     return int(layout.get("height", 450))
 
 
 def _keep_offline(soup: BeautifulSoup) -> None:
-    """Drop scripts, styles and images that a page would have to fetch, and leave a word for a lost image."""
+    """Remove scripts, styles and images from the network; a note stands in place of an image."""
     for node in soup.select("script[src], link[href], iframe[src], img[src], source[src], video[src]"):
         target = str(node.get("src") or node.get("href"))
         if target.startswith(("data:", "#")):
@@ -115,7 +115,7 @@ def _keep_offline(soup: BeautifulSoup) -> None:
 
 
 def _headings(soup: BeautifulSoup, prefix: str) -> Iterator[tuple[str, str, str]]:
-    """Give every heading an anchor of its own in the joined page; yield level, anchor, text."""
+    """Give each heading a unique anchor; yield level, anchor and text."""
     for number, heading in enumerate(soup.select(".jp-MarkdownCell :is(h1, h2)")):
         anchor = f"{prefix}-{number}"
         for link in heading.select(".anchor-link"):

@@ -1,4 +1,4 @@
-"""How every figure looks: one template, one colour for a name in all figures, safe and short texts."""
+"""Style of all figures: template, a fixed colour for each name, escaped and shortened texts."""
 
 import html
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-# Okabe and Ito's palette, which stays apart under the common kinds of colour blindness.
+# The palette of Okabe and Ito, distinct under the common kinds of colour blindness.
 VERMILLION, BLUE, SKY, GREEN, AMBER, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#737373"
 PALETTE = ("#CC79A7", SKY, AMBER, "#222222", "#8C6BB1", "#4D7C0F")
 COLOURS = {
@@ -52,7 +52,7 @@ LINE_WIDTH = 82  # characters of a 16 pt title that fit into 700 px
 
 
 def apply_style(figure: go.Figure, title: str, note: str = "", *, height: int) -> go.Figure:
-    """Give a figure the template, a title and note broken to fit 700 px, and room for a legend below."""
+    """Set template, title and note (wrapped to 700 px), height and margins; return the figure."""
     lines, notes = textwrap.wrap(title, LINE_WIDTH), textwrap.wrap(note, LINE_WIDTH + 18)
     text = "<br>".join(safe(line) for line in lines)
     small = "<br>".join(safe(line) for line in notes)
@@ -68,10 +68,9 @@ def apply_style(figure: go.Figure, title: str, note: str = "", *, height: int) -
 
 
 def styled(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, str, int]]:
-    """Go through named things with a colour for each and how often that colour was given before.
+    """Yield name, item, colour and the number of earlier names with this colour.
 
-    A name that begins with a known word (`bent, K = 2`) has the colour of that word; the count tells such
-    names apart.
+    A name takes the colour of its first word if `COLOURS` has it, as `bent, K = 2` takes that of `bent`.
     """
     used: Counter[str] = Counter()
     fresh = 0
@@ -85,29 +84,29 @@ def styled(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, str, in
 
 
 def safe(text: object) -> str:
-    """Write a text so that plotly shows it as it is: `<` of a special token would otherwise open a tag."""
+    """Escape a text for plotly, where `<` of a special token would open a tag."""
     return html.escape(str(text), quote=False)
 
 
 def wrapped(text: str, *, width: int = 60, limit: int = 300) -> str:
-    """Break a long text into short lines for a hover box."""
+    """Escape a text and break it into short lines for a hover box."""
     return "<br>".join(safe(line) for line in textwrap.wrap(textwrap.shorten(text, limit, placeholder=" …"), width))
 
 
 def cell(token: str, limit: int) -> str:
-    """Shorten a token for a heatmap cell and make white space visible."""
+    """Escape and shorten a token for a heatmap cell, with visible white space."""
     shown = token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
     return safe(shown if len(shown) <= limit else shown[: max(1, limit - 1)] + "…")
 
 
 def faint(colour: str, alpha: float = 0.15) -> str:
-    """Turn `#rrggbb` into a transparent colour."""
+    """Add transparency to a colour `#rrggbb`."""
     red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
 
 
 def colour_bar(title: str, **more: Any) -> dict[str, Any]:
-    """Describe a colour bar that stands beside the figure, its title written along it."""
+    """Layout of a vertical colour bar with its title along it."""
     return {
         "title": {"text": title, "side": "right", "font": {"size": 14}},
         "thickness": 14,
@@ -117,7 +116,7 @@ def colour_bar(title: str, **more: Any) -> dict[str, Any]:
 
 
 def _legend_rows(figure: go.Figure) -> int:
-    """Count the lines that the legend below the figure will take at 700 px."""
+    """Number of lines of the legend below a figure of 700 px."""
     below = [
         item for item in (*figure.data, *figure.layout.shapes) if item.showlegend and item.legend in (None, "legend")
     ]

@@ -3,6 +3,6 @@
 from replib.models.adapters import merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.models.self_check import self_check
+from replib.models.self_check import check_table, self_check, token_table
 
-__all__ = ["ChatModel", "load", "merged", "self_check"]
+__all__ = ["ChatModel", "check_table", "load", "merged", "self_check", "token_table"]

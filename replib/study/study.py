@@ -53,6 +53,7 @@ VALIDATION_KINDS = ("attack", "benign", "skill")  # kinds of task that choose a 
 PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
 M = TypeVar("M", bound=RecordedResult)
 BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
+"""Method and edited positions of each baseline of a sweep."""
 
 
 @dataclass(frozen=True)

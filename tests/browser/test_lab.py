@@ -1,4 +1,4 @@
-"""The live views in JupyterLab: drawn, moved without the kernel, retrained with it."""
+"""Live views in JupyterLab, drawn and moved without the kernel."""
 
 import os
 import socket
@@ -18,16 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "replib-test"
 CELLS = [
     "import numpy as np\n"
-    "from replib.figures import clusters\n"
-    "from replib.widgets import scrub_coefficients, scrub_layers\n"
-    "points = np.random.default_rng(0).normal(size=(4, 40, 2))\n"
-    "labels = ['harmful'] * 20 + ['harmless'] * 20\n"
-    "def draw(row): return clusters(points[row], labels, explained=[.5, .2], title=f'block {row}')\n"
+    "import plotly.graph_objects as go\n"
+    "from replib.figures import scrub_layers\n"
+    "x, y = np.random.default_rng(0).normal(size=(2, 4, 40))\n"
+    "def draw(row):\n"
+    "    points = go.Scatter(x=x[row], y=y[row], mode='markers')\n"
+    "    return go.Figure(points, {'title': {'text': f'block {row}'}})\n"
     "scrub_layers({row: draw(row) for row in range(4)})",
-    "trained = [dict(alpha=.1, beta=.1, gamma=1, row=0), dict(alpha=.5, beta=.1, gamma=1, row=1)]\n"
-    "def retrain(**coefficients): return {**coefficients, 'row': 3}\n"
-    "box = scrub_coefficients(trained, lambda point: draw(point['row']), retrain=retrain)\n"
-    "box",
+    "scrub_layers({row: draw(row) for row in range(4)})",
     "import time\ntime.sleep(10)",
 ]
 
@@ -106,14 +104,4 @@ def test_views_live_in_jupyterlab(lab, page, places):
     assert layers.locator("svg[data-first=yes]").count() == 1, "the figure must not be torn out"
     assert page.locator(".jp-InputPrompt", has_text="[*]").count() > 0, "the kernel was idle, so nothing is shown"
     assert page.locator("head script[src^='blob:']").count() == 1, "two views, one plotly.js"
-
-    # Retraining needs the kernel, and adds its result to the sliders.
-    page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for(state="detached")
-    field = page.locator(".widget-text input[type=number]").first
-    field.fill("0.3")
-    field.press("Tab")
-    page.get_by_role("button", name="Retrain").click()
-    page.locator(".widget-label", has_text="Trained, and added").wait_for()
-    page.locator(".replib-scrub").nth(1).locator(".gtitle", has_text="block 3").wait_for()
-    assert page.locator(".replib-scrub").nth(1).locator("output").first.text_content() == "0.3"
     assert not [error for error in page.errors if "replib" in error or "anywidget" in error]

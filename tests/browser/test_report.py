@@ -9,18 +9,17 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 from replib.experiments.response_surface import ResponseSurface  # noqa: E402
-from replib.figures.layers import cluster_scatter  # noqa: E402
+from replib.figures import layers  # noqa: E402
 from replib.figures.report import FIGURE_MIME, export_html  # noqa: E402
-from replib.figures.widgets import scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
+from replib.figures.widgets import scrub_layers, scrub_response  # noqa: E402
 
 pytestmark = pytest.mark.browser
 LABELS = ["harmful"] * 20 + ["harmless"] * 20
-SETTINGS = [(0.1, 0.1, 1), (0.5, 0.1, 1), (0.5, 0.3, 1)]
 
 
 def figure(seed: int, title: str = "") -> go.Figure:
     points = np.random.default_rng(seed).normal(size=(40, 2))
-    return cluster_scatter(points, LABELS, explained=[0.5, 0.2], title=title)
+    return layers._scatter(points, LABELS, explained=[0.5, 0.2], title=title)
 
 
 def shown(data):
@@ -37,13 +36,10 @@ def response() -> ResponseSurface:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    layers = scrub_layers({layer: figure(layer, f"block {layer}") for layer in range(4)}, title="By block")
+    numbered = scrub_layers({layer: figure(layer, f"block {layer}") for layer in range(4)}, title="By block")
     named = scrub_layers({"embedding": figure(0, "embedding"), "output": figure(9, "output")})
-    points = [dict(zip(("alpha", "beta", "gamma"), setting, strict=True)) for setting in SETTINGS]
-    bent = scrub_coefficients(points, lambda point: figure(int(100 * point["alpha"]), f"alpha {point['alpha']}"))
     cells = [nbformat.v4.new_markdown_cell("# Report")]
-    cells += [shown(view._repr_mimebundle_()[0]) for view in (layers, named, bent)]
-    cells += [shown(scrub_response(response())._repr_mimebundle_()[0])]
+    cells += [shown(view._repr_mimebundle_()[0]) for view in (numbered, named, scrub_response(response()))]
     cells += [shown({FIGURE_MIME: figure(5).to_plotly_json()})]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "a.ipynb")
     return export_html([folder / "a.ipynb"], folder / "report.html", title="Report")
@@ -82,7 +78,7 @@ def test_the_slider_moves_the_points_by_keyboard_and_tears_nothing_out(opened, p
 
 
 def test_interpolated_outcomes_move_with_each_slider_and_name_the_nearest_trained_setting(opened, places):
-    view = opened.locator(".replib-view").nth(3)
+    view = opened.locator(".replib-view").nth(2)
     view.scroll_into_view_if_needed()
     view.locator("path.point").first.wait_for()
     assert "trained right here: α 0.1, β 0, γ 10" in view.locator(".legend").text_content()
@@ -92,7 +88,6 @@ def test_interpolated_outcomes_move_with_each_slider_and_name_the_nearest_traine
         opened.wait_for_timeout(400)
         assert places(view) != before
         assert nearest in view.locator(".legend").text_content()
-    assert view.locator(".replib-note").text_content() == ""
 
 
 def test_play_runs_to_the_last_block_and_stops(opened):
@@ -107,19 +102,6 @@ def test_the_menu_chooses_a_named_figure(opened):
     view.scroll_into_view_if_needed()
     view.locator("select").select_option(label="output")
     view.locator(".gtitle", has_text="output").wait_for()
-
-
-def test_a_setting_that_was_not_trained_is_said_and_the_nearest_shown(opened):
-    view = opened.locator(".replib-view").nth(2)
-    view.scroll_into_view_if_needed()
-    alpha, beta, gamma = view.locator("input[type=range]").all()
-    assert gamma.is_disabled(), "gamma has one trained value"
-    beta.fill("1")
-    view.locator(".replib-note", has_text="alpha = 0.1, beta = 0.3, gamma = 1 was not trained").wait_for()
-    assert "nearest that was: alpha = 0.1, beta = 0.1, gamma = 1" in view.locator(".replib-note").text_content()
-    alpha.fill("1")
-    view.locator(".gtitle", has_text="alpha 0.5").wait_for()
-    assert view.locator(".replib-note").text_content() == ""
 
 
 def test_code_is_folded_until_asked_for(opened):

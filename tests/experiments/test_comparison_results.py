@@ -10,7 +10,8 @@ from replib.ablation.adaptive_attack import EDIT_ATTACKS, GOAL
 from replib.experiments import hardening
 from replib.experiments.comparison_results import HardeningResults
 from replib.experiments.hardening import ARMS, ASKED, SEEDS, HardeningRun, packed, runs
-from replib.figures.audit import hardening_blocks, hardening_frontier
+from replib.figures.audit import pareto_hardening
+from replib.figures.layers import layer_curves
 
 TASKS = {"direct": "direct", "prefill": "prefill", "story": "attack", "harmless": "benign", "borderline": "benign",
          "copy": "skill"}  # fmt: skip
@@ -93,8 +94,9 @@ def test_success_by_block_is_the_best_k_of_each(rows, found):
 
 
 def test_figures_are_drawn_from_it(found):
-    assert {t.name for t in hardening_blocks(found).data} >= set(found.titles)
-    assert "most successful" in hardening_frontier(found).layout.title.text
+    blocks = layer_curves(found.by_block("ot_all"), "attack success", "by block")
+    assert {t.name for t in blocks.data} >= set(found.titles)
+    assert "most successful" in pareto_hardening(found).layout.title.text
 
 
 def test_a_run_in_words_names_its_worst_edits(rows):

@@ -19,9 +19,9 @@ from replib.experiments.response_surface import (
     empirical_logit,
     variance_shares,
 )
-from replib.figures import training as surface_views
+from replib.figures import training
 from replib.figures.response import ResponseView
-from replib.figures.training import importance, pareto_front
+from replib.figures.training import pareto_front
 
 N = dict.fromkeys(RATES, 48) | {"attack": 192}
 GRID = {"alpha": (0.0, 0.1, 0.4), "beta": (0.0, 3.0, 30.0), "gamma": (10.0, 100.0)}
@@ -146,16 +146,16 @@ def test_the_sheets_of_the_view_give_its_figure_at_every_place(response):
 
 
 def test_the_sensitivity_figures_draw_what_was_trained(surface, response):
-    figure = surface_views.coefficient_sweeps(surface)
+    figure = training.coefficient_sweeps(surface)
     line = next(t for t in figure.data if t.name == "attack" and t.mode == "lines+markers")
     rows = surface.like_preset(surface.at("last"), "alpha").sort_values("alpha")
     np.testing.assert_allclose(line.y, rows.attack, rtol=1e-6)
     assert [a.text for a in figure.layout.annotations] == ["α", "β", "γ"]
-    windows = surface_views.window_sweep(surface)
+    windows = training.window_sweep(surface)
     assert list(windows.layout.xaxis.ticktext) == ["0-3", "0-11", "4-7", "4-11", "7-11"]
     assert all(list(t.x) == sorted(t.x) and t.mode == "markers" for t in windows.data)  # between names there is nothing
-    assert len(surface_views.step_curves(surface).layout.annotations) == 3
-    assert surface_views.pareto_settings(surface).data and surface_views.variance_shares(response).data
+    assert len(training.step_sweep(surface).layout.annotations) == 3
+    assert training.pareto_settings(surface).data and training.coefficient_importance(response).data
 
 
 def test_the_front_is_drawn_through_its_points():
@@ -169,5 +169,5 @@ def test_the_front_is_drawn_through_its_points():
 
 def test_shares_are_drawn_alone_and_with_others():
     table = pd.DataFrame({"alone": [0.2, 0.5], "total": [0.3, 0.6]}, index=["alpha", "beta"])
-    figure = importance({"attack": table}, estimator="by hand")
+    figure = training._importance({"attack": table}, estimator="by hand")
     np.testing.assert_allclose(figure.data[1].x, [0.1, 0.1])

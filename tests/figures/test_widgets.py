@@ -1,4 +1,4 @@
-"""Scrubs send each figure once, give back what they were given, and offer trained settings only."""
+"""Views send each figure once and give every figure back."""
 
 import base64
 import json
@@ -14,14 +14,9 @@ from replib.core.errors import ReplibError
 pytest.importorskip("anywidget", reason="the extra `notebooks` is not installed")
 from replib.experiments.response_surface import ResponseSurface  # noqa: E402
 from replib.figures.response import ResponseView  # noqa: E402
-from replib.figures.widgets import VIEW_MIME, scrub_coefficients, scrub_layers, scrub_response  # noqa: E402
+from replib.figures.widgets import VIEW_MIME, scrub_layers, scrub_response  # noqa: E402
 
 VALUES = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
-POINTS = [
-    {"alpha": 0.1, "beta": 0.1, "gamma": 1, "row": 0},
-    {"alpha": 0.5, "beta": 0.1, "gamma": 1, "row": 1},
-    {"alpha": 0.5, "beta": 0.3, "gamma": 1, "row": 2},
-]
 
 
 def draw(row: int, title: str = "same") -> go.Figure:
@@ -88,55 +83,6 @@ def test_numbered_layers_get_a_slider_and_named_ones_a_menu():
     assert named["menu"]
 
 
-def test_sliders_offer_trained_coefficients_only():
-    payload = scrub_coefficients(POINTS, lambda point: draw(point["row"])).payload
-    values = {control["name"]: control["values"] for control in payload["controls"]}
-    assert values == {"alpha": ["0.1", "0.5"], "beta": ["0.1", "0.3"], "gamma": ["1"]}
-    assert [frame["at"] for frame in payload["frames"]] == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
-
-
-def test_retraining_adds_a_point_and_shows_it():
-    asked = []
-
-    def retrain(**coefficients):
-        asked.append(coefficients)
-        return {**coefficients, "row": 3}
-
-    box = scrub_coefficients(POINTS, lambda point: draw(point["row"]), retrain=retrain)
-    box.children[1].children[0].value = 0.3
-    box.button.click()
-    assert asked == [{"alpha": 0.3, "beta": 0.1, "gamma": 1.0}]
-    assert box.view.payload["controls"][0]["values"] == ["0.1", "0.3", "0.5"]
-    assert box.view.position == [1, 0, 0]
-    assert "Trained" in box.status.value
-    assert box._repr_mimebundle_()[VIEW_MIME] == box.view.payload
-
-
-def test_a_training_that_fails_is_told_and_loses_nothing():
-    def retrain(**_):
-        raise ReplibError("alpha must be positive")
-
-    box = scrub_coefficients(POINTS, lambda point: draw(point["row"]), retrain=retrain)
-    before = box.view.payload
-    box.button.click()
-    assert "alpha must be positive" in box.status.value
-    assert not box.button.disabled
-    assert box.view.payload == before
-
-
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
-        ([], "no trained settings"),
-        ([{"alpha": 1, "beta": 1}], "lacks gamma"),
-        (POINTS[:1] * 2, "same coefficients"),
-    ],
-)
-def test_points_that_cannot_be_shown_are_refused(points, message):
-    with pytest.raises(ReplibError, match=message):
-        scrub_coefficients(points, lambda point: draw(point["row"]))
-
-
 def test_no_figures_are_refused():
     with pytest.raises(ReplibError, match="no figures"):
         scrub_layers({})
@@ -162,14 +108,3 @@ def test_a_response_moves_over_interpolated_places_and_draws_the_trained_ones():
         sheets = {"outcomes": view.outcomes((a, b, c)), "maps": view.maps(c), "cross": view.cross(a, b)}
         assert frame["change"]["data"] in sheets.values()
     assert "error where a setting is left out: attack" in payload["figure"]["layout"]["title"]["text"]
-
-
-def test_retraining_refits_the_response_and_goes_to_the_new_setting():
-    response = ResponseSurface.fit(trained(), {"attack": 50, "harmless": 50})
-    box = scrub_response(response, retrain=lambda **at: at | {"attack": 0.5, "harmless": 0.5})
-    for field, value in zip(box.children[1].children[:3], (0.2, 3.0, 100.0), strict=True):
-        field.value = value
-    box.button.click()
-    assert "Trained" in box.status.value
-    values = [control["values"][i] for control, i in zip(box.view.payload["controls"], box.view.position, strict=True)]
-    assert values == ["0.2", "3", "100"]

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from helpers import tiny
+from replib import figures
 from replib.analysis.logit_lens import compare, logit_lens
 from replib.analysis.profile import layer_profile
 from replib.audit.judges import ExactJudge, PhraseJudge
 from replib.cli.commands import run_audit, run_bend, run_sweep
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings
-from replib.figures import layers as views
-from replib.figures.lens import lens_grid
 from replib.models.self_check import token_table
 from replib.study.study import Study
 from replib.training.config import TrainConfig
@@ -56,12 +55,12 @@ def test_every_verb_runs_on_a_foreign_model_and_real_files(foreign):
     profile = layer_profile(harmful.values, harmless.values, permutations=20)
     assert profile["js"].shape == (study.model.n_layers,)
     (
-        views.distances(profile),
-        views.divergence({"both": profile}),
-        views.transport_gap(profile),
-        views.clusters((harmful, harmless)),
+        figures.distances(profile),
+        figures.divergence({"both": profile}),
+        figures.transport_gap(profile),
+        figures.clusters((harmful, harmless), 0),
     )
-    assert lens_grid(logit_lens(study.model, study.harmful.val[0].text)).data
+    assert figures.lens_heatmap(logit_lens(study.model, study.harmful.val[0].text)).data
     assert len(token_table(study.model, study.harmful.val[0].text).columns) > 3
     table = study.audit(study.tasks(limit=2)[:3]).frame
     assert (table.n == 2).all() and (study.settings.out / "audit.jsonl").exists()

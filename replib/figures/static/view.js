@@ -1,15 +1,15 @@
-// The one view of the suite: controls in the browser, figures through Plotly.react.
-// `render` serves the live widget, `mount` serves it and the exported page alike; neither asks a kernel for a move.
+// View of figures with controls in the browser, drawn by Plotly.react.
+// `render` serves the live widget, `mount` serves the widget and the exported page; a move needs no kernel.
 //
 // payload = {title, controls: [{name, values, menu}], figure: {data: {0: trace, …}, layout}, frames: [{at, change}]}
-// A frame lies at one index per control and holds only what differs from `figure`. Where parts of a figure follow some
-// controls only, each has a sheet of frames of its own, whose indices of the other controls are null.
+// A frame has one index per control and only its difference from `figure`. A part of the figure that follows some
+// controls only has its own sheet of frames, whose indices of the other controls are null.
 
 const PLAY_MS = 700;
 
 const isTree = (value) => value?.constructor === Object && !("bdata" in value);
 
-/** Lay what differs in a frame over the figure. */
+/** Apply the difference of a frame to the figure. */
 function merge(base, change) {
   if (!isTree(base) || !isTree(change)) return change;
   const merged = { ...base };
@@ -17,7 +17,7 @@ function merge(base, change) {
   return merged;
 }
 
-/** Give plotly the buffers in which a widget receives its arrays; the exported page has them in base64. */
+/** Convert arrays of a widget to buffers for plotly; the exported page has them in base64. */
 function unpack(value) {
   if (value instanceof DataView) return value.buffer.slice(value.byteOffset, value.byteOffset + value.byteLength);
   if (Array.isArray(value)) return value.map(unpack);
@@ -31,7 +31,7 @@ function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** Sort frames by the controls that they follow, each sheet's frames by place. */
+/** Group frames into sheets by the controls that they follow. */
 function sheetsOf(frames) {
   const sheets = new Map();
   for (const frame of frames) {
@@ -42,12 +42,8 @@ function sheetsOf(frames) {
   return [...sheets.values()];
 }
 
-/** Find the frame that fewest steps of the controls separate from `at`. */
-function nearest(frames, controls, at) {
-  const steps = (index, k) => (index === null ? 0 : Math.abs(index - at[k]) / controls[k].values.length);
-  const far = (frame) => frame.at.reduce((sum, index, k) => sum + steps(index, k), 0);
-  return frames.reduce((best, frame) => (far(frame) < far(best) ? frame : best));
-}
+/** Find the frame of a sheet at the indices `at`. */
+const frameAt = (frames, at) => frames.find((frame) => frame.at.every((index, k) => index === null || index === at[k]));
 
 function control({ name, values, menu }, moved) {
   const shown = element("output");
@@ -64,7 +60,7 @@ function control({ name, values, menu }, moved) {
   return { label, show };
 }
 
-/** Build controls and plot inside `root`; `moved(at)` hears of each move. Returns {move, destroy}. */
+/** Build controls and plot inside `root`; `moved(at)` is called after each move. Returns {move, destroy}. */
 export function mount(root, payload, Plotly, { start, moved = () => {} } = {}) {
   const { controls, figure, frames } = payload;
   const sheets = sheetsOf(frames);
@@ -72,21 +68,16 @@ export function mount(root, payload, Plotly, { start, moved = () => {} } = {}) {
   let pending = 0;
   let timer = 0;
 
-  const note = element("p", { className: "replib-note", role: "status" });
   const plot = element("div", { className: "replib-plot" });
   plot.style.minHeight = `${figure.layout.height ?? 450}px`;
   const parts = controls.map((spec, k) => control(spec, (index) => move(at.with(k, index))));
   const bar = element("div", { className: "replib-controls", role: "group" }, ...parts.map((part) => part.label));
   bar.setAttribute("aria-label", payload.title || "figure controls");
 
-  const name = (place) => controls.map(({ name, values }, k) => `${name} = ${values[place[k]]}`).join(", ");
-
   function draw() {
     pending = 0;
-    const chosen = sheets.map((sheet) => nearest(sheet, controls, at));
-    const away = chosen.find((frame) => frame.at.some((index, k) => index !== null && index !== at[k]));
-    note.textContent = away ? `${name(at)} was not trained; this is the nearest that was: ${name(away.at)}.` : "";
-    const { data, layout } = structuredClone(chosen.reduce((drawn, frame) => merge(drawn, frame.change), figure));
+    const frames = sheets.map((sheet) => frameAt(sheet, at));
+    const { data, layout } = structuredClone(frames.reduce((drawn, frame) => merge(drawn, frame.change), figure));
     const traces = Object.values(data).filter(Boolean);
     return Plotly.react(plot, traces, { ...layout, autosize: true, uirevision: "kept" }, { displaylogo: false });
   }
@@ -121,8 +112,7 @@ export function mount(root, payload, Plotly, { start, moved = () => {} } = {}) {
   bar.querySelectorAll("input, select, button").forEach((node) => (node.dataset.lmSuppressShortcuts = "true"));
 
   const heading = payload.title ? [element("p", { className: "replib-title", textContent: payload.title })] : [];
-  const notes = controls.length > 1 ? [note] : []; // one control offers nothing that is missing
-  root.replaceChildren(element("div", { className: "replib-scrub" }, ...heading, bar, ...notes, plot));
+  root.replaceChildren(element("div", { className: "replib-scrub" }, ...heading, bar, plot));
   parts.forEach((part, k) => part.show(at[k]));
   pending = requestAnimationFrame(draw);
 
