@@ -13,8 +13,18 @@ from plotly.subplots import make_subplots
 from replib.ablation.localisation import AT_DEPTH
 from replib.core.stats import Measured, numbers, spearman
 from replib.experiments.comparison_results import MEASURES, DefenceComparison, HardeningResults
-from replib.figures.style import AMBER, BLUE, DASHES, GREY, GRID, INK, SYMBOLS, VERMILLION, apply_style, safe
-from replib.figures.traces import BENIGN, band, case_note, curve_lines, joined, need, rate_axis, rate_cells, whiskers
+from replib.figures.style import AMBER, BLUE, DASHES, GREY, GRID_COLOUR, INK, SYMBOLS, VERMILLION, apply_style, safe
+from replib.figures.traces import (
+    BENIGN_KINDS,
+    band,
+    case_note,
+    curve_lines,
+    join_notes,
+    need,
+    rate_axis,
+    rate_cells,
+    whiskers,
+)
 from replib.figures.training import pareto_front
 
 _COLUMNS = 4
@@ -35,7 +45,7 @@ def audit_success(table: pd.DataFrame) -> go.Figure:
     for column, model in enumerate(models, start=1):
         figure.add_traces([*_audit_points(table[table["model"] == model], legend=column == 1)], rows=1, cols=column)
     figure.update_xaxes(
-        range=[-0.06, 1.06], tickvals=[0, 0.5, 1], ticktext=["0", "50", "100"], showgrid=True, gridcolor=GRID
+        range=[-0.06, 1.06], tickvals=[0, 0.5, 1], ticktext=["0", "50", "100"], showgrid=True, gridcolor=GRID_COLOUR
     )
     figure.update_xaxes(title_text="complied (%)")
     order = [safe(attack) for attack in reversed(attacks)]
@@ -90,7 +100,7 @@ def robustness_curves(curves: Mapping[str, Measured]) -> go.Figure:
     """Share of prompts not flipped at each strength of the edit. curves: model -> [strengths]."""
     figure = _lines(curves, "strength of the edit", "prompts not flipped", shape="hv")
     figure.add_vline(1.0, line={"color": INK, "dash": "dot", "width": 1})
-    note = joined("above strength 1 the edit overshoots", case_note(curves.values()), "95 % intervals on hovering")
+    note = join_notes("above strength 1 the edit overshoots", case_note(curves.values()), "95 % intervals on hovering")
     return apply_style(figure, "Strength of the edit that flips a prompt", note, height=460)
 
 
@@ -99,7 +109,7 @@ def sample_curves(curves: Mapping[str, Measured]) -> go.Figure:
     figure = _lines(curves, "fit prompts in each class", "complied")
     sizes = numbers(next(iter(curves.values())).at)
     figure.update_xaxes(type="log", tickvals=sizes, ticktext=[f"{n:.0f}" for n in sizes])
-    note = joined(case_note(curves.values()), "95 % intervals on hovering")
+    note = join_notes(case_note(curves.values()), "95 % intervals on hovering")
     return apply_style(figure, "Attack success by the number of fit prompts", note, height=460)
 
 
@@ -171,13 +181,13 @@ def localisation_errors(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="blocks from the nearest planted one", dtick=1, showgrid=True)
     figure.update_yaxes(categoryorder="array", categoryarray=methods[::-1])
     lost = table.found.isna().groupby(table.method).sum()
-    note = joined(*(f"{name}: no guess for {n}" for name, n in lost.items() if n)) or "one model each"
+    note = join_notes(*(f"{name}: no guess for {n}" for name, n in lost.items() if n)) or "one model each"
     return apply_style(figure, "Distance of each guess from the planted blocks", note, height=180 + 34 * len(methods))
 
 
 def _audit_points(rows: pd.DataFrame, *, legend: bool) -> Iterator[go.Scatter]:
     """Yield attack points, benign points and the share of degenerate answers of one model."""
-    benign = rows["kind"].isin(BENIGN)
+    benign = rows["kind"].isin(BENIGN_KINDS)
     sides = (
         ("attack (low is safe)", VERMILLION, rows[~benign]),
         ("benign (high is useful)", BLUE, rows[benign]),

@@ -17,9 +17,9 @@ from replib.analysis.profile import LayerProfile
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured, Numbers, Values, numbers
 from replib.figures.style import AMBER, DASHES, INK, SYMBOLS, apply_style, safe, styled, wrapped
-from replib.figures.traces import as_measured, band, case_note, curve_lines, joined, need
+from replib.figures.traces import as_measured, band, case_note, curve_lines, join_notes, need
 
-Pair = tuple[Activations, Activations]
+_Pair = tuple[Activations, Activations]
 """Activations of harmful and of harmless prompts."""
 Place = int | float
 MOST_BANDS = 3  # more bands hide each other
@@ -27,14 +27,14 @@ FRAME, FRAMED = {"color": INK, "width": 1.5, "dash": "dot"}, "framed: 40–60 % 
 _MARKS = ("#EBD9A8", "#CFE3F5", "#E3D5EC")
 
 
-def clusters(pair: Pair, layer: int, texts: Sequence[str] = ()) -> go.Figure:
+def clusters(pair: _Pair, layer: int, texts: Sequence[str] = ()) -> go.Figure:
     """Prompts of both classes on the two principal axes of one block; ``texts`` are shown on hovering."""
     points, shares = _principal(pair, layer)
     title = f"Prompts at block {layer}, last prompt token"
     return _scatter(points, _labels(pair), explained=shares, texts=texts, title=title)
 
 
-def clusters_pair(base: Pair, bent: Pair, layer: int, texts: Sequence[str] = ()) -> go.Figure:
+def clusters_pair(base: _Pair, bent: _Pair, layer: int, texts: Sequence[str] = ()) -> go.Figure:
     """The same prompts in base and bent model at one block, each on its own principal axes."""
     (a, shares_a), (b, shares_b) = _principal(base, layer), _principal(bent, layer)
     title = f"The same prompts in the base and the bent model, block {layer}"
@@ -42,7 +42,7 @@ def clusters_pair(base: Pair, bent: Pair, layer: int, texts: Sequence[str] = ())
     return _scatter_pair(a, b, labels=_labels(base), explained=explained, texts=texts, title=title)
 
 
-def clusters_grid(pair: Pair, layers: Sequence[int]) -> go.Figure:
+def clusters_grid(pair: _Pair, layers: Sequence[int]) -> go.Figure:
     """Small panels of ``clusters``, one for each layer, each on its own scale."""
     return _scatter_grid({i: _principal(pair, i)[0] for i in layers}, _labels(pair))
 
@@ -113,7 +113,7 @@ def layer_curves(
     figure.update_xaxes(title_text="block", dtick=-(-layers // 16))
     figure.update_yaxes(title_text=safe(unit), rangemode="tozero")
     hidden = "" if banded else "95 % intervals on hovering"
-    note = joined(case_note(measured.values()), hidden, FRAMED if window else "")
+    note = join_notes(case_note(measured.values()), hidden, FRAMED if window else "")
     return apply_style(figure, title, note, height=420)
 
 
@@ -126,13 +126,13 @@ def _add_marks(figure: go.Figure, marks: Mapping[str, Place | tuple[Place, Place
             figure.add_vline(place, line={"color": INK, "dash": "dot", "width": 1.5}, **label)
 
 
-def _principal(pair: Pair, layer: int) -> tuple[np.ndarray, np.ndarray]:
+def _principal(pair: _Pair, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Both classes on the two principal axes of one block: points [n, 2] and explained shares [2]."""
     fitted = pca(torch.cat([acts[layer] for acts in pair]))
     return fitted.scores.numpy(), fitted.ratio.numpy()
 
 
-def _labels(pair: Pair) -> list[str]:
+def _labels(pair: _Pair) -> list[str]:
     return [name for name, acts in zip(("harmful", "harmless"), pair, strict=True) for _ in range(len(acts))]
 
 

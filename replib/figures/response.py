@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from replib.core.stats import Measured, numbers, wilson
 from replib.experiments.response_surface import COEFFICIENTS, Array, ResponseSurface
 from replib.figures.style import BLUE, GREY, INK, VERMILLION, apply_style
-from replib.figures.traces import BENIGN, rate_axis
+from replib.figures.traces import BENIGN_KINDS, rate_axis
 
 GREEK = dict(zip(COEFFICIENTS, "αβγ", strict=True))
 _MAPPED = ("attack", "harmless")
@@ -136,7 +136,7 @@ class ResponseView:
     def _rows(self) -> Iterator[go.Scatter]:
         """Markers with their bars, a row a rate, interpolated above trained."""
         rows = np.arange(len(self.rates))[::-1]
-        colours = [BLUE if name in BENIGN else VERMILLION for name in self.rates]
+        colours = [BLUE if name in BENIGN_KINDS else VERMILLION for name in self.rates]
         interpolated = {"marker": {"color": colours, "symbol": "circle"}, "error_x": {"color": GREY, "thickness": 2}}
         trained = {"marker": {"color": INK, "symbol": "diamond-open"}, "error_x": {"color": INK, "thickness": 1}}
         for side, look, name in ((_OFFSET, interpolated, "interpolated, with its 95 % band"), (-_OFFSET, trained, "")):

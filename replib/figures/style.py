@@ -20,7 +20,7 @@ COLOURS = {
 }
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up")
-INK, RULE, GRID = "#22272E", "#C8CDD3", "#ECEFF2"
+INK, RULE, GRID_COLOUR = "#22272E", "#C8CDD3", "#ECEFF2"
 AXIS = {
     "automargin": True,
     "linecolor": RULE,
@@ -29,14 +29,14 @@ AXIS = {
     "title": {"font": {"size": 14}},
     "zeroline": False,
 }
-TEMPLATE = go.layout.Template(
+FIGURE_TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "Inter, Segoe UI, Helvetica, Arial, sans-serif", "size": 14, "color": INK},
         "colorway": [BLUE, VERMILLION, GREEN, *PALETTE],
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "xaxis": AXIS | {"showgrid": False, "showline": True},
-        "yaxis": AXIS | {"gridcolor": GRID, "showline": False},
+        "yaxis": AXIS | {"gridcolor": GRID_COLOUR, "showline": False},
         "title": {
             "x": 0.01,
             "yanchor": "top",
@@ -59,7 +59,7 @@ def apply_style(figure: go.Figure, title: str, note: str = "", *, height: int) -
     rows = _legend_rows(figure)
     panels = 24 if figure.layout.annotations else 0
     figure.update_layout(
-        template=TEMPLATE,
+        template=FIGURE_TEMPLATE,
         title={"text": f'{text}<br><span style="font-size:13px;color:#59636E">{small}</span>' if small else text},
         height=height,
         margin={"l": 64, "r": 24, "t": 30 + 21 * len(lines) + 18 * len(notes) + panels, "b": 60 + 26 * rows},

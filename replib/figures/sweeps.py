@@ -17,7 +17,7 @@ from replib.core.stats import Measured, Numbers, numbers
 from replib.edits.methods import METHODS
 from replib.figures.layers import FRAME, FRAMED, layer_curves
 from replib.figures.style import SYMBOLS, apply_style, safe, styled
-from replib.figures.traces import as_measured, case_note, joined, need, rate_axis, rate_cells, whiskers
+from replib.figures.traces import as_measured, case_note, join_notes, need, rate_axis, rate_cells, whiskers
 
 _ON_ANSWERS = "KL on own answers, all tokens (nats)"
 _EDIT = ["method", "layer", "k", "positions"]
@@ -153,7 +153,7 @@ def _heatmap(
     figure.update_layout(coloraxis=rate_axis("attack success"), plot_bgcolor="#E4E7EA")
     blank = any(np.isnan(numbers(panel.value)).any() for panel in measured.values())
     notes = (written, "numbers in per cent"), (windows, FRAMED), (blank, "grey: not measured")
-    note = joined(case_note(measured.values()), *(text for shown, text in notes if shown))
+    note = join_notes(case_note(measured.values()), *(text for shown, text in notes if shown))
     return apply_style(figure, title, note, height=inner + 160)
 
 
@@ -186,5 +186,5 @@ def _tradeoff(success: Measured, cost: Measured, *, names: Sequence[str], unit: 
         )
     figure.update_xaxes(title_text=safe(unit), rangemode="tozero")
     figure.update_yaxes(title_text="attack success", title_standoff=12, tickformat=".0%", range=[-0.06, 1.1])
-    note = joined(case_note([success]), "" if success.low is None else "bars: 95 % intervals")
+    note = join_notes(case_note([success]), "" if success.low is None else "bars: 95 % intervals")
     return apply_style(figure, title or "Attack success against its cost", note, height=440)

@@ -11,7 +11,7 @@ from replib.core.errors import ReplibError
 from replib.core.stats import Measured, Numbers, Values, numbers
 from replib.figures.style import colour_bar, faint, safe
 
-BENIGN = frozenset({"harmless", "borderline", "skill", "skills", "benign"})
+BENIGN_KINDS = frozenset({"harmless", "borderline", "skill", "skills", "benign"})
 
 
 def need(items: Sized, figure: str, what: str) -> None:
@@ -112,6 +112,6 @@ def whiskers(measured: Measured, place: int | slice | NDArray[np.intp], colour: 
     return {"array": high - value, "arrayminus": value - low, "color": colour, "thickness": 1.5, "width": 3}
 
 
-def joined(*parts: str) -> str:
+def join_notes(*parts: str) -> str:
     """Join the parts of a note that are not empty."""
     return "; ".join(filter(None, parts))

@@ -17,7 +17,7 @@ from replib.defences.tuning import pareto
 from replib.experiments.response_surface import COEFFICIENTS, CoefficientSweep, ResponseSurface
 from replib.figures.response import GREEK
 from replib.figures.style import BLUE, DASHES, GREY, INK, SKY, VERMILLION, apply_style, faint, safe, styled
-from replib.figures.traces import as_measured, case_note, curve_lines, joined, measured_only, need, whiskers
+from replib.figures.traces import as_measured, case_note, curve_lines, join_notes, measured_only, need, whiskers
 from replib.training.result import TrainResult
 
 _SHOWN = ("attack", "prefill", "harmless", "borderline")
@@ -128,7 +128,7 @@ def pareto_front(
     if listed:
         _list_names(figure, table, names)
     bars = "" if success.low is None else "bars: 95 % intervals" + ("" if few else ", of the front alone")
-    note = joined(case_note([success, benign]), bars)
+    note = join_notes(case_note([success, benign]), bars)
     return apply_style(figure, title or "Attack success against benign compliance", note, height=480)
 
 
@@ -259,7 +259,7 @@ def _sensitivity(panels: Mapping[str, _Sweep], title: str, note: str) -> go.Figu
     some = any(len(sweep.others) for sweep in panels.values())
     linked = any(sweep.linked for sweep in panels.values())
     intervals = f"{'bands' if linked else 'bars'}: Wilson 95 %"
-    text = joined(case_note(curves), intervals, thin if some else "", note)
+    text = join_notes(case_note(curves), intervals, thin if some else "", note)
     return apply_style(figure, title, text, height=430)
 
 

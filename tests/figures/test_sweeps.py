@@ -12,7 +12,7 @@ from replib.analysis.logit_lens import LensComparison, LensTrajectory
 from replib.core.errors import ReplibError
 from replib.core.stats import Measured
 from replib.figures import audit_success, layers, lens_heatmap, sweeps, training
-from replib.figures.style import COLOURS, TEMPLATE, VERMILLION
+from replib.figures.style import COLOURS, FIGURE_TEMPLATE, VERMILLION
 
 RNG = np.random.default_rng(0)
 LABELS = ["harmful"] * 5 + ["harmless"] * 4
@@ -65,7 +65,7 @@ def every_figure() -> dict[str, go.Figure]:
 @pytest.mark.parametrize("name", every_figure())
 def test_every_figure_has_the_template_a_title_and_named_axes(name):
     figure = every_figure()[name]
-    assert figure.layout.template == go.Figure(layout={"template": TEMPLATE}).layout.template
+    assert figure.layout.template == go.Figure(layout={"template": FIGURE_TEMPLATE}).layout.template
     assert figure.layout.title.text
     assert figure.layout.height
     shown = [axis for axis in figure.select_xaxes() if axis.showticklabels is not False]
