@@ -15,7 +15,7 @@ from replib.audit.judges import Judge, encode_outcomes
 from replib.data.prompts import Prompt
 from replib.edits.apply import Edited, applied_each
 from replib.models.chat_model import ChatModel
-from replib.models.forward import Prefix
+from replib.models.prefix_cache import CachedPrompts
 from replib.models.tokens import Batch
 
 LATE = frozenset({"last_prompt", "response", "decode"})
@@ -77,10 +77,10 @@ class EditedGeneration:
         return len(self.prompts) <= self.batch_size
 
     @cached_property
-    def _prefix(self) -> Prefix | None:
+    def _prefix(self) -> CachedPrompts | None:
         """The prompts, read once; None where they do not fit a batch or cannot be read in parts."""
-        prefix = Prefix.read(self.model, self.prompts) if self._fits else None
-        return prefix if prefix and prefix.whole else None
+        prefix = CachedPrompts.read(self.model, self.prompts) if self._fits else None
+        return prefix if prefix and prefix.complete else None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from replib.core.progress import progress
 from replib.edits.apply import applied, bound
 from replib.edits.methods import SiteEdits, everywhere
 from replib.models.chat_model import ChatModel
+from replib.models.tokens import SPANS
 from replib.transport.affine import AffineEdit, Rotation
 
 
@@ -76,7 +77,7 @@ def mean_gaps(
     Means are float64. Where no such token is, as without a template, the last prompt token is read.
     """
     rows = model.tokenize([*harmful, *harmless])
-    positions = list(range(-max(1, min(len(row.span("post_instruction")) for row in rows)), 0))
+    positions = list(range(-max(1, min(len(SPANS["post_instruction"].of_row(row)) for row in rows)), 0))
     x, y = (
         capture(model, prompts, site="resid_pre", layers=layers, positions=positions) for prompts in (harmful, harmless)
     )

@@ -26,7 +26,7 @@ from replib.data.prompts import Dialogue
 from replib.edits.apply import Edited
 from replib.edits.methods import Method, SiteEdits, fit_edit
 from replib.models.chat_model import ChatModel
-from replib.models.tokens import Position
+from replib.models.tokens import SPANS, Position
 
 TOKENS = (1, 2, 4, 5, 8)  # of an answer, the first is 1
 PROMPT, ON_ANSWER, SPAN = "prompt", "prompt, on the answer", "mean of the answer"
@@ -43,7 +43,7 @@ def answer_states(
     Raises ReplibError where fewer than two answers are long enough.
     """
     rows = model.tokenize([d.prompt for d in dialogues], [d.response for d in dialogues])
-    long = [d for d, row in zip(dialogues, rows, strict=True) if len(row.span("response")) >= max(tokens)]
+    long = [d for d, row in zip(dialogues, rows, strict=True) if len(SPANS["response"].of_row(row)) >= max(tokens)]
     if len(long) < 2:
         raise ReplibError(
             f"{len(long)} of {len(dialogues)} answers have {max(tokens)} tokens: ask for earlier tokens, or give "

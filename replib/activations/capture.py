@@ -24,7 +24,7 @@ from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.core.storage import content_hash, versions
 from replib.models.chat_model import ChatModel
-from replib.models.tokens import Position, Row
+from replib.models.tokens import SPANS, Position, Row
 
 
 class How(NamedTuple):
@@ -309,7 +309,7 @@ def _bytes(rows: Sequence[Row], ask: Request, width: int) -> int:
     if ask.pool == "none":
         span = str(ask.positions[0])
         written = ask.max_new_tokens if span in ("response", "all") else 0
-        return sum(len(row.span(span)) + written for row in rows) * (vector + 8)  # and the number of its prompt
+        return sum(len(SPANS[span].of_row(row)) + written for row in rows) * (vector + 8)  # plus int64 prompt index
     return len(rows) * len(ask.positions) * vector
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.models.chat_model import ChatModel, check_layers, evaluating
-from replib.models.forward import SharedPrefix, read_beginning, shared_length, untouched
+from replib.models.forward import StopForward
 from replib.models.hooks import Hook, check_site, hooked
+from replib.models.prefix_cache import SharedPrefix, has_no_hooks, read_prefix, shared_length
 from replib.models.tokens import SPANS, Batch, Position, Row, TokenSelection, check_positions, choose, complete
 
 State = Callable[[], AbstractContextManager]
@@ -62,8 +63,8 @@ class Request:
             raise ReplibError(
                 f"Unknown pooling {asked.pool!r}: use 'mean' (one vector a prompt) or 'none' (one a token)."
             )
-        if asked.pool == "none" and (not asked.single or picks[0] not in SPANS[1:]):
-            raise ReplibError(f"pool='none' takes one span ({', '.join(SPANS[1:])}), not positions={positions!r}.")
+        if asked.pool == "none" and (not asked.single or picks[0] not in SPANS):
+            raise ReplibError(f"pool='none' takes one span ({', '.join(SPANS)}), not positions={positions!r}.")
         if asked.short not in ("refuse", "leave_out"):
             raise ReplibError(f"short={asked.short!r}: say 'refuse' or 'leave_out'.")
         return asked
@@ -92,10 +93,6 @@ class Request:
         }
         found = vars(self) | plain | {"positions": list(self.positions)}
         return found if self.short != "refuse" else {name: x for name, x in found.items() if name != "short"}
-
-
-class _Enough(Exception):
-    """The last wanted activation has been read; the rest of the forward pass is not needed."""
 
 
 class Reader:
@@ -135,12 +132,12 @@ class Reader:
         """The rows without what they all begin with, if that can be read once for all."""
         self.beginnings = [None for _ in self.states]
         length = 0 if self.ask.max_new_tokens else shared_length(rows, self.ask.positions)
-        if not length or not self.shares or not untouched(self.model):
+        if not length or not self.shares or not has_no_hooks(self.model):
             return rows
         found = []
         for state in self.states:
             with state(), evaluating(self.model.model):
-                found.append(read_beginning(self.model, rows[0].ids[:length], max(map(len, rows))))
+                found.append(read_prefix(self.model, rows[0].ids[:length], max(map(len, rows))))
         if None in found:
             return rows
         self.beginnings = found
@@ -151,7 +148,7 @@ class Reader:
     ) -> Float[Tensor, "keys vectors positions dim"]:
         """What is wanted of one batch, on the CPU."""
         self.batch, self.chosen, self.found = batch, chosen, {}
-        with suppress(_Enough):
+        with suppress(StopForward):
             self.model.forward(batch, beginning.inputs(batch) if beginning else None)
         found, self.found = self.found, {}
         return torch.stack([found[key].cpu() for key in self.ask.keys])
@@ -163,7 +160,7 @@ class Reader:
             found = self.chosen.take(hidden).to(self.ask.dtype)
             self.found[key] = found.cpu() if self.ask.pool == "none" else found
             if len(self.found) == len(set(self.ask.keys)):
-                raise _Enough
+                raise StopForward
 
         return read
 

@@ -22,9 +22,9 @@ from replib.activations.reader import Reader, Request
 from replib.activations.store import Activations
 from replib.core.errors import ReplibError
 from replib.models.chat_model import ChatModel
-from replib.models.forward import SharedPrefix
 from replib.models.hooks import SITES, hook_point
 from replib.models.load import _config, _template, _tokenizer
+from replib.models.prefix_cache import SharedPrefix
 from replib.models.tokens import Batch, TokenSelection
 
 KEY = "NDIF_API_KEY"

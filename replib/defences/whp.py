@@ -24,7 +24,7 @@ from replib.defences.losses import dialogue_batch
 from replib.defences.sft import SFT, RetainLoss
 from replib.models.adapters import detached
 from replib.models.chat_model import ChatModel, evaluating
-from replib.models.forward import answer_states, stretch_of, token_losses
+from replib.models.forward import answer_states, chunk_size, token_losses
 from replib.training.config import TrainConfig
 from replib.training.objective import Objective, Part, reference
 from replib.training.result import TrainResult
@@ -115,7 +115,7 @@ def _labelled(reinforced: ChatModel, rows: Sequence[Dialogue], alpha: float) -> 
     batch = dialogue_batch(reinforced, rows)
     with reference(reinforced) as base:
         plain = answer_states(base, batch)
-    size = stretch_of(reinforced)  # no adapter touches the unembedding, so both share it
+    size = chunk_size(reinforced)  # no adapter touches the unembedding, so both share it
     pairs = zip(answer_states(reinforced, batch).split(size), plain.split(size), strict=True)
     labels = [generic_logits(*map(reinforced.logits, pair), alpha=alpha).argmax(dim=-1) for pair in pairs]
     each = torch.cat(labels).cpu().split(batch.response_mask.sum(dim=1).tolist())

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection
 from copy import copy, deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -62,15 +63,7 @@ def attached_lora(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tied embeddings are not adapted: peft's advice on merging does not apply
         peft_model = get_peft_model(model.causal_lm, lora)
-    return ChatModel(
-        peft_model,
-        model.tokenizer,
-        name=model.name,
-        revision=model.revision,
-        adapter=name,
-        template=model.template,
-        architecture=model.architecture,
-    )
+    return model.rebind(peft_model, adapter=name)
 
 
 def detached(model: ChatModel) -> ChatModel:
@@ -81,14 +74,7 @@ def detached(model: ChatModel) -> ChatModel:
     """
     if not hasattr(model.model, "unload"):
         raise ReplibError(f"{model.name} carries no adapter that could be taken off.")
-    return ChatModel(
-        model.model.eval().unload(),
-        model.tokenizer,
-        name=model.name,
-        revision=model.revision,
-        template=model.template,
-        architecture=model.architecture,
-    )
+    return model.rebind(model.model.eval().unload())
 
 
 def unfrozen(model: ChatModel) -> ChatModel:
@@ -99,10 +85,8 @@ def unfrozen(model: ChatModel) -> ChatModel:
     """
     if hasattr(model.model, "disable_adapter") or getattr(model.causal_lm, "is_quantized", False):
         raise ReplibError(f"{model.name} cannot be trained in full: it carries an adapter or quantised weights.")
-    tuned, frozen = copy(model), copy(model)
-    frozen.model = deepcopy(model.model).eval().requires_grad_(False)
-    frozen.rebind(model.architecture)
-    tuned.frozen = frozen
+    tuned = copy(model)
+    tuned.frozen = model.rebind(deepcopy(model.model).eval().requires_grad_(False))
     tuned.model.requires_grad_(True)
     return tuned
 
@@ -175,15 +159,7 @@ def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
             f"The adapter in {str(folder)!r} does not fit this model: {str(error).splitlines()[0]} "
             "Load the base model that its adapter_config.json names."
         ) from error
-    return ChatModel(
-        peft_model.eval(),
-        model.tokenizer,
-        name=model.name,
-        revision=model.revision,
-        adapter=str(adapter),
-        template=model.template,
-        architecture=model.architecture,
-    )
+    return model.rebind(peft_model.eval(), adapter=str(adapter))
 
 
 def _adapter_folder(adapter: str) -> Path:
@@ -207,23 +183,16 @@ def merged(model: ChatModel) -> ChatModel:
 
     For inference only: the model that is given is used up, and ``adapter_off`` of the merged one raises.
     """
-    if not hasattr(model.model, "merge_and_unload"):
-        raise ReplibError(f"{model.name} carries no adapter to merge.")
-    added = adapter_hash(model.model)
-    return ChatModel(
-        model.model.merge_and_unload().eval(),
-        model.tokenizer,
-        merged=added,
-        name=model.name,
-        revision=model.revision,
-        adapter=model.adapter,
-        template=model.template,
-        architecture=model.architecture,
-    )
+    return _merged(model, model.model)
 
 
 def merged_copy(model: ChatModel) -> ChatModel:
-    """The same of a copy, for measuring a model in the middle of its training: the given one stays as it is."""
-    twin = copy(model)
-    twin.model = deepcopy(model.model)
-    return merged(twin)
+    """``merged`` of a copy, to measure a model during its training; the given model stays as it is."""
+    return _merged(model, deepcopy(model.model))
+
+
+def _merged(model: ChatModel, peft_model: Any) -> ChatModel:
+    if not hasattr(peft_model, "merge_and_unload"):
+        raise ReplibError(f"{model.name} carries no adapter to merge.")
+    added = adapter_hash(peft_model)
+    return model.rebind(peft_model.merge_and_unload().eval(), adapter=model.adapter, merged=added)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from replib.core.distributed import full_tensor
 from replib.core.errors import ReplibError
 
-ANATOMY_HINT = (
-    "Name them: load(..., architecture=Anatomy(blocks='model.layers', final_norm='model.norm', unembed='lm_head'))"
+_HINT = (
+    "Name them: load(..., architecture=Architecture(blocks='model.layers', final_norm='model.norm', unembed='lm_head'))"
 )
 
 
@@ -29,7 +29,7 @@ class Architecture:
     unembed: str
 
 
-def find_anatomy(model: Any) -> Architecture:
+def find_architecture(model: Any) -> Architecture:
     """Blocks, final norm and unembedding of a decoder, by structure alone.
 
     Blocks are the module list as long as the config says. Where several are (a vision tower beside the text decoder,
@@ -44,9 +44,9 @@ def find_anatomy(model: Any) -> Architecture:
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     head = model.get_output_embeddings()
     if not lists or head is None:
-        raise ReplibError(f"Cannot find the {depth} decoder blocks of {type(model).__name__}. {ANATOMY_HINT}")
+        raise ReplibError(f"Cannot find the {depth} decoder blocks of {type(model).__name__}. {_HINT}")
     words = _path_of(model, model.get_input_embeddings())
-    blocks = max(lists, key=lambda found: (_together(found[0], words), _size(found[1])))[0]
+    blocks = max(lists, key=lambda named: (_shared_steps(named[0], words), _size(named[1])))[0]
     return Architecture(blocks, _norm_after(model, blocks), _path_of(model, head))
 
 
@@ -57,7 +57,7 @@ def _norm_after(model: Any, blocks: str) -> str:
     width = text_config(model.config).hidden_size
     norms = [(i, n) for i, (n, m) in enumerate(children) if "norm" in type(m).__name__.lower() and _fits(m, width)]
     if not norms:
-        raise ReplibError(f"Cannot find the final norm of {type(model).__name__}. {ANATOMY_HINT}")
+        raise ReplibError(f"Cannot find the final norm of {type(model).__name__}. {_HINT}")
     name = next((n for i, n in norms if i > place), norms[-1][1])
     return f"{parent}.{name}".lstrip(".")
 
@@ -66,10 +66,9 @@ def _path_of(model: nn.Module, part: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is part)
 
 
-def _together(path: str, other: str) -> int:
-    """How many steps two paths go together."""
-    pairs = zip(path.split("."), other.split("."), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+def _shared_steps(path: str, other: str) -> int:
+    """Number of steps that two dotted paths begin with together."""
+    return len(os.path.commonprefix([path.split("."), other.split(".")]))
 
 
 def _size(part: nn.Module) -> int:
@@ -86,7 +85,7 @@ def resolve(model: nn.Module, path: str) -> Any:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
-        raise ReplibError(f"{type(model).__name__} has no part {path!r}. {ANATOMY_HINT}") from error
+        raise ReplibError(f"{type(model).__name__} has no part {path!r}. {_HINT}") from error
 
 
 def text_config(config: Any) -> Any:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from replib.core.errors import ReplibError
-from replib.models.architecture import Architecture, adapter_hash, find_anatomy, fingerprint, resolve, text_config
+from replib.models.architecture import Architecture, adapter_hash, find_architecture, fingerprint, resolve, text_config
 from replib.models.chat_template import Template
+from replib.models.hook_points import find_hook_points
 from replib.models.tokens import Batch, Row, fitted, padded
 
 
@@ -42,15 +43,29 @@ class ChatModel:
         self.readings = 0  # batches read so far: tells a prompt of one token from an answer's token
         self.as_base = False  # whether the adapter is switched off at this moment
         self.frozen: ChatModel | None = None  # a copy from before training, where all weights are trained
-        self.rebind(about.get("architecture"))
-
-    def rebind(self, architecture: Architecture | None = None) -> None:
-        """Find blocks, final norm and unembedding again, for example after an adapter was attached."""
-        self.architecture = architecture or find_anatomy(self.causal_lm)
+        self.architecture: Architecture = about.get("architecture") or find_architecture(self.causal_lm)
         self.blocks: list[nn.Module] = list(resolve(self.causal_lm, self.architecture.blocks))
         self.final_norm = resolve(self.causal_lm, self.architecture.final_norm)
         self.unembed = resolve(self.causal_lm, self.architecture.unembed)
-        self.taps: list[dict[str, Any]] | None = None  # where the sites of each block are, once they were looked for
+        with evaluating(model):
+            self.hook_points = find_hook_points(model, self.blocks, self._probe())
+
+    def _probe(self) -> dict[str, Tensor]:
+        """Inputs of a short pass, on the meta device if the model has no weights."""
+        no_weights = all(p.is_meta for p in self.model.parameters()) and not hasattr(self.causal_lm, "hf_device_map")
+        rows = list(Template(self.tokenizer, None).rows(["a b"]))
+        return padded(rows, self.pad_id).to(torch.device("meta") if no_weights else self.device).inputs()
+
+    def rebind(self, model: nn.Module, *, adapter: str | None = None, merged: str = "") -> ChatModel:
+        """A chat model around another module, for example after an adapter was attached: its parts are found anew.
+
+        Args:
+            model: a causal LM of the same architecture, or a PeftModel around it.
+            adapter: name of the adapter on it, or merged into it.
+            merged: hash of an adapter that was merged into its weights.
+        """
+        about = {"revision": self.revision, "template": self.template, "architecture": self.architecture}
+        return ChatModel(model, self.tokenizer, name=self.name, adapter=adapter, merged=merged, **about)
 
     @property
     def causal_lm(self) -> Any:

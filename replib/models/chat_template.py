@@ -8,11 +8,11 @@ ordinary tokens of these letters and never the control token.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -160,7 +160,8 @@ class Template:
         for turn, ids, head, tail in zip(turns, *found, strict=True):
             while self.source is None and len(ids) > 1 and ids[-1] in controls:
                 ids.pop()
-            start, after = _shared(ids, head), _shared(ids[::-1], tail[::-1]) if turn.after else 0
+            start = len(os.path.commonprefix([ids, head]))
+            after = len(os.path.commonprefix([ids[::-1], tail[::-1]])) if turn.after else 0
             rows.append(Row(ids, (start, max(start, len(ids) - after)), len(ids)))
         return rows
 
@@ -204,11 +205,6 @@ def _apart(index: int, text: str, prompt: str, before: str, after: str) -> Turn:
         f"The chat template rewrites prompt {index}, so its tokens cannot be told from the template's: "
         f"it begins {prompt[:40]!r}. Change the prompt or the template."
     )
-
-
-def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences begin with together."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
 
 
 @lru_cache(maxsize=4)

@@ -1,13 +1,13 @@
-"""Forward passes that compute no more than a loss reads: no unembedding, nothing above the last wanted block, and the
-blocks below every adapter once instead of twice.
+"""Forward passes that compute no more than a loss reads, and log-probabilities of answers.
+
+No pass computes the logits of the whole vocabulary for tokens that no loss reads, or blocks above the last wanted one;
+frozen blocks below every adapter run once instead of twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -16,107 +16,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from replib.core.distributed import is_split
-from replib.models.chat_model import ChatModel, evaluating
+from replib.models.chat_model import ChatModel
 from replib.models.hooks import Hook, hooked
-from replib.models.tokens import Batch, Position, Row
+from replib.models.tokens import Batch
 
-LEAST = 4  # tokens; a shorter beginning is not worth a pass of its own
-KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-def of_keys_and_values(cache: Cache) -> bool:
-    """Whether every layer holds keys and values of each row and nothing else.
-
-    Exactly these classes: hybrid layers inherit from them, and a recurrent state cannot be lent or selected by row.
-    """
-    return isinstance(cache, DynamicCache) and all(type(layer) in KEYS_AND_VALUES for layer in cache.layers)
+LOGITS = 1 << 24  # largest number of logits (tokens x vocabulary) that one chunk holds
 
 
-class _Lent(DynamicLayer):
-    """Keys and values of one row, lent to every row of a batch; what the batch adds is not kept."""
-
-    def __init__(self, layer: DynamicLayer):
-        super().__init__()
-        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
-        self.dtype, self.device = layer.keys.dtype, layer.keys.device
-        self.is_sliding = layer.is_sliding
-
-    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_more: Any) -> tuple[Tensor, Tensor]:
-        """The lent ones, followed by those of the batch."""
-        rows = len(keys)
-        lent_keys, lent_values = (x.expand(rows, -1, -1, -1) for x in (self.keys, self.values))
-        return torch.cat([lent_keys, keys], dim=-2), torch.cat([lent_values, values], dim=-2)
-
-
-@dataclass(frozen=True)
-class SharedPrefix:
-    """The keys and values of the first ``length`` tokens of every row."""
-
-    length: int
-    cache: Cache
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the model takes to read a batch of what follows."""
-        read = torch.ones(len(batch.input_ids), self.length, dtype=torch.long, device=batch.input_ids.device)
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": torch.cat([read, batch.attention_mask], dim=1),
-            "position_ids": batch.position_ids + self.length,
-            "past_key_values": self.cache,
-        }
-
-
-@torch.no_grad()
-def read_beginning(model: ChatModel, ids: Sequence[int], longest: int) -> SharedPrefix | None:
-    """Read the first tokens of all rows, for rows of at most ``longest`` tokens in all.
-
-    None where their state is more than keys and values, or where a sliding window would forget part of them.
-    """
-    out = model.causal_lm.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True)
-    cache = out.past_key_values
-    if not of_keys_and_values(cache):
-        return None
-    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    if any(layer.keys is None for layer in cache.layers) or min(windows, default=longest) < longest:
-        return None
-    return SharedPrefix(len(ids), Cache(layers=[_Lent(layer) for layer in cache.layers]))
-
-
-def shared_length(rows: Sequence[Row], positions: Sequence[Position]) -> int:
-    """How many tokens all rows begin with, none of them wanted; 0 if it is not worth a pass."""
-    length = min(min(len(row) - 1, *(_first_wanted(row, p) for p in positions)) for row in rows)
-    first = rows[0].ids
-    for row in rows:
-        while length > 0 and row.ids[:length] != first[:length]:
-            length -= 1
-    return length if length >= LEAST and len(rows) > 1 else 0
-
-
-def _first_wanted(row: Row, position: Position) -> int:
-    """Index of the first token that a position reads."""
-    if isinstance(position, int):
-        return row.prompt + position
-    return row.prompt - 1 if position == "last_prompt" else row.span(position).start
-
-
-def untouched(model: ChatModel) -> bool:
-    """Whether no hook acts on the model: one might, and it would not know that a beginning is missing."""
-    return not any(
-        hook.__module__ != "transformers.utils.output_capturing"  # left behind by transformers, and at rest
-        for module in model.model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
-
-
-LOGITS = 1 << 24  # numbers that the logits of one stretch of tokens hold at most
-
-
-class _Enough(Exception):
-    """All that is wanted has been read."""
+class StopForward(Exception):
+    """Raised in a hook to end a forward pass after the last wanted block."""
 
 
 def forward_states(
@@ -128,53 +38,53 @@ def forward_states(
         chat: the model.
         batch: padded rows.
         hooks: called with the hidden states ``[rows, tokens, dim]`` at (site, block), see ``replib.models.hooks``.
-        last: block after which the pass may stop; None goes to the end, as does a model whose weights are split
-            over processes: a pass that breaks off would leave some of them gathered.
+        last: block after which the pass stops; None runs to the end. A model whose weights are split over processes
+            always runs to the end, because an interrupted pass would leave some weights gathered.
 
     Returns:
-        What left the final norm, ``[rows, tokens, dim]``, for ``chat.logits``; None where the pass was stopped.
+        Output of the final norm, ``[rows, tokens, dim]``, for ``chat.logits``; None if the pass was stopped.
     """
     final: list[Tensor] = []
 
     def stop(*_: object) -> None:
-        raise _Enough
+        raise StopForward
 
-    taps = [chat.final_norm.register_forward_hook(lambda _m, _a, out: final.append(out))]
+    handles = [chat.final_norm.register_forward_hook(lambda _m, _a, out: final.append(out))]
     try:
         with hooked(chat, dict(hooks or {})), chat.reading_batch(batch):
             if last is not None and not is_split(chat.model):
-                taps.append(chat.blocks[last].register_forward_hook(stop))
+                handles.append(chat.blocks[last].register_forward_hook(stop))
             chat.model(**batch.inputs(), use_cache=False, logits_to_keep=1)
-    except _Enough:
+    except StopForward:
         return None
     finally:
-        for tap in taps:
-            tap.remove()
-    return final[-1]  # where sites are looked for, a prompt passes before
+        for handle in handles:
+            handle.remove()
+    return final[0]
 
 
 def in_chunks(chat: ChatModel, compute: Callable[..., Tensor], *rows: Tensor) -> list[Tensor]:
-    """What is computed on rows whose logits are made there, a stretch of them at a time.
+    """Results of ``compute`` on chunks of rows whose logits fit into memory.
 
-    Where there are several stretches, each is computed anew for the gradient, so that one at a time holds its logits.
+    Several chunks are recomputed for the gradient, so that only one of them holds its logits at a time.
     """
-    size = stretch_of(chat)
+    size = chunk_size(chat)
     if len(rows[0]) <= size:
         return [compute(*rows)]
-    each = zip(*(x.split(size) for x in rows), strict=True)
-    return [checkpoint(compute, *some, use_reentrant=False) for some in each]
+    chunks = zip(*(x.split(size) for x in rows), strict=True)
+    return [checkpoint(compute, *chunk, use_reentrant=False) for chunk in chunks]
 
 
-def stretch_of(chat: ChatModel) -> int:
-    """Tokens whose logits are made at once."""
+def chunk_size(chat: ChatModel) -> int:
+    """Number of tokens whose logits are computed at once."""
     return max(1, LOGITS // chat.unembed.out_features)
 
 
 @contextmanager
 def cache_frozen_blocks(chat: ChatModel) -> Iterator[None]:
-    """Inside, blocks below every adapter compute the first pass of a batch alone; the next one takes what they gave.
+    """Reuse the outputs of the blocks below every adapter in the second pass of the same batch.
 
-    With and without the adapter they read the same: first comes the reference, then the model in training.
+    These blocks give the same with the adapter (the model in training) and without it (the reference, read first).
     """
     with ExitStack() as stack:
         for block in below_adapters(chat):
@@ -186,7 +96,7 @@ def cache_frozen_blocks(chat: ChatModel) -> Iterator[None]:
 
 @contextmanager
 def without_checkpointing(chat: ChatModel) -> Iterator[None]:
-    """Inside, blocks keep what the gradient needs: computed anew, they would not meet edits that are gone by then."""
+    """Switch gradient checkpointing off; recomputed activations would miss edits already removed."""
     modules = [m for m in chat.model.modules() if getattr(m, "gradient_checkpointing", False)]
     try:
         for module in modules:
@@ -198,19 +108,19 @@ def without_checkpointing(chat: ChatModel) -> Iterator[None]:
 
 
 def below_adapters(chat: ChatModel) -> list[nn.Module]:
-    """The first blocks, as far as nothing in them or before them is trained; none where weights are split."""
+    """Blocks before the first trained parameter; none if weights are split over processes."""
     if is_split(chat.model) or any(p.requires_grad for p in chat.causal_lm.get_input_embeddings().parameters()):
         return []
     return list(takewhile(lambda block: not any(p.requires_grad for p in block.parameters()), chat.blocks))
 
 
 def _once(forward: Callable) -> Callable:
-    given: list[Any] = []
+    outputs: list[Any] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not given:
-            given.append(forward(*args, **kwargs))
-        return given[0]
+        if not outputs:
+            outputs.append(forward(*args, **kwargs))
+        return outputs[0]
 
     return run
 
@@ -235,9 +145,9 @@ def answer_tokens(batch: Batch) -> Int[Tensor, " answered"]:
 
 
 def answer_states(chat: ChatModel, batch: Batch) -> Float[Tensor, "answered dim"]:
-    """What left the final norm where the tokens of ``answer_tokens`` are predicted, for ``chat.logits``.
+    """Outputs of the final norm that predict the tokens of ``answer_tokens``, for ``chat.logits``.
 
-    Each is read one token earlier: the last token of the prompt predicts the first of the answer.
+    Each is one token earlier: the last token of the prompt predicts the first of the answer.
     """
     final = forward_states(chat, batch)
     assert final is not None  # the pass went to the end
@@ -247,12 +157,12 @@ def answer_states(chat: ChatModel, batch: Batch) -> Float[Tensor, "answered dim"
 def token_losses(
     chat: ChatModel, states: Float[Tensor, "answered dim"], tokens: Int[Tensor, " answered"]
 ) -> Float[Tensor, " answered"]:
-    """−log p of each token, nats. Logits are made a stretch at a time; if there are several, anew for the gradient."""
+    """−log p of each token, nats. Logits are computed in chunks, and several chunks anew for the gradient."""
 
-    def stretch(s: Tensor, t: Tensor) -> Tensor:
+    def losses(s: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(chat.logits(s), t, reduction="none")
 
-    return torch.cat(in_chunks(chat, stretch, states, tokens))
+    return torch.cat(in_chunks(chat, losses, states, tokens))
 
 
 def answer_logp(chat: ChatModel, batch: Batch) -> Float[Tensor, " rows"]:
@@ -260,33 +170,3 @@ def answer_logp(chat: ChatModel, batch: Batch) -> Float[Tensor, " rows"]:
     losses = token_losses(chat, answer_states(chat, batch), answer_tokens(batch))
     row = batch.response_mask.nonzero()[:, 0]
     return losses.new_zeros(len(batch.input_ids)).index_add(0, row, -losses)
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """A batch of prompts, and the cache of all their tokens but the last."""
-
-    model: ChatModel
-    batch: Batch
-    cache: Cache
-
-    @property
-    def whole(self) -> bool:
-        """Whether the cache is one of keys and values in every layer, and every prompt has a token in it."""
-        return of_keys_and_values(self.cache) and bool((self.batch.attention_mask.sum(1) > 1).all())
-
-    @classmethod
-    @torch.no_grad()
-    def read(cls, model: ChatModel, prompts: Sequence[str]) -> Prefix:
-        """Read prompts, without any edit in place."""
-        batch = model.encode(prompts)
-        with evaluating(model.model):
-            out = model.model(**batch.columns(0, -1).inputs(), use_cache=True, logits_to_keep=1)
-        return cls(model, batch, out.past_key_values)
-
-    def copies(self, n: int) -> tuple[Batch, Cache]:
-        """All prompts, n times over, and a cache of its own for them: what ``ChatModel.replied`` takes."""
-        rows = torch.arange(len(self.batch.input_ids), device=self.batch.input_ids.device).repeat(n)
-        cache = deepcopy(self.cache)
-        cache.batch_select_indices(rows)
-        return self.batch.rows(rows), cache

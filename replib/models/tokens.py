@@ -26,17 +26,6 @@ class Row:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def span(self, name: str) -> range:
-        """Indices of the tokens of a named span."""
-        start, stop = self.instruction
-        return {
-            "instruction": range(start, stop),
-            "post_instruction": range(stop, self.prompt),
-            "prompt": range(self.prompt),
-            "response": range(self.prompt, len(self)),
-            "all": range(len(self)),
-        }[name]
-
     def answered(self, response: Sequence[int]) -> Row:
         """The same row with more response."""
         return replace(self, ids=self.ids + list(response))
@@ -163,17 +152,34 @@ def fitted(rows: Sequence[Row], context: int, overflow: str, name: str) -> list[
     return [row.shortened(n) if n else row for row, n in zip(rows, excess, strict=True)]
 
 
-SPANS = ("last_prompt", "instruction", "post_instruction", "prompt", "response", "all")
+@dataclass(frozen=True)
+class Span:
+    """A named part of every row."""
+
+    of_row: Callable[[Row], range]
+    """Indices of its tokens in a row."""
+    mask: Callable[[Batch], Bool[Tensor, "rows tokens"]]
+    """Its tokens in a batch."""
+
+
+SPANS = {
+    "instruction": Span(lambda row: range(*row.instruction), lambda batch: batch.instruction_mask),
+    "post_instruction": Span(lambda row: range(row.instruction[1], row.prompt), lambda batch: batch.post_mask),
+    "prompt": Span(lambda row: range(row.prompt), lambda batch: batch.prompt_mask),
+    "response": Span(lambda row: range(row.prompt, len(row)), lambda batch: batch.response_mask),
+    "all": Span(lambda row: range(len(row)), lambda batch: batch.attention_mask.bool()),
+}
 Position = str | int
 
 
 def check_positions(positions: Sequence[Position]) -> list[Position]:
     """Positions as they are, or an error that lists the known ones."""
+    known = ("last_prompt", *SPANS)
     for p in positions:
-        if (isinstance(p, str) and p not in SPANS) or isinstance(p, bool):
-            raise ReplibError(f"Unknown position {p!r}: use {', '.join(SPANS)}, or an integer.")
+        if (isinstance(p, str) and p not in known) or isinstance(p, bool):
+            raise ReplibError(f"Unknown position {p!r}: use {', '.join(known)}, or an integer.")
     if not positions:
-        raise ReplibError(f"No position was given: use {', '.join(SPANS)}, or an integer.")
+        raise ReplibError(f"No position was given: use {', '.join(known)}, or an integer.")
     return list(positions)
 
 
@@ -204,7 +210,7 @@ def choose(batch: Batch, positions: Sequence[Position], pool: str = "mean") -> T
 def complete(batch: Batch, positions: Sequence[Position]) -> Int[Tensor, " rows"]:
     """Rows of a batch that have every wanted position."""
     there = [
-        _located(batch, p)[1] if isinstance(p, int) else span(batch, p).any(dim=1)
+        _located(batch, p)[1] if isinstance(p, int) else SPANS[p].mask(batch).any(dim=1)
         for p in positions
         if p != "last_prompt"
     ]
@@ -245,21 +251,11 @@ def _located(batch: Batch, position: int) -> tuple[Int[Tensor, " rows"], Bool[Te
     return column, inside & mask.gather(1, column.clamp(0, mask.shape[1] - 1)[:, None])[:, 0]
 
 
-def _filled(batch: Batch, name: str) -> Tensor:
-    mask = span(batch, name)
+def _filled(batch: Batch, name: str) -> Bool[Tensor, "rows tokens"]:
+    """Mask of a span that every row must have."""
+    mask = SPANS[name].mask(batch)
     if not mask.any(dim=1).all():
         raise ReplibError(
             f"The span {name!r} of a row is empty: give responses (or max_new_tokens=…), or read another position."
         )
     return mask
-
-
-def span(batch: Batch, name: str) -> Tensor:
-    """The token mask of a named span."""
-    return {
-        "instruction": batch.instruction_mask,
-        "post_instruction": batch.post_mask,
-        "prompt": batch.prompt_mask,
-        "response": batch.response_mask,
-        "all": batch.attention_mask.bool(),
-    }[name]

@@ -13,7 +13,7 @@ from replib.activations.capture import capture, capture_pair, stream
 from replib.core.errors import ReplibError
 from replib.models.hooks import hooked
 from replib.models.load import load
-from replib.models.tokens import span
+from replib.models.tokens import SPANS
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w10 w11"]
 RESPONSES = ["w20 w21", "w22", "w23 w24 w25", "w26"]
@@ -157,7 +157,8 @@ def test_float16_that_overflows_is_said(tmp_path):
 
 def test_span_names_cover_the_masks(llama):
     batch = llama.encode(PROMPTS, RESPONSES)
-    assert torch.equal(span(batch, "prompt") | span(batch, "response"), span(batch, "all"))
+    masks = {name: span.mask(batch) for name, span in SPANS.items()}
+    assert torch.equal(masks["prompt"] | masks["response"], masks["all"])
 
 
 # --------------------------------------------------------------------------------------------- responses

@@ -6,8 +6,8 @@ import torch
 from helpers import tiny
 from replib.activations.capture import capture
 from replib.edits.apply import applied
-from replib.models.forward import Prefix
 from replib.models.load import load
+from replib.models.prefix_cache import CachedPrompts
 from replib.transport.affine import AffineEdit
 
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9 w10"]
@@ -31,7 +31,7 @@ def finished(prefix, copies, tokens):
 
 
 def test_logits_and_answers_are_those_of_reading_at_once(model):
-    prefix, groups = Prefix.read(model, PROMPTS), [edits(model, 0), {}, edits(model, 1)]
+    prefix, groups = CachedPrompts.read(model, PROMPTS), [edits(model, 0), {}, edits(model, 1)]
     batch = model.encode(PROMPTS * 3)
     with torch.no_grad(), applied(model, groups):
         expected = model.forward(batch)[:, -1]
@@ -42,7 +42,7 @@ def test_logits_and_answers_are_those_of_reading_at_once(model):
 
 
 def test_an_answer_that_ends_at_once_is_empty(model, monkeypatch):
-    prefix = Prefix.read(model, PROMPTS)
+    prefix = CachedPrompts.read(model, PROMPTS)
     first = finished(prefix, 1, 1)[0].argmax(-1).tolist()
     monkeypatch.setattr(model.model.generation_config, "eos_token_id", [first[0], 10**6])
     answers = finished(prefix, 1, 5)[1]
@@ -53,8 +53,8 @@ def test_an_answer_that_ends_at_once_is_empty(model, monkeypatch):
 def test_a_prompt_of_one_token_has_no_prefix(model):
     model.template, template = None, model.template
     try:
-        assert Prefix.read(model, ["w1 w2 w3", "w4 w5"]).whole
-        assert not Prefix.read(model, ["w1 w2 w3", "w4"]).whole
+        assert CachedPrompts.read(model, ["w1 w2 w3", "w4 w5"]).complete
+        assert not CachedPrompts.read(model, ["w1 w2 w3", "w4"]).complete
     finally:
         model.template = template
 
@@ -63,4 +63,4 @@ def test_a_prompt_of_one_token_has_no_prefix(model):
 def test_a_hybrid_model_has_no_prefix_that_can_be_shared(kind, tmp_path):
     """Its recurrent states, in blocks of their own or beside the attention, cannot be copied row by row."""
     hybrid = load(tiny.save_model(tmp_path, kind))
-    assert not Prefix.read(hybrid, PROMPTS).whole
+    assert not CachedPrompts.read(hybrid, PROMPTS).complete

@@ -8,9 +8,9 @@ from helpers.tolerance import close
 from replib.activations import reader
 from replib.activations.capture import capture, capture_pair, capture_sites
 from replib.edits.apply import applied
-from replib.models.forward import shared_length
 from replib.models.hooks import SITES
 from replib.models.load import load
+from replib.models.prefix_cache import shared_length
 from replib.models.tokens import Row
 from replib.transport.affine import AffineEdit
 
@@ -22,14 +22,14 @@ RESPONSES = ["w20 w21", "w22", "w23 w24 w25", "w26"]
 @pytest.fixture
 def lengths(monkeypatch):
     """Of the beginnings that were read, in order."""
-    seen, read = [], reader.read_beginning
+    seen, read = [], reader.read_prefix
 
     def noting(model, ids, longest):
         found = read(model, ids, longest)
         seen.append(found and found.length)
         return found
 
-    monkeypatch.setattr(reader, "read_beginning", noting)
+    monkeypatch.setattr(reader, "read_prefix", noting)
     return seen
 
 

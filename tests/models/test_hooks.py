@@ -116,6 +116,7 @@ def test_sublayers_scaled_before_they_are_added_are_refused_not_misread(tmp_path
         model.causal_lm.get_input_embeddings().weight[:, 0] *= massive
     for block in model.blocks:
         block.residual_multiplier = 0.22
+    model = model.rebind(model.model)
     with pytest.raises(ReplibError, match="no site 'attn_out': .*do not add up"):
         capture_sites(model, PROMPTS, ["attn_out"])
     assert capture_sites(model, PROMPTS, ["resid_mid"])["resid_mid"].values.isfinite().all()
@@ -143,14 +144,27 @@ def test_hooks_that_replace_reach_the_next_block(tmp_path):
         assert not capture_sites(model, PROMPTS, ["resid_pre"], layers=[1])["resid_pre"].values.any()
 
 
-def test_sites_are_found_while_an_edit_is_in_place(tmp_path):
+def test_hook_points_are_found_at_load_and_no_hooked_pass_looks_for_them(tmp_path):
     model, fresh = load(tiny.save_model(tmp_path)), load(tmp_path)
-    fresh.taps = None
-    capture_sites(model, PROMPTS, SITES)  # found before
+    assert [set(points) for points in fresh.hook_points] == [set(SITES)] * fresh.n_layers
+    capture_sites(model, PROMPTS, SITES)
+    passes = []
+    fresh.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     edit = {1: AffineEdit.shift(torch.ones(16))}
     with applied(model, edit), applied(fresh, edit):
         expected, found = (capture_sites(m, PROMPTS, ["attn_in"])["attn_in"].values for m in (model, fresh))
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected) and passes == [1]
+
+
+def test_a_model_without_weights_loads_with_the_points_that_its_architecture_shows(named_model):
+    _, model = named_model
+    with torch.device("meta"):
+        empty = type(model.causal_lm)(model.causal_lm.config)
+    for points, known in zip(model.rebind(empty.eval()).hook_points, model.hook_points, strict=True):
+        assert {"resid_pre", "resid_post"} <= set(points)
+        assert {site: at.after for site, at in points.items()}.items() <= {
+            s: at.after for s, at in known.items()
+        }.items()
 
 
 def test_blocks_that_return_tuples_are_read_and_edited_alike(tmp_path, monkeypatch):

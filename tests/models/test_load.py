@@ -12,7 +12,7 @@ from helpers import tiny
 from helpers.tolerance import close
 from replib.core.errors import ReplibError
 from replib.models.adapters import merged
-from replib.models.architecture import Architecture, find_anatomy, fingerprint
+from replib.models.architecture import Architecture, find_architecture, fingerprint
 from replib.models.load import load
 from replib.models.self_check import self_check
 
@@ -64,13 +64,13 @@ class Odd(torch.nn.Module):
 
 
 def test_the_blocks_are_found_among_lists_of_equal_length():
-    assert find_anatomy(Odd()) == Architecture("trunk.stack", "trunk.after", "readout")
-    with pytest.raises(ReplibError, match=r"final norm of Odd.*architecture=Anatomy\(blocks='model.layers'"):
-        find_anatomy(Odd(norm=torch.nn.Identity))
+    assert find_architecture(Odd()) == Architecture("trunk.stack", "trunk.after", "readout")
+    with pytest.raises(ReplibError, match=r"final norm of Odd.*architecture=Architecture\(blocks='model.layers'"):
+        find_architecture(Odd(norm=torch.nn.Identity))
     deeper = Odd()
     deeper.config.num_hidden_layers = 5
     with pytest.raises(ReplibError, match="Cannot find the 5 decoder blocks of Odd"):
-        find_anatomy(deeper)
+        find_architecture(deeper)
 
 
 def test_generation_in_a_batch_equals_one_prompt_at_a_time_in_transformers(folder):
@@ -197,10 +197,10 @@ def test_what_a_model_brings_against_repetition_does_not_change_its_greedy_answe
     assert model.generate(PROMPTS, max_new_tokens=8) == answers
 
 
-def test_anatomy_can_be_named_by_hand(folder):
+def test_architecture_can_be_named_by_hand(folder):
     named = load(folder, architecture=Architecture("model.layers", "model.norm", "lm_head"))
     assert named.blocks == list(named.model.model.layers)
-    with pytest.raises(ReplibError, match="no part 'model.lairs'.*architecture=Anatomy"):
+    with pytest.raises(ReplibError, match="no part 'model.lairs'.*architecture=Architecture"):
         load(folder, architecture=Architecture("model.lairs", "model.norm", "lm_head"))
 
 
