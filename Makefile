@@ -1,7 +1,7 @@
 # Needs git, make and Python >= 3.11. `make demo` and `make test` are the two that matter; both do only what is missing.
 VENV := .venv
 BIN := $(VENV)/bin
-TEST_EXTRAS := dev,notebooks,browser,tune
+TEST_EXTRAS := dev,notebooks,browser,tune,docs
 TEST_READY := $(VENV)/.installed-$(TEST_EXTRAS)
 # What the tests need holds all that the demo needs.
 DEMO_READY := $(or $(wildcard $(TEST_READY)),$(VENV)/.installed-notebooks)
@@ -22,7 +22,7 @@ KERNEL_sse41 := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_I
 # Idle OpenMP threads sleep: spinning, they would take the cores that other programs are working on.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-kernels $(KERNEL_TARGETS) lab lint organism clean
+.PHONY: help demo test test-kernels $(KERNEL_TARGETS) lab lint docs organism clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -50,6 +50,11 @@ lint: $(TEST_READY)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(TEST_READY)  ## draw the rooms and build the pages of docs/ into build/docs, without a network
+	@$(BIN)/python tools/layout_picture.py
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "Pages, to open in any browser: build/docs/index.html"
 
 organism: $(DEMO_READY)  ## train the model organism anew on the CPU, and measure it
 	@$(BIN)/python -m replib.organism.build

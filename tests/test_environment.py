@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-import install as bootstrap
+import install
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -88,30 +88,30 @@ def test_no_registry_host_is_named():
 
 
 def test_this_machine_passes_the_check():
-    assert bootstrap.problem(sys.version_info, free_gb=50) is None
+    assert install.problem(sys.version_info, free_gb=50) is None
 
 
 def test_an_old_python_is_refused_with_the_version_needed():
-    assert re.search(r"3\.10 is too old.*3\.11", bootstrap.problem((3, 10, 4), free_gb=50))
+    assert re.search(r"3\.10 is too old.*3\.11", install.problem((3, 10, 4), free_gb=50))
 
 
 def test_a_python_without_ensurepip_is_told_the_debian_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "ensurepip", None)
-    assert "apt install python3.12-venv" in bootstrap.problem((3, 12), free_gb=50)
+    assert "apt install python3.12-venv" in install.problem((3, 12), free_gb=50)
 
 
 def test_a_nearly_full_disk_is_refused_with_both_sizes():
-    assert re.search(r"1\.5 GB.*needs 4", bootstrap.problem((3, 12), free_gb=1.5))
+    assert re.search(r"1\.5 GB.*needs 4", install.problem((3, 12), free_gb=1.5))
 
 
-def test_bootstrap_and_makefile_ask_for_the_python_of_pyproject():
-    oldest = ".".join(map(str, bootstrap.OLDEST))
+def test_installer_and_makefile_ask_for_the_python_of_pyproject():
+    oldest = ".".join(map(str, install.OLDEST))
     assert PROJECT["requires-python"] == f">={oldest}"
-    assert "sys.version_info < ({}, {})".format(*bootstrap.OLDEST) in (ROOT / "Makefile").read_text()
+    assert "sys.version_info < ({}, {})".format(*install.OLDEST) in (ROOT / "Makefile").read_text()
 
 
-def test_bootstrap_can_be_read_by_a_python_that_is_too_old():
-    tree = ast.parse(Path(bootstrap.__file__).read_text())
+def test_the_installer_can_be_read_by_a_python_that_is_too_old():
+    tree = ast.parse(Path(install.__file__).read_text())
     modern = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.Match)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert not [node for node in ast.walk(tree) if isinstance(node, modern)]
@@ -123,7 +123,7 @@ def test_a_failed_installation_shows_the_end_of_the_log(tmp_path):
     pip.write_text("#!/bin/sh\necho 'ERROR: no space left on device'\nexit 1\n")
     pip.chmod(0o755)
     with pytest.raises(SystemExit, match="no space left on device[\\s\\S]*install.log"):
-        bootstrap.install(str(pip), "dev", str(tmp_path / "install.log"))
+        install.install(str(pip), "dev", str(tmp_path / "install.log"))
     assert "no space left" in (tmp_path / "install.log").read_text()
 
 
@@ -160,7 +160,7 @@ def test_make_installs_once_and_again_when_the_dependencies_change(checkout):
 
 
 def test_demo_is_content_with_what_the_tests_installed(checkout):
-    (checkout / ".venv/.installed-dev,notebooks,browser,tune").touch()
+    (checkout / ".venv/.installed-dev,notebooks,browser,tune,docs").touch()
     assert "install.py" not in make(checkout, "-n", "demo").stdout
     assert "replib demo" in make(checkout, "-n", "demo").stdout
 

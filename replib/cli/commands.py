@@ -1,64 +1,127 @@
-"""The verbs of the command line: each opens a study, runs one analysis and says where its result lies."""
+"""The commands: each opens a study, runs one analysis and returns the path of its result.
 
-from __future__ import annotations
+Signatures and docstrings are the command line's options and help. What an analysis needs is imported when it runs, so
+that ``replib --help`` loads no numerical library.
+"""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import torch
-
-from replib.ablation.fit import check_names, grid
-from replib.ablation.sweep_report import SweepReport, sweep_cost
-from replib.activations.capture import capture_cost, capture_to, finish_capture
-from replib.core.distributed import is_first, own_device, together
-from replib.core.settings import Settings
-from replib.core.storage import write_text
-from replib.data.prompts import Prompt, load_prompts
-from replib.data.splits import check_world
-from replib.defences.catalogue import Baseline
-from replib.defences.repbend.presets import preset_named
-from replib.defences.tuning import importances, ranges_around, tune
-from replib.models.hooks import check_site
-from replib.models.load import load
-from replib.models.tokens import Position, check_positions
-from replib.study.study import BASELINES, Study
-from replib.study.training import baseline_for, defend, harden, inner_of, schedule, study_objective
-
-SWEPT = (("pca_ot", "last_prompt"), ("pca_ot", "all"), *BASELINES)
+from replib.cli import options
+from replib.cli.options import Given
+from replib.core.errors import ReplibError
+from replib.core.settings import ROOT, Settings
 
 
-def run_audit(settings: Settings) -> Path:
-    """``replib audit``: one table, as CSV."""
-    study = Study.open(settings)
-    return study.audit().save(settings.out / f"audit-{Path(settings.model).name}.csv")
+def run_demo(*, settings: Given) -> None:
+    """Run every notebook and write one offline HTML report.
+
+    Args:
+        settings: model, prompts and output folder.
+
+    Raises:
+        ReplibError: replib is not run from a checkout.
+    """
+    from replib.cli.notebooks import run_notebooks
+
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if not paths:
+        raise ReplibError(f"{ROOT} holds no notebooks/*.ipynb: run the demo from a checkout of replib.")
+    cost = "about 8 minutes on 2 cores, less where work is kept"
+    print(f"Running {len(paths)} notebooks on {settings.model}: {cost}.", flush=True)
+    _export(run_notebooks(paths, settings.out, env=settings.environ()), settings)
 
 
-def run_bend(
-    settings: Settings,
+def run_chosen(
+    notebooks: list[Path],
+    /,
     *,
+    settings: Given,
+    assignments: Annotated[list[tuple[str, str]] | None, options.ASSIGNMENTS] = None,
+) -> None:
+    """Run chosen notebooks.
+
+    Args:
+        notebooks: paths of notebooks, in order.
+        settings: model, prompts and output folder.
+        assignments: any setting, as REPLIB_NAME=VALUE would give it; may be repeated.
+    """
+    from replib.cli.notebooks import run_notebooks
+
+    for path in run_notebooks(notebooks, settings.out, env=dict(assignments or ()) | settings.environ()):
+        print(f"wrote {path}")
+
+
+def run_report(*, settings: Given) -> None:
+    """Write the HTML report of notebooks already run.
+
+    Args:
+        settings: output folder, and the model of the title.
+
+    Raises:
+        ReplibError: no notebook was run.
+    """
+    executed = sorted((settings.out / "notebooks").glob("*.ipynb"))
+    if not executed:
+        raise ReplibError(f"{settings.out / 'notebooks'} holds no executed notebook: run `replib demo` first.")
+    _export(executed, settings)
+
+
+def _export(executed: list[Path], settings: Settings) -> None:
+    from replib.figures.report import export_html
+
+    report = settings.out / "report.html"
+    export_html(executed, report, title=f"replib: {settings.model}")
+    print(f"Report, to open in any browser without a network: {report.absolute()}")
+
+
+def run_audit(*, settings: Given) -> Path:
+    """Attack a model and judge its answers, as one table.
+
+    Args:
+        settings: model, prompts and output folder.
+    """
+    from replib.study.study import Study
+
+    return Study.open(settings).audit().save(settings.out / f"audit-{Path(settings.model).name}.csv")
+
+
+def run_bend(  # noqa: PLR0913
+    *,
+    settings: Given,
     preset: str | None = None,
     alpha: float | None = None,
     beta: float | None = None,
     gamma: float | None = None,
     steps: int | None = None,
-    save_every: int | None = None,
-    say: Callable[[str], object] = print,
+    save_every: Annotated[int | None, options.whole(0)] = None,
 ) -> Path:
-    """``replib bend``: train an adapter with a preset (``replib.defences.repbend.presets``), single coefficients changed.
+    """Train a RepBend adapter.
 
-    Stopped or killed, the same command goes on from the last checkpoint. Under torchrun or ``accelerate launch`` (see
-    ``replib/training/configs``) processes train together, each on micro-batches of its own.
+    Stopped or killed, the same command goes on from the last checkpoint. Under torchrun or accelerate launch (files in
+    replib/training/configs) processes train together, each on micro-batches of its own.
+
+    Args:
+        settings: model, prompts and output folder.
+        preset: organism, short, llama3-8b, mistral-7b, gemma2-2b or qwen2.5-14b; default by model.
+        alpha: weight of pushing unsafe representations away (the paper's meaning).
+        beta: weight of aligning unsafe representations with each other.
+        gamma: weight of staying close on benign text (KL).
+        steps: training steps.
+        save_every: steps between checkpoints; default 25, 0 for none.
 
     Raises:
         ReplibError: no preset has that name.
     """
+    from replib.core.distributed import is_first
+    from replib.defences.repbend.presets import preset_named
+
     chosen = preset_named(preset) if preset else None  # before a large model is loaded
-    study = Study.open(replace(settings, device=own_device(settings.device)))
+    study = _study(settings)
     bend, config = study.preset(preset)
     for note in chosen.fitted(study.model.n_layers).notes if chosen and is_first() else ():
-        say(note)
+        print(note)
     result = study.bend(
         replace(bend, **_given(alpha=alpha, beta=beta, gamma=gamma)),
         replace(config, **_given(steps=steps, save_every=save_every)),
@@ -67,176 +130,165 @@ def run_bend(
 
 
 def run_defend(
-    settings: Settings,
-    *,
     defence: str,
+    /,
+    *,
+    settings: Given,
     steps: int | None = None,
     learning_rate: float | None = None,
-    save_every: int | None = None,
-    mix: str | None = None,
-    mix_files: Sequence[str] = (),
+    save_every: Annotated[int | None, options.whole(0)] = None,
+    mix: Annotated[Literal["repbend", "circuit_breaker"] | None, options.WORD] = None,
+    mix_files: Annotated[list[str] | None, options.FILES] = None,
 ) -> Path:
-    """``replib defend``: train one of the defences that RepBend is compared with, on the same rows or a paper's mix.
+    """Train a defence that RepBend is compared with, on the same rows or on a paper's mix.
 
-    Values are those of the comparison for the organism, else those that the method's source reports, single ones
-    changed. Stopped or killed, the same command goes on. ``mix`` and ``mix_files`` (``name=path`` each) are those of
-    ``paper_mix``.
+    Values are those of the comparison for the organism, else those of the method's source. Stopped or killed, the same
+    command goes on.
+
+    Args:
+        defence: sft, dpo, npo, npo_rt, npo_kl, rmu, circuit_breaker, whp or task_arithmetic; on other models than the
+            organism whp_retain too.
+        settings: model, prompts and output folder.
+        steps: training steps.
+        learning_rate: highest learning rate (of the first step, or after the warm-up); default by defence and model.
+        save_every: steps between checkpoints; default 25, 0 for none.
+        mix: training mix of a paper; default the rows that replib bend trains on.
+        mix_files: files of that mix by name (the organism needs none).
 
     Raises:
-        ReplibError: no defence or mix has that name.
+        ReplibError: no defence has that name, or no file of the mix.
     """
-    study = Study.open(replace(settings, device=own_device(settings.device)))
+    from replib.defences.catalogue import Baseline
+    from replib.study.training import baseline_for, defend
+
+    study = _study(settings)
     objective, config = baseline_for(study, defence)
     config = replace(config, **_given(steps=steps, learning_rate=learning_rate, save_every=save_every))
-    files = {name: path for name, _, path in (part.partition("=") for part in mix_files)}
+    files = {name: path for name, _, path in (part.partition("=") for part in mix_files or ())}
     result = defend(study, defence, Baseline(objective, config), mix=mix, files=files)
     return Path(str(result.model.adapter))
 
 
 def run_harden(
-    settings: Settings,
     *,
-    inner: str = "repbend",
+    settings: Given,
+    inner: Annotated[Literal["repbend", "retention"], options.WORD] = "repbend",
     steps: int | None = None,
     learning_rate: float | None = None,
-    save_every: int | None = None,
+    save_every: Annotated[int | None, options.whole(0)] = None,
 ) -> Path:
-    """``replib harden``: train refusals that hold under edits fitted on the model in training (``replib.study.training``).
+    """Train refusals that hold while edits act on the model.
 
-    Stopped or killed, the same command goes on.
+    The edits are fitted on the model in training. Stopped or killed, the same command goes on.
 
-    Raises:
-        ReplibError: an inner objective of another name.
+    Args:
+        settings: model, prompts and output folder.
+        inner: objective trained beside hardening; retention holds the model in place.
+        steps: training steps.
+        learning_rate: highest learning rate (of the first step, or after the warm-up); default by model.
+        save_every: steps between checkpoints; default 25, 0 for none.
     """
-    study = Study.open(replace(settings, device=own_device(settings.device)))
+    from replib.study.training import harden, inner_of, schedule
+
+    study = _study(settings)
     chosen = _given(steps=steps, learning_rate=learning_rate, save_every=save_every)
     config = replace(schedule(study), **chosen)
     return Path(str(harden(study, inner_of(study, inner), config=config).model.adapter))
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """Options without those that were left out."""
-    return {name: value for name, value in options.items() if value is not None}
+def run_tune(*, settings: Given, trials: Annotated[int, options.whole(1)] = 20) -> Path:
+    """Search alpha, beta and gamma, one training per trial; run again, it goes on.
 
+    The range is a tenth to ten times the preset's coefficients. tune-MODEL.csv has a row a trial, with best true where
+    no other trial dominates it; tune-MODEL-importances.csv has the share of each objective's variance that each
+    coefficient explains.
 
-def run_tune(settings: Settings, *, trials: int = 20, say: Callable[[str], object] = print) -> Path:
-    """``replib tune``: search a tenth to ten times the preset's coefficients, as CSV; run again, it goes on.
-
-    ``tune-MODEL.csv`` has a row a trial, ``best`` where no other trial dominates it. ``tune-MODEL-importances.csv`` has
-    the share of each objective's variance that each coefficient explains.
+    Args:
+        settings: model, prompts and output folder.
+        trials: trainings that the search holds in the end; finished ones are kept.
     """
-    study = Study.open(settings)
-    objective = study_objective(study)
+    from replib.core.storage import write_text
+    from replib.defences.tuning import importances, ranges_around, tune
+    from replib.study.study import Study
+    from replib.study.training import study_objective
+
+    objective = study_objective(Study.open(settings))
     storage = settings.out / f"tune-{Path(settings.model).name}.journal"
-    ranges = ranges_around(objective.bend)
-    found = tune(objective, trials=trials, storage=storage, seed=settings.seed, ranges=ranges)
-    say(f"{len(found.table)} trials, {len(found.front)} on the front, {found.pruned} diverged; kept in {storage}")
-    table = found.table.assign(best=found.table.index.isin(found.front.index))
-    write_text(
-        storage.with_name(f"{storage.stem}-importances.csv"), importances(found).to_csv(index_label="coefficient")
-    )
+    search = tune(objective, trials=trials, storage=storage, seed=settings.seed, ranges=ranges_around(objective.bend))
+    table, front = search.table, search.front
+    print(f"{len(table)} trials, {len(front)} on the front, {search.pruned} diverged; kept in {storage}")
+    table = table.assign(best=table.index.isin(front.index))
+    shares = importances(search).to_csv(index_label="coefficient")
+    write_text(storage.with_name(f"{storage.stem}-importances.csv"), shares)
     return write_text(storage.with_suffix(".csv"), table.to_csv(index=False))
 
 
 def run_sweep(  # noqa: PLR0913
-    settings: Settings,
     *,
-    methods: Sequence[str] = (),
-    layers: Sequence[int] | None = None,
-    ks: Sequence[int] | None = None,
-    edit_at: Sequence[str | None] = (),
-    fit_at: Sequence[Position | None] = (None,),
-    strengths: Sequence[float] = (1.0,),
-    best: int = 8,
-    fits: int = 3,
+    settings: Given,
+    methods: Annotated[list[str] | None, options.METHODS] = None,
+    layers: Annotated[list[int] | None, options.LAYERS] = None,
+    ks: Annotated[list[int] | None, options.RANKS] = None,
+    edit_at: Annotated[list[str] | None, options.EDIT_AT] = None,
+    fit_at: Annotated[list[str | int] | None, options.FIT_AT] = None,
+    strengths: Annotated[list[float] | None, options.STRENGTHS] = None,
+    best: Annotated[int, options.whole(1)] = 8,
+    fits: Annotated[int, options.whole(0)] = 3,
     texts: str | None = None,
-    say: Callable[[str], object] = print,
 ) -> Path:
-    """``replib sweep``: edits at every block by their cheap score, answers of the best, and what these do besides.
+    """Ablate refusal layer by layer, against the baselines.
 
-    Four files: ``sweep-MODEL.csv`` has a row an edit; of the best edit of each method and edited position,
-    ``fits-MODEL.csv`` has its success over fits on resampled prompts, ``pairs-MODEL.csv`` every two of them on the
-    same prompts, and ``damage-MODEL.csv`` the metrics beside it. The best are chosen on the prompts that score them,
-    which flatters the attacker.
+    Every edit is scored cheaply, the best are answered. Four files: sweep-MODEL.csv has a row an edit; of the best edit
+    of each method and edited position, fits-MODEL.csv has the success over fits on resampled prompts, pairs-MODEL.csv
+    the paired tests on the same prompts, and damage-MODEL.csv the metrics beside it. The best are chosen on the prompts
+    that score them, which flatters the attacker.
 
     Args:
-        settings: model, adapter, prompts by class, and where it all goes.
-        methods: default PCA-OT at the last prompt token and at all positions, and the baselines.
-        layers: blocks, default all.
-        ks: numbers of principal components, default those of 1, 2, 4, 8, 16 that the prompts can fit.
-        edit_at: edited positions, default those of each method's source.
-        fit_at: positions whose activations fit the edits; None is the choice of each method's source.
-        strengths: in [0, 1].
-        best: edits of each method and edited position of which answers are generated.
-        fits: on resampled prompts, 0 for none.
+        settings: model, prompts and output folder.
+        methods: edits to fit; default PCA-OT at the last prompt token and at all positions, and the baselines.
+        layers: block indices, negative ones from the end; default all.
+        ks: numbers of principal components; default those of 1,2,4,8,16 that the prompts can fit.
+        edit_at: edited tokens (last_prompt, all_prompt, response, decode, all); default as in each method's source.
+        fit_at: positions whose activations fit the edits; default as in each method's source.
+        strengths: shares of each edit, from 0 to 1; default 1.
+        best: edits of each method and edited position whose answers are written, best by cheap score.
+        fits: fits of each method's best edit on resampled prompts, 0 for none.
         texts: set or file of neutral text for perplexity.
-        say: told the price before the work begins, and at the end what the cheap score is worth.
     """
-    check_names(methods, edit_at, fit_at)  # before a large model is loaded
+    from replib.ablation.fit import check_names, grid
+    from replib.ablation.sweep_report import SweepReport, sweep_cost
+    from replib.core.storage import write_text
+    from replib.data.prompts import load_prompts
+    from replib.study.study import BASELINES, Study
+
+    check_names(methods or (), edit_at or (), fit_at or ())  # before a large model is loaded
     study = Study.open(settings)
     sweeper = study.sweeper()
-    asked = [(name, place) for name in methods or ["pca_ot"] for place in edit_at or [None]]
-    more: dict[str, Any] = {"ks": ks or sweeper.ks, "strengths": strengths, "reads": fit_at}
+    places: list[Any] = [*edit_at] if edit_at else [None]
+    pairs = [(name, place) for name in methods or ["pca_ot"] for place in places]
+    if not (methods or edit_at):
+        pairs = [("pca_ot", "last_prompt"), ("pca_ot", "all"), *BASELINES]
+    axes: dict[str, Any] = {"ks": ks or sweeper.ks, "strengths": strengths or (1.0,), "reads": fit_at or (None,)}
     blocks = layers or range(study.model.n_layers)
-    pairs = asked if methods or edit_at else SWEPT
-    cells = [cell for name, place in pairs for cell in grid(name, blocks, positions=[place], **more)]
-    say(f"{study.name}: {sweep_cost(sweeper, cells, best=best)}")
+    cells = [cell for name, place in pairs for cell in grid(name, blocks, positions=[place], **axes)]
+    print(f"{study.name}: {sweep_cost(sweeper, cells, best=best)}", flush=True)
     report = SweepReport(sweeper, sweeper.table(cells, best=best))
     neutral = [p.text for p in load_prompts(texts)] if texts else []
     for name, table in report.tables(study.damage_meter(texts=neutral), fits).items():
         path = settings.out / f"{name}-{Path(settings.model).name}.csv"
         write_text(path, table.to_csv(index=False))
-    say(report.worth())
+    print(report.worth())
     return settings.out / f"sweep-{Path(settings.model).name}.csv"
 
 
-def run_capture(
-    settings: Settings,
-    *,
-    prompts: str | None = None,
-    name: str | None = None,
-    stored_dtype: str = "float32",
-    say: Callable[[str], object] = print,
-    **options: Any,
-) -> Path:
-    """``replib capture``: activations of prompts in a folder, shard by shard; under torchrun each process makes some.
+def _study(settings: Settings) -> Any:
+    """Study on the device of this process; under torchrun each has its own."""
+    from replib.core.distributed import own_device
+    from replib.study.study import Study
 
-    Args:
-        settings: model, adapter, prompts by class, batch size and where it all goes.
-        prompts: a set or a file instead of the two classes; its own labels are kept.
-        name: of the folder, default that of the model (and the adapter).
-        stored_dtype: of the values on disk.
-        say: told the price before the work begins.
-        options: those of ``capture_to``.
-    """
-    for site in options.get("site", ()):
-        check_site(site)
-    if "positions" in options:  # before a large model is loaded
-        check_positions([p] if isinstance(p := options["positions"], str | int) else p)
-    with together() as part:
-        records = _records(settings, prompts)
-        texts, labels = [r.text for r in records], [r.label for r in records]
-        model = load(settings.model, adapter=settings.adapter, device=own_device(settings.device), dtype=settings.dtype)
-        given = {"labels": labels} if any(labels) else {}
-        options |= given | {"dtype": getattr(torch, stored_dtype), "batch_size": settings.batch}
-        folder = settings.out / "activations" / (name or _named(settings))
-        if is_first():
-            say(f"{capture_cost(model, texts, folder, **options)}: {folder}")
-        capture_to(model, texts, folder, part=part, **options)
-    if part[1] > 1 and is_first():
-        finish_capture(model, texts, folder, **options)
-    return folder
+    return Study.open(replace(settings, device=own_device(settings.device)))
 
 
-def _records(settings: Settings, source: str | None) -> list[Prompt]:
-    """The prompts of a source, or of both classes, labelled by class."""
-    choice: dict[str, Any] = {"limit": settings.limit or None, "seed": settings.seed}
-    if source:
-        return load_prompts(source, **choice)
-    check_world(settings)
-    harmful = load_prompts(settings.harmful, label="harmful", **choice)
-    return harmful + load_prompts(settings.harmless, label="harmless", **choice)
-
-
-def _named(settings: Settings) -> str:
-    return "+".join(Path(folder).name for folder in (settings.model, settings.adapter) if folder)
+def _given(**values: Any) -> dict[str, Any]:
+    """Values without those left out."""
+    return {name: value for name, value in values.items() if value is not None}

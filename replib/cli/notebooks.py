@@ -25,7 +25,7 @@ try:
     from nbformat import NotebookNode
 except ModuleNotFoundError as error:
     raise ReplibError(f"{error.name} is missing, so notebooks cannot run: pip install 'replib[notebooks]'.") from error
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 # Two runs on one machine print the same tables: sets iterate alike. Idle threads spin a little before they sleep, which
 # saves a run that has the machine to itself a tenth to a third of its time. The price is paid in company: two runs side
 # by side take about twice as long as they would without, and with a count of 20000 five times as long or more.

@@ -1,5 +1,6 @@
 """The command, its settings, and how it fails."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,9 +8,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from cyclopts import App
 
 import replib
 from replib.cli import app as cli
+from replib.cli import commands
 from replib.core import settings
 from replib.core.errors import ReplibError
 from replib.core.settings import Settings, data_dir, setting
@@ -38,7 +41,8 @@ def modules_after(statement):
     [
         "import replib",
         "import replib.core.settings, replib.core.errors",
-        "import replib.cli\ntry: replib.cli.main(['--help'])\nexcept SystemExit: pass",
+        "import replib.cli\nreplib.cli.main(['--help'])",
+        "import replib.cli\nreplib.cli.main(['sweep', '--nonsense'])",
     ],
 )
 def test_heavy_libraries_stay_out(statement):
@@ -58,17 +62,18 @@ def test_an_unknown_submodule_is_an_attribute_error():
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Stands where the analyses are and records how it is called."""
-    calls = []
-    module = ModuleType("verb")
-    for name in ("run_audit", "run_bend", "run_capture", "run_defend", "run_harden", "run_sweep", "run_tune"):
-        setattr(
-            module,
-            name,
-            lambda settings, **extra: calls.append((settings, extra)) or Path("runs/result.json"),
-        )
-    monkeypatch.setitem(sys.modules, "replib.cli.commands", module)
-    return SimpleNamespace(calls=calls, module=module)
+    """Runs in place of every command and records its settings and the options given."""
+    parse, calls = App.parse_args, []
+    verb = SimpleNamespace(calls=calls, run=lambda: Path("runs/result.json"))
+
+    def parsed(self, *args, **options):
+        command, bound, ignored = parse(self, *args, **options)
+        if self is not cli.app:  # the launcher itself
+            return command, bound, ignored
+        return (lambda *_, settings, **__: calls.append((settings, bound.arguments)) or verb.run()), bound, ignored
+
+    monkeypatch.setattr(App, "parse_args", parsed)
+    return verb
 
 
 @pytest.mark.parametrize("name", ["audit", "bend", "capture", "harden", "sweep", "tune"])
@@ -93,8 +98,7 @@ def test_defend_is_told_which_defence_and_what_was_changed(verb):
 def test_harden_is_told_what_is_trained_beside_it(verb, capsys):
     cli.main(["harden", "--inner", "retention", "--steps", "7"])
     assert verb.calls[0][1] == {"inner": "retention", "steps": 7}
-    with pytest.raises(SystemExit):
-        cli.main(["harden", "--inner", "sft"])
+    assert cli.main(["harden", "--inner", "sft"]) == 2
     assert "repbend" in capsys.readouterr().err
 
 
@@ -124,6 +128,37 @@ def test_capture_reads_lists_and_integers_a_minus_first_too(verb):
     assert verb.calls[1][1] == {"positions": ["last_prompt", -2]}
 
 
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("", "`replib --help` lists them"),
+        ("beend", 'Did you mean "bend"'),
+        ("bend --seed one", "--seed.*`replib --help`"),
+        ("bend --alhpa 1", "--alhpa.*`replib bend --help`"),
+        ("bend --alpha", "--alpha requires an argument"),
+        ("bend extra", "extra"),
+        ("defend --steps 2", "DEFENCE requires an argument"),
+        ("run", "NOTEBOOKS requires an argument"),
+    ],
+)
+def test_an_error_of_the_parser_is_one_line_with_option_and_repair_and_exit_2(line, reason, verb, capsys):
+    assert cli.main(line.split()) == 2 and not verb.calls
+    said = capsys.readouterr().err
+    assert said.startswith("replib: ") and said.count("\n") == 1 and re.search(reason, said)
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "sweep --help"])
+def test_help_and_version_are_printed_whatever_the_variables_say(line, capsys, monkeypatch):
+    monkeypatch.setenv("REPLIB_MODLE", "x")
+    assert cli.main(line.split()) == 0
+    assert "replib" in capsys.readouterr().out
+
+
+def test_the_last_of_a_repeated_option_counts(verb):
+    cli.main("capture --layers 1 --pool none --seed 1 --layers 2 --pool mean --seed 3".split())
+    assert verb.calls[0][1] == {"layers": [2], "pool": "mean"} and verb.calls[0][0].seed == 3
+
+
 def test_an_option_wins_over_its_variable(verb, monkeypatch):
     monkeypatch.setenv("REPLIB_MODEL", "planted")
     monkeypatch.setenv("REPLIB_SEED", "5")
@@ -138,25 +173,25 @@ def test_zero_given_as_an_option_wins_over_a_variable(verb, monkeypatch):
 
 
 def test_an_error_of_ours_is_one_line_and_exit_2(verb, capsys):
-    def fail(settings):
+    def fail():
         raise ReplibError("no tokenizer in x: add tokenizer.json.")
 
-    verb.module.run_audit = verb.module.run_bend = verb.module.run_sweep = fail
+    verb.run = fail
     assert cli.main(["audit"]) == 2
     assert capsys.readouterr().err == "replib: no tokenizer in x: add tokenizer.json.\n"
 
 
 def test_an_error_that_is_not_ours_is_not_hidden(verb):
-    verb.module.run_audit = verb.module.run_bend = verb.module.run_sweep = lambda settings: 1 / 0
+    verb.run = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         cli.main(["audit"])
 
 
 def test_interrupt_exits_130_and_says_what_is_kept(verb, capsys):
-    def interrupt(settings):
+    def interrupt():
         raise KeyboardInterrupt
 
-    verb.module.run_audit = verb.module.run_bend = verb.module.run_sweep = interrupt
+    verb.run = interrupt
     assert cli.main(["sweep", "--out", "here"]) == 130
     assert "kept in here" in capsys.readouterr().err
 
@@ -192,7 +227,7 @@ def test_demo_runs_the_notebooks_of_the_checkout_and_exports_what_they_gave(tmp_
     runner, seen = ModuleType("replib.cli.notebooks"), []
     runner.run_notebooks = lambda paths, out, env: seen.extend([*(p.name for p in paths), env]) or [out / "x.ipynb"]
     monkeypatch.setitem(sys.modules, "replib.cli.notebooks", runner)
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
     assert cli.main(["demo", "--out", str(tmp_path / "o"), "--model", "deep"]) == 0
     assert seen[:2] == ["01_a.ipynb", "02_b.ipynb"]
     assert seen[2]["REPLIB_MODEL"] == "deep"
@@ -215,10 +250,7 @@ def test_run_gives_assignments_to_the_kernel_and_an_option_wins_over_them(monkey
     "text, reason", [("MODEL", "NAME=VALUE"), ("=x", "NAME=VALUE"), ("MODLE=x", "did you mean REPLIB_MODEL")]
 )
 def test_a_bad_assignment_is_refused(text, reason, capsys):
-    try:
-        assert cli.main(["run", "x.ipynb", "--set", text]) == 2
-    except SystemExit as stop:  # argparse stops by itself
-        assert stop.code == 2
+    assert cli.main(["run", "x.ipynb", "--set", text]) == 2
     assert reason in capsys.readouterr().err
 
 

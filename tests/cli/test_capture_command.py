@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from importlib import import_module
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from helpers.tolerance import close
 from replib.activations.capture import capture, capture_cost, capture_to
 from replib.activations.store import Activations, Shards
 from replib.cli import app as cli
-from replib.cli import commands
 from replib.core.errors import ReplibError
 from replib.data.prompts import load_prompts
 from replib.models.load import load
@@ -146,16 +146,13 @@ def test_an_interrupt_keeps_finished_shards_and_the_same_command_goes_on(argumen
     ],
 )
 def test_a_bad_value_is_refused_with_what_to_write_and_writes_nothing(wrong, repair, arguments, tmp_path, capsys):
-    try:
-        assert cli.main([*arguments, *wrong]) == 2
-    except SystemExit as stop:  # argparse stops by itself
-        assert stop.code == 2
+    assert cli.main([*arguments, *wrong]) == 2
     assert repair in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_misspelt_site_or_position_is_refused_before_the_model_is_loaded(arguments, monkeypatch):
-    monkeypatch.setattr(commands, "load", lambda *_a, **_k: pytest.fail("loaded"))
+    monkeypatch.setattr(import_module("replib.models.load"), "load", lambda *_a, **_k: pytest.fail("loaded"))
     assert cli.main([*arguments, "--site", "resid"]) == cli.main([*arguments, "--positions", "last"]) == 2
 
 
@@ -207,14 +204,13 @@ def test_a_disk_without_room_is_noticed_before(model, tmp_path, monkeypatch):
     capture_cost(model, PROMPTS, tmp_path / "acts")
 
 
-# ------------------------------------------------------------------------------------- several processes
 # The command, with a fault on one rank before its second shard: $FAULT.
 FAULTY = """
 import os, signal, sys, time
 from replib import cli
-from replib.activations import store
+from replib.activations.store import Shards
 from replib.core import errors
-write, done = store.Shards.write, []
+write, done = Shards.write, []
 def faulty(self, *rest):
     fault = os.environ["FAULT"] if os.environ["RANK"] == "1" and done else ""
     if fault == "error":
@@ -226,7 +222,7 @@ def faulty(self, *rest):
         time.sleep(600)
     write(self, *rest)
     done.append(1)
-store.Shards.write = faulty
+Shards.write = faulty
 raise SystemExit(cli.main())
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

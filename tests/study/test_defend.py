@@ -94,10 +94,10 @@ def test_what_only_leads_to_a_defence_is_not_trained_twice(study, monkeypatch):
 
 
 def test_the_verb_changes_single_values(tmp_path):
-    folder = run_defend(Settings(out=tmp_path, limit=4), defence="rmu", steps=2, learning_rate=1e-4)
+    folder = run_defend("rmu", settings=Settings(out=tmp_path, limit=4), steps=2, learning_rate=1e-4)
     assert '"steps": 2' in (folder / "replib.json").read_text() and "aligned-rmu-" in folder.name
     with pytest.raises(ReplibError, match="No defence is called 'rmuu'"):
-        run_defend(Settings(out=tmp_path, limit=4), defence="rmuu")
+        run_defend("rmuu", settings=Settings(out=tmp_path, limit=4))
 
 
 def test_a_papers_mix_is_read_by_name_and_its_run_has_a_folder_of_its_own(study):

@@ -76,7 +76,7 @@ def test_the_command_passes_what_was_changed(settings, monkeypatch):
         study.model.adapter = "folder"
         return type("Result", (), {"model": study.model})
 
-    monkeypatch.setattr("replib.cli.commands.harden", noting)
-    assert run_harden(settings, inner="retention", steps=7) == Path("folder")
+    monkeypatch.setattr("replib.study.training.harden", noting)
+    assert run_harden(settings=settings, inner="retention", steps=7) == Path("folder")
     assert seen == {"inner": "retention", "config": replace(ELSEWHERE, seed=3, steps=7)}
-    assert run_harden(settings) == Path("folder") and seen["inner"] == "RepBend"
+    assert run_harden(settings=settings) == Path("folder") and seen["inner"] == "RepBend"

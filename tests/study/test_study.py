@@ -108,22 +108,22 @@ def test_a_limit_samples_and_the_seed_decides_which():
 
 def test_the_command_line_verbs_write_what_they_say(tmp_path):
     settings = Settings(out=tmp_path, limit=2)
-    for path in (run_audit(settings), run_bend(settings, alpha=0.1, steps=2)):
+    for path in (run_audit(settings=settings), run_bend(settings=settings, alpha=0.1, steps=2)):
         assert path.exists() and tmp_path in path.parents
 
 
-def test_a_sweep_says_its_price_and_leaves_fits_pairs_and_damage(tmp_path):
-    told: list[str] = []
+def test_a_sweep_says_its_price_and_leaves_fits_pairs_and_damage(tmp_path, capsys):
     options = {"methods": ["pca_ot", "ace"], "layers": [5, 9], "ks": [1], "best": 1, "fits": 2}
-    path = run_sweep(Settings(out=tmp_path, limit=3), **options, say=told.append)
+    path = run_sweep(settings=Settings(out=tmp_path, limit=3), **options)
+    price, *_, worth = [line for line in capsys.readouterr().out.splitlines() if line]
     tables = {p.stem.split("-")[0]: pd.read_csv(p) for p in tmp_path.glob("*.csv")}
     assert path.name == "sweep-aligned.csv" and set(tables) == {"sweep", "fits", "pairs", "damage"}
     assert len(tables["sweep"]) == 4 and tables["sweep"].compliance.notna().sum() == 2
     assert tables["fits"].fits.eq(2).all() and len(tables["fits"]) == 2 and len(tables["pairs"]) == 1
     assert set(tables["damage"].method) == {"pca_ot", "ace"}
-    assert "4 edits, 4 of them to be scored" in told[0] and "2 edits have both" in told[1]
+    assert "4 edits, 4 of them to be scored" in price and "2 edits have both" in worth
     with pytest.raises(ReplibError, match="Unknown method 'x'"):
-        run_sweep(Settings(out=tmp_path), methods=["x"])
+        run_sweep(settings=Settings(out=tmp_path), methods=["x"])
 
 
 def test_missing_prompt_files_and_columns_are_named(tmp_path):
