@@ -21,7 +21,15 @@ from replib.ablation.fit import Cell, cells_of, checked
 from replib.ablation.refusal_score import ANSWER, LATER
 from replib.ablation.sweep import ANSWERS, FIRST, Sweeper, best_of, ordered
 from replib.core.errors import ReplibError
-from replib.core.stats import contrast, outcome_matrix, spearman, two_way_interval, two_way_rate_interval
+from replib.core.stats import (
+    contrast,
+    interval_text,
+    outcome_matrix,
+    percentile_interval,
+    spearman,
+    two_way_interval,
+    two_way_rate_interval,
+)
 from replib.edits.methods import method_of
 from replib.models.chat_model import check_layers
 
@@ -82,7 +90,7 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"Spearman {self.rho:.2f} [{self.low:.2f}, {self.high:.2f}] of places by cheap score with attack success "
+            f"Spearman {interval_text(self.rho, self.low, self.high, '.2f', ' ')} of places by cheap score with attack success "
             f"({self.cells} edits, n = {self.prompts} prompts; of mean log-odds {self.log_odds:.2f}); "
             f"attack success that the {self.best} first by cheap score miss: {self.missed:.0%}"
         )
@@ -100,15 +108,15 @@ def agreement(table: pd.DataFrame, best: int = 8, *, draws: int = 200, seed: int
     if len(known) < 3:
         raise ReplibError(f"{len(known)} edits have both a cheap score and answers, three are needed: generate more.")
     odds, kl = np.array([*known.each]), known.kl.to_numpy()
-    complied = np.array([[x == "c" for x in text] for text in known.outcomes], float)
+    complied = outcome_matrix(list(known.outcomes)).astype(float)
     n, rng = odds.shape[1], np.random.default_rng(seed)
     drawn = [spearman(-_places(odds[:, i], kl), complied[:, i].mean(1)) for i in rng.integers(n, size=(draws, n))]
-    low, high = np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan, np.nan)
+    low, high = percentile_interval(drawn)
     places, success = _places(odds, kl), complied.mean(1)
     return Agreement(
         rho=spearman(-places, success),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         log_odds=spearman(-odds.mean(1), success),
         cells=len(odds),
         prompts=n,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +16,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from replib.core.errors import ReplibError
-from replib.core.storage import write_text
+from replib.core.storage import replacing, write_tensors, write_text
 from replib.models.tokens import Position
 
 INDEX = "activations.json"
@@ -84,17 +81,16 @@ class Activations:
         Raises ReplibError if the folder holds anything else, or cannot be written.
         """
         folder = Path(folder)
-        shards = Shards(folder.with_name(folder.name + ".partial"), {})
-        _remove(shards.folder)
+        _check_replaceable(folder)
         count = len(self) if self.prompt is None else int(self.prompt.max()) + 1
-        for number, start in enumerate(range(0, count, shard)):
-            part = self.of(range(start, min(start + shard, count)))
-            owner = {} if part.prompt is None else {"prompt": part.prompt}
-            values = {f"{self.site}.{layer}": v for layer, v in zip(self.layers, part.values, strict=True)}
-            shards.write(number, values | owner, {"n": min(start + shard, count) - start})
-        shards.finish(self.layers, self.positions, [self.site], self.provenance, self.labels)
-        _remove(folder)
-        os.replace(shards.folder, folder)
+        with replacing(folder) as partial:
+            shards = Shards(partial, {})
+            for number, start in enumerate(range(0, count, shard)):
+                part = self.of(range(start, min(start + shard, count)))
+                owner = {} if part.prompt is None else {"prompt": part.prompt}
+                values = {f"{self.site}.{layer}": v for layer, v in zip(self.layers, part.values, strict=True)}
+                shards.write(number, values | owner, {"n": min(start + shard, count) - start})
+            shards.finish(self.layers, self.positions, [self.site], self.provenance, self.labels)
         return folder
 
     @classmethod
@@ -184,22 +180,11 @@ class Shards:
         return about["n"] == len(prompts)
 
     def write(self, number: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """One shard, under another name and then renamed."""
+        """Write one shard by ``storage.replacing``."""
         tensors = {name: t.contiguous() for name, t in tensors.items()}
         hashes = {name: _digest(t) for name, t in tensors.items()}
         text = json.dumps(about | {"recipe": self.recipe, "sha256": hashes}, sort_keys=True)
-        partial = self.path(number).with_suffix(f".partial-{os.getpid()}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata={"replib": text})
-            partial.chmod(0o644)  # safetensors makes files that nobody else can read
-            os.replace(partial, self.path(number))
-        except OSError as error:
-            raise ReplibError(
-                f"Cannot write {self.path(number)}: {error.strerror}. Set REPLIB_OUT to a folder you own."
-            ) from error
-        except SafetensorError as error:
-            raise ReplibError(f"Cannot write {self.path(number)}: {error}. Is the disk full?") from error
+        write_tensors(self.path(number), tensors, {"replib": text})
 
     def finish(
         self,
@@ -258,13 +243,11 @@ class Shards:
         return values[:, inside], owner[inside] - wanted.start
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder of activations, and nothing else."""
-    if not folder.is_dir():
-        return
-    if foreign := [f.name for f in folder.iterdir() if f.name != INDEX and not f.name.startswith("shard-")]:
+def _check_replaceable(folder: Path) -> None:
+    """Raise ReplibError if a folder holds anything but activations."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    if foreign := [f.name for f in files if f.name != INDEX and not f.name.startswith("shard-")]:
         raise ReplibError(f"{folder} is no folder of activations (it holds {foreign[0]}): choose another name.")
-    shutil.rmtree(folder)
 
 
 def texts_of(prompts: Sequence[str]) -> dict[str, Any]:

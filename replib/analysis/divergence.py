@@ -11,7 +11,7 @@ from torch import Tensor
 
 from replib.analysis.probe import cross_fitted_logits
 from replib.core.errors import ReplibError
-from replib.core.stats import kl
+from replib.core.stats import kl, percentile_interval, resamples
 from replib.transport.gaussians import Samples, sample_pair, span_coordinates
 
 LN2 = math.log(2)
@@ -88,7 +88,7 @@ def js_divergence(
         raise ReplibError(f"estimator is {estimator!r}; choose 'classifier' or 'hist_dim'.")
     return JSDivergence(
         value=float(values[0]),
-        null=central_95(values[1:]),
+        null=percentile_interval(values[1:]),
         p_value=p_value(values),
         interval=interval,
         estimator=estimator,
@@ -126,10 +126,10 @@ def classifier_js(
     log_posterior = torch.nn.functional.logsigmoid(torch.where(labels, logits, -logits))
     first, second = ((log_posterior * mask).sum(0) / mask.sum(0) for mask in (labels, ~labels))
     one, other = (
-        values[torch.randint(len(values), (1000, len(values)), generator=generator)].mean(1)
+        values[resamples(len(values), generator)].mean(1)
         for values in (log_posterior[labels[:, 0], 0], log_posterior[~labels[:, 0], 0])
     )
-    return LN2 + (first + second) / 2, central_95(LN2 + (one + other) / 2)
+    return LN2 + (first + second) / 2, percentile_interval(LN2 + (one + other) / 2)
 
 
 def _hist_dim(rows: Float[Tensor, "n d"], labels: Bool[Tensor, "n labellings"]) -> Float[Tensor, " labellings"]:
@@ -147,12 +147,6 @@ def _histogram_js(cells: Tensor, labels: Tensor) -> Tensor:
         for mask in (labels, ~labels)
     ]
     return js_discrete(counts[0].log().mT, counts[1].log().mT)
-
-
-def central_95(values: Tensor) -> tuple[float, float]:
-    """2.5 % and 97.5 % points."""
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
 
 
 def p_value(values: Float[Tensor, " labellings"]) -> float:

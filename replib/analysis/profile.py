@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from replib.analysis.divergence import central_95, classifier_js, labelled, p_value
+from replib.analysis.divergence import classifier_js, labelled, p_value
 from replib.analysis.geometry import pairwise_distance
 from replib.analysis.probe import cross_fitted_logits
 from replib.core.errors import ReplibError
+from replib.core.stats import percentile_interval
 from replib.transport.bures_wasserstein import bures_wasserstein_debiased, bures_wasserstein_null
 from replib.transport.gaussians import Samples, span_coordinates
 
@@ -83,7 +84,7 @@ def _profile_layer(x: Samples, y: Samples, *, permutations: int, splits: int, se
         "js": float(values[0]),
         "js_low": low,
         "js_high": high,
-        "js_null": central_95(values[1:])[1],
+        "js_null": percentile_interval(values[1:])[1],
         "js_p": p_value(values),
     }
 

@@ -13,7 +13,7 @@ import pandas as pd
 from replib.audit.judges import Judge, Outcome
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
-from replib.core.stats import wilson
+from replib.core.stats import interval_text, wilson
 from replib.core.storage import Rows, content_hash, versions, write_text
 from replib.data.prompts import Prompt
 from replib.models.chat_model import ChatModel
@@ -66,8 +66,8 @@ class AuditTable:
 
     def wide(self) -> pd.DataFrame:
         """Tasks down, models across; each cell ``rate [low, high]`` in per cent."""
-        cell = lambda r: f"{100 * r.compliance:.0f} [{100 * r.low:.0f}, {100 * r.high:.0f}]"  # noqa: E731
-        cells = self.frame.assign(cell=[cell(r) for r in self.frame.itertuples()])
+        per_cent = 100 * self.frame[["compliance", "low", "high"]].to_numpy()
+        cells = self.frame.assign(cell=[interval_text(*row, space=" ") for row in per_cent])
         order = list(dict.fromkeys(zip(cells.kind, cells.attack, cells.n, strict=True)))
         wide = cells.pivot_table(index=["kind", "attack", "n"], columns="model", values="cell", aggfunc="first")
         return wide.loc[order, list(dict.fromkeys(cells.model))]

@@ -17,6 +17,7 @@ from typing import Any
 
 from replib.core.errors import ReplibError
 from replib.core.settings import PREFIX, ROOT
+from replib.core.storage import replacing
 
 try:
     import nbformat
@@ -127,9 +128,8 @@ def _read(path: Path) -> NotebookNode:
 
 
 def _write(notebook: NotebookNode, path: Path) -> None:
-    part = path.with_suffix(".part")
-    nbformat.write(notebook, part)
-    os.replace(part, path)
+    with replacing(path) as partial:
+        nbformat.write(notebook, partial)
 
 
 def _folder(path: Path) -> Path:

@@ -1,7 +1,7 @@
-"""Several processes of one command, as torchrun starts them: the part of each, its device, and its end with all others.
+"""Processes of one torchrun command: their parts, devices, joint end and collectives.
 
-They meet in the small key-value store that torchrun keeps, when they are done and not before: they may differ by hours,
-nothing idle is held open between them, and Ctrl-C reaches one that waits, which it would not inside a barrier.
+Independent parts meet in torchrun's key-value store at their end only. They may differ by hours, no connection stays
+open, and Ctrl-C reaches a waiting process, unlike inside a barrier.
 """
 
 from __future__ import annotations
@@ -16,39 +16,38 @@ from warnings import catch_warnings, simplefilter
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from replib.core.errors import ReplibError
 
 DONE, FAILED = "replib/done", "replib/failed"
-PAUSE = 0.5  # seconds between two looks at the others
-LONGEST = 7 * 24 * 3600.0  # seconds to wait for them
+PAUSE = 0.5  # seconds between two polls
+LONGEST = 7 * 24 * 3600.0  # seconds to wait for other processes
 
 
 def part() -> tuple[int, int]:
-    """(i, n): this is process i of n; (0, 1) where torchrun did not start it."""
+    """Return (i, n) for process i of n; (0, 1) without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process writes and reports for all."""
     return part()[0] == 0
 
 
 def own_device(device: str | None) -> str | None:
-    """The device of this process: of several on a machine each takes an accelerator of its own, if there are any.
+    """Return the device of this process; several processes on a machine take an accelerator each.
 
     Args:
-        device: what the settings say; "cpu" or a device with an index is left as it is.
+        device: the setting; "cpu" or a device with an index is left as it is.
 
     Raises:
         ReplibError: more processes than accelerators, or "auto", which spreads one model over all of them.
     """
-    import torch
-
     if part()[1] == 1 or device == "cpu" or ":" in (device or ""):
         return device
     if device == "auto":
@@ -65,13 +64,13 @@ def own_device(device: str | None) -> str | None:
 
 @contextmanager
 def together() -> Iterator[tuple[int, int]]:
-    """Do one's part inside, and leave when all are done. Yields `part`.
+    """Yield ``part``; leave when all processes are done.
 
-    torchrun ends the other processes of its machine when one fails. Those of other machines finish their part first,
-    which is kept, and then end with the same error.
+    torchrun ends the other processes of its machine when one fails. Processes of other machines finish their part and
+    then raise the same error.
 
     Raises:
-        ReplibError: another process failed, or was not heard of for a week.
+        ReplibError: another process failed, or did not end within a week.
     """
     if part()[1] == 1:
         yield part()
@@ -79,7 +78,7 @@ def together() -> Iterator[tuple[int, int]]:
     try:
         with catch_warnings():
             if not is_first():
-                simplefilter("ignore")  # the first says them all
+                simplefilter("ignore")  # the first process warns for all
             yield part()
     except BaseException as error:
         with suppress(Exception):  # the error itself matters more
@@ -87,7 +86,7 @@ def together() -> Iterator[tuple[int, int]]:
         raise
     try:
         _wait(_store(), part()[1])
-    except RuntimeError as error:  # torch's word for a store that is gone
+    except RuntimeError as error:  # torch raises it for a store that is gone
         raise ReplibError(f"Lost the other processes ({error}). Run the same command again: it goes on.") from error
 
 
@@ -99,7 +98,7 @@ def _wait(store: Any, count: int) -> None:
             reason = store.get(_key(FAILED)).decode()
             raise ReplibError(f"Another process failed: {reason} Finished shards are kept.")
         if time.monotonic() > end:
-            raise ReplibError(f"Only {done} of {count} processes came to an end. Run the same command again.")
+            raise ReplibError(f"Only {done} of {count} processes finished. Run the same command again.")
         time.sleep(PAUSE)
 
 
@@ -108,8 +107,6 @@ def _key(name: str) -> str:
 
 
 def _store() -> Any:
-    import torch.distributed as dist
-
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=20)))[0]
 
 
@@ -122,32 +119,24 @@ def several() -> bool:
 
 
 def broadcast(value: T) -> T:
-    """What the first process holds, on all."""
-    if not several():
-        return value
-    held = [value]
-    dist.broadcast_object_list(held)
-    return held[0]
+    """Return the value of the first process on all processes."""
+    return broadcast_object_list([value])[0] if several() else value
 
 
 def gather(value: T) -> list[T]:
-    """What each process holds, by rank, on all."""
-    if not several():
-        return [value]
-    held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, value)
-    return held
+    """Return the values of all processes by rank, on all processes."""
+    return gather_object([value]) if several() else [value]
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait for all processes."""
     if several():
-        dist.barrier()
+        wait_for_everyone()
 
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """Make each gradient the mean over processes; one that a process lacks counts as zero."""
+    """Average each gradient over processes; a missing gradient counts as zero."""
     if not several():
         return
     for weight in model.parameters():
@@ -158,22 +147,24 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def sharded_launch() -> bool:
-    """Whether ``accelerate launch`` was told to split weights or optimizer, and so to place them."""
+    """Whether ``accelerate launch`` splits weights or optimizer, and so places the model."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether processes hold a part of the weights each, as with FSDP2."""
+    """Whether each process holds a part of the weights, as with FSDP2."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def full_tensor(weight: Tensor) -> Tensor:
-    """A weight, put together where it is split; then all processes must call it."""
+    """Return a weight whole; all processes must call it where the weight is split."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+# torch's get_model_state_dict(full_state_dict, cpu_offload) fills the first process alone, aliases weights that are on
+# the CPU already, and set_model_state_dict refuses a model that is spread over several devices.
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all weights in training, whole, in the memory of the CPU."""
+    """Copy the weights in training, whole, to the CPU."""
     return {n: full_tensor(p.detach()).cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -183,8 +174,6 @@ def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in model.named_parameters():
         if name in weights:
             value = weights[name].to(weight.device)
-            weight.copy_(_split_like(weight, value))
-
-
-def _split_like(weight: Tensor, value: Tensor) -> Tensor:
-    return distribute_tensor(value, weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else value
+            if isinstance(weight, DTensor):
+                value = distribute_tensor(value, weight.device_mesh, weight.placements)
+            weight.copy_(value)

@@ -1,4 +1,4 @@
-"""The exceptions of the package: one class, and the one case of it that a search goes on after."""
+"""Exceptions of the package and the checks of arguments that raise them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Collection, Sequence
 
 
 class ReplibError(ValueError):
-    """Something the user can repair: the message names the thing, the reason and the repair."""
+    """An error that the user can repair; its message names the thing, the reason and the repair."""
 
 
 class Diverged(ReplibError):
-    """Training ended in a loss that is not finite: these coefficients do not work, others may."""
+    """Training ended in a loss that is not finite; a search may go on with other coefficients."""
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raise ReplibError unless a word is one of a few."""
+    """Raise ReplibError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ReplibError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}.")
 
@@ -35,6 +35,6 @@ def check_positive(**values: float) -> None:
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> None:
-    """Raise ReplibError unless each is the index of one of so many blocks."""
+    """Raise ReplibError unless each index lies in 0 … depth - 1."""
     if bad := [i for i in blocks if not 0 <= i < depth]:
         raise ReplibError(f"Layer {bad[0]} is outside the model's blocks 0 to {depth - 1}.")

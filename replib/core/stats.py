@@ -1,6 +1,6 @@
-"""Edits on the same prompts against each other, and rates over several fits: differences with their intervals.
+"""Rates, means and paired differences with their intervals.
 
-Outcomes are a letter an answer, as ``Sweeper.table`` keeps them: r(efusal), c(ompliance), d(egenerate).
+Outcomes are a letter an answer: r(efusal), c(ompliance), d(egenerate).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def two_way_interval(values: Float[np.ndarray, "seeds prompts"], level: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean over trainings and prompts, for other seeds and other prompts than these.
+    """Interval of the mean over trainings and prompts, for other seeds and other prompts.
 
     mean ± t sqrt(s_r²/seeds + s_c²/prompts): variances of the means of rows and of columns, t with the degrees of
-    freedom of Welch and Satterthwaite. What is left beside both is counted in each, so that it is rather too wide.
-    Of one seed, prompts alone vary. The formula of all comparisons of trained models; for a rate see ``two_way_rate_interval``.
+    freedom of Welch and Satterthwaite. The residual variance enters both terms, so the interval is conservative. With
+    one seed, prompts alone vary. For rates see ``two_way_rate_interval``.
     """
     parts = [
         (line.var(ddof=1) / len(line), len(line) - 1) for line in (values.mean(1), values.mean(0)) if len(line) > 1
@@ -44,14 +44,31 @@ def two_way_interval(values: Float[np.ndarray, "seeds prompts"], level: float = 
 
 
 def two_way_rate_interval(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]:
-    """``crossed`` within 0 and 1; where nothing varies, Wilson's for the prompts: further seeds are no more prompts."""
+    """``two_way_interval`` cut to 0 … 1; of a constant rate the Wilson interval, n the prompts, not prompts × seeds."""
     low, high = two_way_interval(values)
     if low == high:
         return wilson(round(low * values.shape[1]), values.shape[1])
     return max(0.0, low), min(1.0, high)
 
 
-DRAWS = 1000
+# scipy.stats.bootstrap draws from numpy's generators; recorded intervals come from torch's.
+def resamples(n: int, generator: torch.Generator, *, draws: int = 1000) -> Int[Tensor, "draws n"]:
+    """Draw bootstrap samples as indices of n cases."""
+    return torch.randint(n, (draws, n), generator=generator)
+
+
+def percentile_interval(values: ArrayLike) -> tuple[float, float]:
+    """95 % interval between percentiles of resampled values; NaN counts as missing."""
+    values = np.asarray(values)
+    if not np.isfinite(values).any():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def interval_text(value: float, low: float, high: float, form: str = ".0f", space: str = "\N{NO-BREAK SPACE}") -> str:
+    """Write ``70 [61, 78]``."""
+    return f"{value:{form}}{space}[{low:{form}},{space}{high:{form}}]"
 
 
 class Mean(NamedTuple):
@@ -66,39 +83,37 @@ class Mean(NamedTuple):
 
 
 def mean_over(values: Float[Tensor, " tokens"], row: Int[Tensor, " tokens"], *, seed: int = 0) -> Mean:
-    """Mean over tokens; the 95 % interval is the bootstrap's over rows, by percentiles (1000 draws)."""
+    """Mean over tokens, with a 95 % bootstrap interval over rows (1000 draws)."""
     _, place = row.unique(return_inverse=True)
     counts = torch.bincount(place).double()
     sums = torch.zeros_like(counts).index_add(0, place, values.double())
-    drawn = torch.randint(len(counts), (DRAWS, len(counts)), generator=torch.Generator().manual_seed(seed))
-    means = (sums[drawn].sum(1) / counts[drawn].sum(1)).numpy()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Mean(float(sums.sum() / counts.sum()), float(low), float(high), len(values), len(counts))
+    drawn = resamples(len(counts), torch.Generator().manual_seed(seed))
+    low, high = percentile_interval(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return Mean(float(sums.sum() / counts.sum()), low, high, len(values), len(counts))
 
 
 def perplexity(nats: Float[Tensor, " tokens"], row: Int[Tensor, " tokens"], *, seed: int = 0) -> Mean:
-    """The exponential of ``mean_over`` of −log p; of differences of −log p, the factor between two perplexities."""
+    """Exponential of ``mean_over`` of −log p; for differences of −log p, the ratio of two perplexities."""
     mean = mean_over(nats, row, seed=seed)
     value, low, high = np.exp([mean.value, mean.low, mean.high]).tolist()
     return Mean(value, low, high, mean.tokens, mean.rows)
 
 
 def mcnemar(one: Bool[np.ndarray, " prompts"], other: Bool[np.ndarray, " prompts"]) -> float:
-    """Exact two-sided p of McNemar's test: of the prompts on which two differ, does one win more than half?
-
-    1 where they never differ.
-    """
+    """Exact two-sided p of McNemar's test on the prompts whose outcomes differ; 1 if none does."""
     wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def outcome_matrix(outcomes: Sequence[str], outcome: str = "compliance") -> Bool[np.ndarray, "fits prompts"]:
-    """Which answers had an outcome, a row a fit.
+    """Mark the answers with an outcome, by its word or letter; a row a fit.
 
-    Raises ReplibError where rows are of unlike length, or have no answers.
+    Raises ReplibError if rows differ in length or are empty.
     """
     if not outcomes or len({len(text) for text in outcomes}) != 1 or not outcomes[0]:
-        raise ReplibError("Edits can be paired on the same prompts alone, with answers to all of them: generate those.")
+        raise ReplibError(
+            "Rows of outcomes are empty or differ in length: generate answers to the same prompts for every edit."
+        )
     return np.array([[letter == outcome[0] for letter in text] for text in outcomes])
 
 
@@ -119,14 +134,13 @@ def newcombe(one: Bool[np.ndarray, " prompts"], other: Bool[np.ndarray, " prompt
 
 
 def contrast(one: Bool[np.ndarray, "fits prompts"], other: Bool[np.ndarray, "fits prompts"]) -> dict[str, Any]:
-    """Difference of two rates on the same prompts, and of the same fits where there are several.
+    """Difference of two rates on the same prompts, and of the same fits if there are several.
 
-    Its interval is for other prompts (``newcombe``), of several fits for other fits too (``audit.crossed``). ``p`` is
-    McNemar's, of one fit each alone.
+    The interval of one fit is ``newcombe``, of several ``two_way_interval``; ``p`` is McNemar's, for one fit alone.
     """
     gap = one.astype(float) - other.astype(float)
     low, high = two_way_interval(gap)
-    if len(gap) == 1 or low == high:  # where fits do not vary, they are no more prompts
+    if len(gap) == 1 or low == high:  # fits that do not vary add no prompts
         low, high = newcombe(one[0], other[0])
     only = {"only_one": int((one & ~other).sum()), "only_other": int((other & ~one).sum())}
     size = {"n": gap.shape[1], "fits": len(gap)}
@@ -135,7 +149,7 @@ def contrast(one: Bool[np.ndarray, "fits prompts"], other: Bool[np.ndarray, "fit
 
 
 def spearman(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
-    """Rank correlation, ties at their mean rank; NaN where one of the two does not vary."""
+    """Rank correlation, ties at their mean rank; NaN if either is constant."""
     varied = np.ptp(one) > 0 and np.ptp(other) > 0
     return float(spearmanr(one, other).statistic) if varied else float("nan")
 
@@ -149,12 +163,12 @@ def kl(log_p: Float[Tensor, "*batch n"], log_q: Float[Tensor, "*batch n"]) -> Fl
 
 
 Values = NDArray[np.floating[Any]]
-Numbers = ArrayLike | Sequence[Any] | int | float  # whatever numpy.asarray turns into numbers
+Numbers = ArrayLike | Sequence[Any] | int | float  # input of numpy.asarray
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured array with what is known about it.
+    """Estimates with intervals, sample sizes and places.
 
     Attributes:
         value: the estimates.
@@ -178,11 +192,12 @@ class Measured:
 
 
 def numbers(given: Numbers | None, like: Numbers | None = None) -> Values:
-    """Return `given` as single-precision numbers in the shape of `like`; NaN where nothing was given."""
+    """Convert to float32 in the shape of `like`; None becomes NaN."""
     numbers = np.asarray(np.nan if given is None else given, np.float32)
     return numbers if like is None else np.broadcast_to(numbers, np.shape(like))
 
 
 def _words(value: float, low: float, high: float, n: float) -> str:
-    interval = f" [{low:.3g}, {high:.3g}]" if np.isfinite(low) and np.isfinite(high) else ""
-    return f"{value:.3g}{interval}" + (f", n = {int(n)}" if np.isfinite(n) else "")
+    known = np.isfinite(low) and np.isfinite(high)
+    text = interval_text(value, low, high, ".3g", " ") if known else f"{value:.3g}"
+    return text + (f", n = {int(n)}" if np.isfinite(n) else "")

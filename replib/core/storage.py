@@ -1,4 +1,4 @@
-"""Files that are never half written, and tables that are computed row by row and go on where they stopped."""
+"""Atomic writes of files and folders, hashes of contents, and a table of computed rows that resumes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
+from safetensors import SafetensorError
 
 from replib.core.errors import ReplibError
 
@@ -21,45 +22,85 @@ if TYPE_CHECKING:
 
 
 def content_hash(records: Sequence[Any]) -> str:
-    """First 16 hex digits of the SHA-256 of records (or plain texts) as canonical JSON; order counts."""
+    """First 16 hex digits of the SHA-256 of records (or plain texts) as compact JSON in UTF-8; order counts."""
     plain = [r if isinstance(r, str) else asdict(r) for r in records]
-    text = json.dumps(plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _hash(plain, ensure_ascii=False, separators=(",", ":"))
+
+
+def key_of(*facts: Any) -> str:
+    """First 16 hex digits of the SHA-256 of facts as ASCII JSON; an object that JSON lacks counts by its text."""
+    return _hash(facts, default=str)
+
+
+def _hash(value: Any, **form: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, **form).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def replacing(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
+    """Yield a free path beside ``path``; rename the file or folder written there to ``path`` at the end.
+
+    Readers never see a half-written file. An earlier file or folder is replaced.
+
+    Args:
+        path: the file or folder to write.
+        concurrent: whether other processes may write it at the same time.
+
+    Raises:
+        ReplibError: it cannot be written.
+    """
+    writer = f".{os.getpid()}" if concurrent else ""
+    partial = path.absolute().with_name(f"{path.name}{writer}.partial")
+    with _writable(path):
+        _remove(partial)
+        try:
+            yield partial
+            if path.is_dir() and partial.is_dir():
+                _remove(path)
+            partial.replace(path)
+        finally:
+            _remove(partial)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Make the folder of a file; turn errors of the file system into one that names the file and the repair."""
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ReplibError(
+            f"Cannot write {path}: {reason}. Choose a folder that you own, with room for it (REPLIB_OUT)."
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file under another name and rename it, so that no half-written file is ever seen."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file in UTF-8 by ``replacing``."""
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ReplibError(f"Cannot write {path}: {error.strerror}. Set REPLIB_OUT to a folder you own.") from error
     return path
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> Path:
-    """The same for tensors, as safetensors; ``about`` goes into the file's header."""
-    from safetensors.torch import save_file
+    """Write tensors as safetensors by ``replacing``; ``about`` goes into the file's header."""
+    from safetensors.torch import save_file  # with it comes torch
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, concurrent=True) as partial:
         save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata=about)
-        os.replace(partial, path)
-    except OSError as error:
-        raise ReplibError(f"Cannot write {path}: {error.strerror}. Choose a folder you own.") from error
+        partial.chmod(0o644)  # safetensors makes files that only their owner can read
     return path
 
 
-def key_of(*facts: Any) -> str:
-    """Sixteen hex digits of the SHA-256 of facts as canonical JSON."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 class Rows:
-    """Rows of a table in a JSON-lines file (or in memory), each found again by the facts that determine it."""
+    """Rows of a table in a JSON-lines file (or in memory), each under the hash of the facts that determine it."""
 
     def __init__(self, path: Path | str | None = None):
         self.path = Path(path) if path else None
@@ -70,7 +111,7 @@ class Rows:
             write_text(self.path, complete + "\n" if complete else "")
 
     def get(self, facts: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of these facts: the kept one, or a new one that is kept at once."""
+        """Return the stored row of these facts, or make and store it."""
         key = key_of(facts)
         if key not in self.rows:
             self.put(key, make())
@@ -83,31 +124,28 @@ class Rows:
         return self.rows[key]
 
     def put(self, key: str, row: dict[str, Any]) -> None:
-        """Keep a row, in the file too."""
+        """Store a row, in the file too."""
         self.rows[key] = row | {"key": key}
         self._append(self.rows[key])
 
     def _append(self, row: dict[str, Any]) -> None:
         if self.path is None:
             return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise ReplibError(
-                f"Cannot write {self.path}: {error.strerror}. Set REPLIB_OUT to a folder you own."
-            ) from error
+        with _writable(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rows of all ``part-*.jsonl`` by key; the last line of a file that is being written does not count."""
+    """Rows of all ``part-*.jsonl`` by key, without an unfinished last line."""
     texts = [path.read_text(encoding="utf-8").rpartition("\n")[0] for path in sorted(folder.glob("part-*.jsonl"))]
     return {row["key"]: row for text in texts for row in map(json.loads, text.splitlines())}
 
 
 def versions() -> dict[str, str]:
     """Library versions that a result carries."""
+    import torch
+    import transformers
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

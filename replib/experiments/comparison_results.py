@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from replib.ablation.adaptive_attack import EDIT_ATTACKS, GOAL
-from replib.core.stats import Measured, outcome_matrix, two_way_interval, two_way_rate_interval
+from replib.core.stats import Measured, interval_text, outcome_matrix, two_way_interval, two_way_rate_interval
 from replib.organism.recorded import RecordedResult, read_recorded
 
 HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways
@@ -93,7 +93,7 @@ class DefenceComparison(RecordedResult):
         """What one measure finds, by seed and prompt; of several attacks the mean over them."""
         names, letter = self.measures[measure]
         runs = self.runs[self.runs.method == method].sort_values("seed")
-        each = [np.array([[x == letter for x in answers[name]] for answers in runs.answers], float) for name in names]
+        each = [outcome_matrix([answers[name] for answers in runs.answers], letter).astype(float) for name in names]
         kinds = set(self.tasks.kind[self.tasks.name.isin(names)])
         return np.mean(each, axis=0) if kinds <= set(HARMFUL) else np.concatenate(each, axis=1)
 
@@ -143,7 +143,7 @@ class DefenceComparison(RecordedResult):
     def _cell(self, method: str, measure: str) -> str:
         values = self.matrix(method, measure)
         low, high = two_way_rate_interval(values)
-        return f"{100 * values.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]".replace(" ", "\N{NO-BREAK SPACE}")
+        return interval_text(100 * values.mean(), 100 * low, 100 * high)
 
     def measured(self, measure: str) -> Measured:
         """One measure of all methods, for a figure."""
@@ -189,7 +189,7 @@ class HardeningResults(DefenceComparison):
     def _lost(self, method: str, measure: str) -> str:
         gap = -100 * self.gap(method, measure, "none")
         low, high = two_way_interval(gap)
-        return f"{gap.mean():.1f}\xa0[{low:.1f},\xa0{high:.1f}]"
+        return interval_text(gap.mean(), low, high, ".1f")
 
     def reached(self, method: str, most: float = 0.20, points: float = 0.03) -> bool:
         """Whether no attack of the goal succeeds more often than that, and no benign rate lost more, in the mean."""

@@ -26,7 +26,7 @@ from replib.ablation.localisation import (
 )
 from replib.ablation.robustness import PROMPT, holding
 from replib.core.errors import ReplibError
-from replib.core.stats import Measured, outcome_matrix, two_way_interval, two_way_rate_interval
+from replib.core.stats import Measured, interval_text, outcome_matrix, two_way_interval, two_way_rate_interval
 from replib.edits.controls import attributed
 from replib.organism.recorded import read_recorded
 
@@ -220,4 +220,4 @@ def _cell(values: Matrix) -> str:
 
 
 def _percent(value: float, low: float, high: float) -> str:
-    return f"{100 * value:.0f}\xa0[{100 * low:.0f},\xa0{100 * high:.0f}]"
+    return interval_text(100 * value, 100 * low, 100 * high)

@@ -5,8 +5,6 @@ plotly.js once, and `static/view.js` draws them as it draws the live widget.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from pygments.formatters import HtmlFormatter
 
 from replib.core.errors import ReplibError
+from replib.core.storage import write_text
 from replib.figures.widgets import STATIC, VIEW_MIME
 
 FIGURE_MIME = "application/vnd.plotly.v1+json"
@@ -52,7 +51,7 @@ def export_html(notebooks: Sequence[Path], out: Path, *, title: str) -> Path:
         "script": _text("view.js") + _text("page.js"),
         "plotly": get_plotlyjs(),
     }
-    return _write(out, template.render(title=title, chapters=chapters, **parts))
+    return write_text(out, template.render(title=title, chapters=chapters, **parts))
 
 
 def _chapter(exporter: HTMLExporter, path: Path) -> Chapter:
@@ -126,21 +125,3 @@ def _headings(soup: BeautifulSoup, prefix: str) -> Iterator[tuple[str, str, str]
 
 def _text(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
-
-
-def _write(out: Path, text: str) -> Path:
-    """Write beside the target and put it in place at once, so that a full disk leaves no half report."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(temporary).chmod(0o644)
-            os.replace(temporary, out)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ReplibError(f"Cannot write the report {out}: {reason}. Choose a folder that can be written.") from error
-    return out

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from replib.core.stats import Measured, numbers, wilson
+from replib.core.stats import Measured, interval_text, numbers, wilson
 from replib.experiments.response_surface import COEFFICIENTS, Array, ResponseSurface
 from replib.figures.style import BLUE, GREY, INK, VERMILLION, apply_style
 from replib.figures.traces import BENIGN_KINDS, rate_axis
@@ -195,7 +195,7 @@ def _neighbours(values: Array) -> Iterator[Array]:
 def _bars(rows: Sequence[Sequence[float]]) -> Change:
     """Points with bars; rows are (value, low, high)."""
     value, low, high = np.array(rows).T
-    words = [f"{v:.0%} [{a:.0%}, {b:.0%}]" for v, a, b in zip(value, low, high, strict=True)]
+    words = [interval_text(*row, ".0%", " ") for row in zip(value, low, high, strict=True)]
     return {
         "x": _short(value),
         "customdata": words,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from replib.core.errors import ReplibError
+from replib.core.errors import ReplibError, check_positive
 from replib.models.chat_model import ChatModel
 
 
@@ -57,9 +57,9 @@ class TrainConfig:
         counts = {name: getattr(self, name) for name in names}
         if bad := [f"{name}={n}" for name, n in counts.items() if n < 1]:
             raise ReplibError(f"{', '.join(bad)}: give one at least.")
-        if not 0 < self.learning_rate < float("inf") or not 0 <= self.dropout < 1:
-            raise ReplibError(f"learning_rate={self.learning_rate}, dropout={self.dropout}: the rate is a number above "
-                              "zero, dropout a share below 1.")  # fmt: skip
+        check_positive(learning_rate=self.learning_rate)
+        if not 0 <= self.dropout < 1:
+            raise ReplibError(f"dropout={self.dropout}: give a share from 0 to below 1.")
 
 
 def said_of_full(model: ChatModel, config: TrainConfig) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from replib.core.distributed import is_first, trained, wait
-from replib.core.errors import ReplibError
+from replib.core.storage import replacing
 from replib.models.adapters import attached
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
@@ -117,11 +116,8 @@ class TrainResult:
         return folder
 
     def _write(self, folder: Path, about: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        partial = folder.absolute().with_name(folder.absolute().name + ".partial")
-        try:
-            check_free(folder, "replib.json", about)
-            for old in (partial, folder):  # half written, or this very run
-                shutil.rmtree(old, ignore_errors=True)
+        check_free(folder, "replib.json", about)
+        with replacing(folder) as partial:
             full = self.model.frozen is not None
             self.model.model.save_pretrained(partial, state_dict=None if full else weights or None)
             if full:
@@ -130,11 +126,6 @@ class TrainResult:
             self.history.to_csv(partial / "history.csv", index=False)
             self.probes.to_csv(partial / "probes.csv", index=False)
             (partial / "replib.json").write_text(json.dumps(about, indent=1))
-            partial.rename(folder)
-        except OSError as error:
-            raise ReplibError(
-                f"Cannot write the adapter to {folder}: {error.strerror}. Choose another folder."
-            ) from error
 
 
 def trained_by(adapter: str) -> str:

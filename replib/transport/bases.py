@@ -1,8 +1,7 @@
-"""The few axes inside which one cloud is carried onto another: four readings of the pooled principal axes.
+"""Bases of a few axes for Gaussian transport: pooled principal axes, with or without the mean gap first.
 
-The between-class term belongs to the pool: axes of the scatter within classes alone miss the gap that is to be closed.
-PCA-OT (arXiv 2603.04355) pools; the other three are ours, for models whose few massive coordinates would fill such a
-basis. They choose the axes only: means and covariances inside them are those of the activations as they are.
+The pool includes the between-class term; axes of the scatter within classes miss the gap between them. ``pooled`` is
+PCA-OT's (arXiv 2603.04355); ``mean_first`` is ours, for models whose few massive coordinates fill the pooled axes.
 """
 
 from __future__ import annotations
@@ -15,10 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.core.errors import ReplibError
-from replib.transport.gaussians import Gaussian, oriented, principal_axes
-
-CLIPPED = 0.005
-"""Share of the coordinates of each sample that 'winsorised' holds to the size of the next largest."""
+from replib.transport.gaussians import Gaussian, principal_axes
 
 
 def pooled_rows(source: Gaussian, target: Gaussian) -> Float[Tensor, "r d"]:
@@ -46,33 +42,7 @@ def mean_first(source: Gaussian, target: Gaussian, k: int | None) -> Float[Tenso
     return torch.cat([first, rest], dim=1)
 
 
-def winsorised(source: Gaussian, target: Gaussian, k: int | None) -> Float[Tensor, "d k"]:
-    """Pooled principal axes after the largest coordinates of each sample were clipped, see ``CLIPPED``."""
-    _check_few(k, "winsorised")
-    total = source.n + target.n
-    middle = (source.mean * source.n + target.mean * target.n) / total
-    rows = torch.cat([c.samples("basis 'winsorised'") + (c.mean - middle) for c in (source, target)])
-    spared = rows.shape[1] - math.ceil(CLIPPED * rows.shape[1])
-    if spared < 1:
-        raise ReplibError("one coordinate cannot be winsorised; use 'pooled'.")
-    limit = rows.abs().kthvalue(spared, dim=1, keepdim=True).values
-    rows = rows.clamp(-limit, limit)
-    return principal_axes(rows - rows.mean(0), k)[0]
-
-
-def standardised(source: Gaussian, target: Gaussian, k: int | None) -> Float[Tensor, "d k"]:
-    """Axes read off by pooled principal axes of the coordinates over their deviations, ``span(D^-1 V)``.
-
-    A coordinate that is constant in both classes takes no part.
-    """
-    _check_few(k, "standardised")
-    rows = pooled_rows(source, target)
-    deviations = rows.norm(dim=0)
-    inverse = torch.where(deviations > 1e-12 * deviations.max(), 1 / deviations, 0.0)
-    return oriented(torch.linalg.qr(inverse[:, None] * principal_axes(rows * inverse, k)[0])[0])
-
-
-BASES = {"pooled": pooled, "mean_first": mean_first, "winsorised": winsorised, "standardised": standardised}
+BASES = {"pooled": pooled, "mean_first": mean_first}
 
 
 def share_inside(axes: Float[Tensor, "d k"], gap: Float[Tensor, " d"]) -> float:
@@ -86,8 +56,3 @@ def share_inside(axes: Float[Tensor, "d k"], gap: Float[Tensor, " d"]) -> float:
             stacklevel=3,
         )
     return rho
-
-
-def _check_few(k: int | None, basis: str) -> None:
-    if k is None:
-        raise ReplibError(f"k=None takes the whole span, of which {basis!r} has no part to choose; use 'pooled'.")

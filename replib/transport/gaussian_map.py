@@ -1,13 +1,10 @@
-"""Closed-form optimal transport of one Gaussian cloud of activations onto another.
+"""Closed-form optimal transport of one Gaussian onto another, inside a few axes (PCA-OT, arXiv 2603.04355).
 
-The map carries harmful activations onto harmless ones inside a few pooled principal axes and leaves the rest
-of the space alone (PCA-OT, arXiv 2603.04355). Every quantity is computed from factors ``F`` of the
-covariances, ``Sigma = F^T F``, never from the covariances themselves: an SVD of factors does not square the
-condition number, gives positive semi-definite results by construction and never builds a ``dim x dim``
-matrix. Statistics are float64 on the CPU, whatever comes in.
+The map leaves the complement of the axes alone. Every quantity is computed from factors ``F`` of the covariances,
+``Sigma = F^T F``: an SVD of factors does not square the condition number, gives positive semi-definite results and
+never builds a ``dim x dim`` matrix. Statistics are float64 on the CPU.
 
-The full text of that paper was not available to us: the number of axes, whether the complement is kept, the ridge and
-the basis are switches here, and their defaults are ours.
+The full text of that paper was not available to us; number of axes, ridge and basis are options, their defaults ours.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from sklearn.base import BaseEstimator, TransformerMixin
 from torch import Tensor
 
-from replib.core.errors import ReplibError
+from replib.core.errors import ReplibError, check_choice
 from replib.core.storage import write_tensors
 from replib.transport.affine import AffineEdit, check_strength, typed_as
 from replib.transport.bases import BASES, share_inside
@@ -57,7 +54,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
     """Optimal transport of one Gaussian onto another inside a subspace, as a scikit-learn estimator.
 
     ``T(x) = P[A(P^T x - m_s) + m_t] + g (I - P P^T) x + (1 - g) r``, where ``A`` is ``monge_scale`` of the two
-    covariances inside the basis ``P`` and ``g = 1`` keeps the complement.
+    covariances inside the basis ``P``, and ``g = 1`` unless ``k`` is None.
 
     Args:
         k: axes of the basis. None takes the whole span of the samples: the map of the full space, in low-rank form
@@ -66,16 +63,14 @@ class GaussianMap(TransformerMixin, BaseEstimator):
             cannot show d variances.
         basis: ``pooled`` are the principal axes of both classes together, between-class term included; for models
             whose few massive coordinates hide the gap from these, ``mean_first`` is the mean gap and then pooled axes
-            of what is left, ``winsorised`` clips the largest coordinates of each sample first, ``standardised``
-            divides coordinates by their deviations first.
-        complement: ``keep`` leaves what is outside the basis alone, ``drop`` sets it to its target mean.
+            orthogonal to it.
         ridge: added to both covariances, as a share of their mean variance per axis (of the basis; of the whole space
             for ``k=None``); or each is shrunk by its own ``ledoit_wolf`` or ``oas`` weight.
 
     After ``fit``: ``basis_`` P ``[d, k]``, ``scale_`` A ``[k, k]``, ``source_mean_`` and ``target_mean_`` ``[k]`` in
     the basis, ``rest_`` r ``[d]`` the target mean outside it, ``kept_`` g; ``rho_`` the share of the squared mean
-    gap inside the basis; ``cost_`` the mean squared displacement of the source, which is ``W2^2`` inside the basis
-    where the complement is kept; ``n_samples_`` of both classes.
+    gap inside the basis; ``cost_`` the mean squared displacement of the source, ``W2^2`` inside the basis;
+    ``n_samples_`` of both classes.
     """
 
     basis_: Float[Tensor, "d k"]
@@ -88,15 +83,13 @@ class GaussianMap(TransformerMixin, BaseEstimator):
     cost_: float
     n_samples_: tuple[int, int]
 
-    def __init__(
-        self, k: int | None = 2, *, basis: str = "pooled", complement: str = "keep", ridge: float | str = 1e-6
-    ):
-        self.k, self.basis, self.complement, self.ridge = k, basis, complement, ridge
+    def __init__(self, k: int | None = 2, *, basis: str = "pooled", ridge: float | str = 1e-6):
+        self.k, self.basis, self.ridge = k, basis, ridge
 
     def fit(self, x: Samples | Gaussian, y: Samples | Gaussian | None = None) -> GaussianMap:
         """Fit the map that carries ``x`` (harmful, ``[n, d]``) to ``y`` (harmless, ``[m, d]``), of any float dtype.
 
-        Either may be a ``Gaussian``, as ``Moments.cloud`` makes it of vectors that were streamed.
+        Either may be a ``Gaussian``, as ``Moments.gaussian`` makes it of streamed vectors.
 
         Warns when the basis holds less than half of the squared mean gap. ReplibError on unusable samples.
         """
@@ -121,8 +114,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         shrunk = shrunk_pair(*((source, target) if self.k is None else inside), self.ridge)
         self.scale_ = monge_scale(*(s.factor(c.factor) for s, c in zip(shrunk, inside, strict=True)))
         floors = [s.floor for s in shrunk]
-        off_span = math.sqrt(floors[1] / floors[0]) if self.k is None and floors[0] else 1.0
-        self.kept_ = off_span if self.complement == "keep" else 0.0
+        self.kept_ = math.sqrt(floors[1] / floors[0]) if self.k is None and floors[0] else 1.0
 
     def transform(self, x: Array) -> Array:
         """``T(x)`` for activations ``[..., d]``, computed in float32 or better; kind, dtype and device are kept.
@@ -148,11 +140,11 @@ class GaussianMap(TransformerMixin, BaseEstimator):
     def inverse(self) -> GaussianMap:
         """The map back, which is the optimal transport from the image of the source to the source, at the same cost.
 
-        ReplibError if the complement was dropped, or an extrapolated map has folded the space.
+        ReplibError if an extrapolated map has folded the space.
         """
         root, failed = torch.linalg.cholesky_ex(self._fitted().scale_)
         if failed or not self.kept_ > 0:
-            raise ReplibError("this map loses what it drops or folds; fit with complement='keep', at strength 0 to 1.")
+            raise ReplibError("this map folds the space, so it has no inverse; use a strength from 0 to 1.")
         back = copy.copy(self)
         back.scale_, back.kept_ = torch.cholesky_inverse(root), 1 / self.kept_
         back.source_mean_, back.target_mean_ = self.target_mean_, self.source_mean_
@@ -199,11 +191,11 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         try:
             with safe_open(path, "pt") as file:
                 about: dict[str, Any] = json.loads(file.metadata()["replib"])
-                found = {name: file.get_tensor(name) for name in (*TENSORS, *NUMBERS)}
+                tensors = {name: file.get_tensor(name) for name in (*TENSORS, *NUMBERS)}
             fitted = cls(**about["map"])
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise ReplibError(f"{path} holds no GaussianMap ({error}); write one with save().") from error
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             setattr(fitted, name, tensor if name in TENSORS else float(tensor))
         fitted.n_samples_ = tuple(about["n_samples"])
         return fitted
@@ -232,9 +224,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
             raise ReplibError(f"activations are {values.dtype}; convert them to a floating type.")
 
     def _check_options(self, smallest: int) -> None:
-        for choice, allowed in ((self.basis, tuple(BASES)), (self.complement, ("keep", "drop"))):
-            if choice not in allowed:
-                raise ReplibError(f"{choice!r} is not known here; choose from {allowed}.")
+        check_choice("basis", self.basis, BASES)
         if self.k is not None and self.k < 1:
             raise ReplibError(f"k is {self.k}; the basis needs at least one axis.")
         if smallest <= (1 if self.k is None else self.k):

@@ -1,4 +1,4 @@
-"""Clouds of activations: samples, their Gaussians, their principal axes. Float64 on the CPU, whatever comes in.
+"""Samples of activations, their Gaussians, principal axes and running moments; float64 on the CPU.
 
 A covariance is held as a factor ``F``, ``Sigma = F^T F``, and never as a ``dim x dim`` matrix.
 """
@@ -12,15 +12,16 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float
+from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
-from replib.core.errors import ReplibError
+from replib.core.errors import ReplibError, check_choice
 
 Samples: TypeAlias = Tensor | np.ndarray
 
 
 def as_samples(values: Samples, name: str) -> Float[Tensor, "n d"]:
-    """Activations of one class as a float64 matrix on the CPU; ReplibError unless finite and not empty."""
+    """Convert activations of one class to a float64 matrix on the CPU; ReplibError unless finite and not empty."""
     rows = torch.as_tensor(values).detach().to("cpu", torch.float64)
     if rows.ndim != 2 or 0 in rows.shape:
         raise ReplibError(f"{name} has shape {tuple(rows.shape)}; it must be [prompts, dim], not empty.")
@@ -61,13 +62,15 @@ class Gaussian:
     factor: Float[Tensor, "r d"]
     """``F`` with ``F^T F`` the covariance about this mean, divided by n - 1."""
     n: int
-    """Samples behind it."""
+    """Number of samples."""
     sampled: bool = False
-    """Whether row i of the factor is sample i, centred; what was streamed has forgotten its samples."""
+    """Whether row i of the factor is sample i, centred; streamed moments hold no samples."""
 
     def __post_init__(self) -> None:
         if not (self.mean.isfinite().all() and self.factor.isfinite().all()):
-            raise ReplibError("a cloud's mean or covariance is NaN or inf; leave out the vectors that are not finite.")
+            raise ReplibError(
+                "a Gaussian's mean or covariance is NaN or inf; leave out the vectors that are not finite."
+            )
 
     @classmethod
     def of(cls, x: Samples | Gaussian, name: str = "sample") -> Gaussian:
@@ -86,13 +89,13 @@ class Gaussian:
         return float(self.factor.square().sum()) / len(self.mean)
 
     def samples(self, purpose: str) -> Float[Tensor, "n d"]:
-        """The samples about their mean; ReplibError, naming what they are for, if there are none."""
+        """The samples about their mean; ReplibError, naming the purpose, if there are none."""
         if not self.sampled:
-            raise ReplibError(f"{purpose} needs the samples themselves, and a streamed cloud keeps none: capture them.")
+            raise ReplibError(f"{purpose} needs the samples themselves; streamed moments hold none, so capture them.")
         return self.factor * math.sqrt(self.n - 1)
 
     def onto(self, axes: Float[Tensor, "d k"]) -> Gaussian:
-        """The cloud in the coordinates of some axes."""
+        """The Gaussian in the coordinates of some axes."""
         return Gaussian(self.mean @ axes, self.factor @ axes, self.n, self.sampled)
 
 
@@ -122,9 +125,9 @@ def principal_axes(
     return oriented(torch.linalg.qr(axes)[0]), energy
 
 
-def oriented(axes: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-    """Axes whose coordinate of largest magnitude is positive: no sign depends on row order or library."""
-    return axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+def oriented(axes: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..."]:
+    """Axes along ``dim``, each with its coordinate of largest magnitude positive, whatever row order or library."""
+    return axes * axes.gather(dim, axes.abs().argmax(dim, keepdim=True)).sign()
 
 
 def _check_widths(first: int, second: int) -> None:
@@ -138,25 +141,20 @@ RULES = ("ledoit_wolf", "oas")
 def shrinkage(x: Samples | Gaussian, *, rule: str = "ledoit_wolf") -> float:
     """Weight ``s`` of the identity in the shrunk covariance ``(1 - s) S + s tr(S)/d I``, in [0, 1].
 
-    Ledoit and Wolf (2004, "A well-conditioned estimator", Lemma 3.2 to 3.4) or OAS (Chen et al. 2010, eq. 23), as
-    scikit-learn computes them, ``S`` divided by n; from the ``n x n`` Gram matrix. Near 1 it says that n samples know
-    next to nothing of the covariance in d axes. ReplibError on another rule, or Ledoit-Wolf of a streamed cloud.
+    Ledoit and Wolf (2004, "A well-conditioned estimator", Lemma 3.2 to 3.4) by scikit-learn, or OAS (Chen et al. 2010,
+    eq. 23) from the ``n x n`` Gram matrix, which never forms ``S``, divided by n. Near 1, n samples hardly determine
+    the covariance in d axes. ReplibError on another rule, or Ledoit-Wolf of a streamed cloud.
     """
     cloud = Gaussian.of(x)
     n, d = cloud.n, len(cloud.mean)
-    rows = cloud.samples("Ledoit-Wolf shrinkage") if rule == "ledoit_wolf" else cloud.factor * math.sqrt(n - 1)
-    gram = rows @ rows.mT
-    mu = float(gram.trace()) / (n * d)
-    energy = float(gram.square().sum()) / n**2
-    if rule == "oas":
-        alpha = energy / d**2
-        excess, spread = (alpha + mu**2), (n + 1) * (alpha - mu**2 / d)
-    elif rule == "ledoit_wolf":
-        excess = (float(gram.diagonal().square().sum()) / n - energy) / (n * d)
-        spread = energy / d - mu**2
-    else:
-        raise ReplibError(f"shrinkage rule is {rule!r}; choose 'ledoit_wolf' or 'oas'.")
-    return min(1.0, excess / spread) if spread > 0 else 1.0
+    check_choice("rule", rule, RULES)
+    if rule == "ledoit_wolf":
+        rows = cloud.samples("Ledoit-Wolf shrinkage")
+        return float(ledoit_wolf_shrinkage(rows.numpy(), assume_centered=True)) if rows.any() else 1.0
+    gram = cloud.factor @ cloud.factor.mT * (n - 1) / n
+    mu, alpha = float(gram.trace()) / d, float(gram.square().sum()) / d**2
+    spread = (n + 1) * (alpha - mu**2 / d)
+    return min(1.0, (alpha + mu**2) / spread) if spread > 0 else 1.0
 
 
 class Shrunk(NamedTuple):
@@ -172,7 +170,7 @@ class Shrunk(NamedTuple):
 
 
 def shrunk_pair(source: Gaussian, target: Gaussian, ridge: float | str) -> tuple[Shrunk, Shrunk]:
-    """How both covariances are shrunk: by a share of their mean variance, the same for both, or each by a rule."""
+    """Shrinkage of both covariances: by one share of their mean variance, or each by a rule."""
     if isinstance(ridge, str):
         weights = shrinkage(source, rule=ridge), shrinkage(target, rule=ridge)
         return Shrunk(weights[0], weights[0] * source.variance), Shrunk(weights[1], weights[1] * target.variance)
@@ -184,8 +182,8 @@ class Moments:
     """Running moments of ``[layers, n, dim]`` pieces; each layer by itself, in float64.
 
     Args:
-        rank: rows of the covariance factor. Exact while no more vectors than that have come, or from the width of the
-            model on; below it ``lost`` says how much was dropped. 0 keeps the mean and the total variance alone.
+        rank: rows of the covariance factor. Exact for up to ``rank`` vectors, or where ``rank`` reaches the width of
+            the model; otherwise ``lost`` is the share dropped. 0 keeps the mean and the total variance alone.
     """
 
     def __init__(self, rank: int = 0):
@@ -195,7 +193,7 @@ class Moments:
         self._total: Tensor = torch.zeros(0)
 
     def update(self, values: Float[Tensor, "layers n dim"]) -> Moments:
-        """Take in more vectors."""
+        """Add vectors."""
         layers, _, dim = values.shape
         if self.n == 0:
             self._mean, self._total = torch.zeros(layers, dim).double(), torch.zeros(layers).double()
@@ -235,12 +233,12 @@ class Moments:
         return self._checked(2, self._factor) / (self.n - 1) ** 0.5
 
     def gaussian(self, index: int) -> Gaussian:
-        """Gaussian of one layer by index, for ``GaussianMap.fit`` and ``bures_wasserstein`` (less what is ``lost``)."""
+        """Gaussian of one layer by index, for ``GaussianMap.fit`` and ``bures_wasserstein`` (without the ``lost`` share)."""
         return Gaussian(self.mean[index], self.factor[index], self.n)
 
     @property
     def lost(self) -> Float[Tensor, " layers"]:
-        """Share of the total variance that ``factor`` does not hold."""
+        """Share of the total variance outside ``factor``."""
         held = self.factor.square().sum((1, 2))
         return (1 - held / self.variance.clamp(min=1e-300)).clamp(min=0)
 
@@ -251,11 +249,10 @@ class Moments:
         """
         rows = self.factor
         if k > rows.shape[1]:
-            raise ReplibError(f"{k} axes were asked for, but only {rows.shape[1]} are held: raise rank, or lower k.")
+            raise ReplibError(f"{k} axes exceed the {rows.shape[1]} held: raise rank, or lower k.")
         length = rows[:, :k].norm(dim=-1)
         axes = rows[:, :k] / length.clamp(min=1e-300)[..., None]
-        signs = axes.gather(-1, axes.abs().argmax(-1, keepdim=True)).sign()
-        return axes * signs, length.square()
+        return oriented(axes, dim=-1), length.square()
 
     def _checked(self, least: int, value: Tensor) -> Tensor:
         if self.n < least:
@@ -264,10 +261,10 @@ class Moments:
 
 
 def _shortened(rows: Float[Tensor, "layers n dim"], rank: int) -> Float[Tensor, "layers r dim"]:
-    """Rotated so that row i lies along principal axis i, and cut: F^T F changes by what is cut alone."""
+    """Rotate rows onto principal axes and keep the first ``rank``; F^T F loses the dropped axes alone."""
     gram = rows @ rows.mT if rows.shape[1] <= rows.shape[2] else rows.mT @ rows
     _, axes = torch.linalg.eigh(gram)
-    kept = axes.flip(-1)[..., :rank]
+    leading = axes.flip(-1)[..., :rank]
     if rows.shape[1] <= rows.shape[2]:
-        return kept.mT @ rows
-    return (rows @ kept).norm(dim=1)[..., None] * kept.mT
+        return leading.mT @ rows
+    return (rows @ leading).norm(dim=1)[..., None] * leading.mT

@@ -192,10 +192,11 @@ def test_another_adapter_or_other_files_are_not_overwritten(folder, tmp_path):
 
 def test_a_save_that_was_killed_leaves_no_adapter_and_may_come_again(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fresh(folder).save(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+    (tmp_path / "adapter.partial").mkdir()  # as SIGKILL leaves it
     fresh(folder).save(tmp_path / "adapter")
     assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
-from sklearn.preprocessing import StandardScaler
 
 from helpers.gaussians import massive, normal, relative
 from replib.transport.bases import BASES, pooled_rows, share_inside
@@ -28,15 +27,6 @@ def test_pooled_axes_are_those_of_both_classes_in_one_pool():
     assert relative(rows.mT @ rows, (pool - pool.mean(0)).mT @ (pool - pool.mean(0))) < 1e-13
 
 
-def test_standardised_axes_read_what_scikit_learn_reads_of_scaled_coordinates():
-    x, y = normal(40, 9) * torch.logspace(0, 3, 9, dtype=torch.float64), normal(25, 9, seed=1) + 1
-    axes = BASES["standardised"](*cloud_pair(x, y), 3)
-    scaled = StandardScaler().fit(torch.cat([x, y]).numpy())
-    read = torch.from_numpy(PCA(3, svd_solver="full").fit(scaled.transform(torch.cat([x, y]).numpy())).components_)
-    span = torch.linalg.qr((read / torch.from_numpy(scaled.scale_)).mT)[0]
-    assert relative(axes @ axes.mT, span @ span.mT) < 1e-10
-
-
 def test_a_basis_within_classes_misses_the_gap_that_the_pooled_one_sees():
     noise, gap = normal(80, 30) * 0.5, torch.zeros(30, dtype=torch.float64)
     gap[7] = 4.0
@@ -48,14 +38,13 @@ def test_a_basis_within_classes_misses_the_gap_that_the_pooled_one_sees():
         assert share_inside(within, means) < 0.1
 
 
-@pytest.mark.parametrize(("basis", "least"), [("mean_first", 1 - 1e-12), ("winsorised", 0.8), ("standardised", 0.8)])
-def test_massive_coordinates_hide_the_gap_from_the_pooled_axes_alone(basis, least):
+def test_massive_coordinates_hide_the_gap_from_the_pooled_axes_alone():
     clouds = cloud_pair(*massive())
     gap = clouds[1].mean - clouds[0].mean
     with pytest.warns(UserWarning, match="mean_first"):
         assert share_inside(BASES["pooled"](*clouds, 2), gap) < 0.1
-    axes = BASES[basis](*clouds, 2)
-    assert share_inside(axes, gap) >= least
+    axes = BASES["mean_first"](*clouds, 2)
+    assert share_inside(axes, gap) >= 1 - 1e-12
     assert relative(axes.mT @ axes, torch.eye(2, dtype=torch.float64)) < 1e-12
 
 

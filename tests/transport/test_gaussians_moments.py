@@ -78,7 +78,7 @@ def test_what_is_not_defined_is_refused():
         _ = Moments().mean
     with pytest.raises(ReplibError, match="at least 2"):
         _ = Moments(3).update(cloud(1, 4)).variance
-    with pytest.raises(ReplibError, match="9 axes .* only 4"):
+    with pytest.raises(ReplibError, match="9 axes exceed the 4 held"):
         Moments(4).update(cloud(50, 8)).pca(9)
     with pytest.raises(ReplibError, match="one model only"):
         Moments().update(cloud(5, 4)).update(cloud(5, 6))

@@ -28,6 +28,6 @@ def test_the_factor_of_a_shrunk_covariance_is_one():
 
 
 def test_unknown_rules_are_refused_and_equal_samples_are_all_floor():
-    with pytest.raises(ReplibError, match="'ledoit_wolf' or 'oas'"):
+    with pytest.raises(ReplibError, match="use one of ledoit_wolf, oas"):
         shrinkage(normal(9, 3), rule="none")
     assert math.isclose(shrinkage(torch.ones(5, 3)), 1.0)

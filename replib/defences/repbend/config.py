@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from replib.core.errors import ReplibError, check_choice
+from replib.core.errors import ReplibError, check_choice, check_coefficients
 from replib.training.config import TrainConfig
 
 
@@ -129,10 +129,9 @@ class BendConfig:
     """
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma", "eta", "temperature"):
-            value = getattr(self, name)
-            if not value >= 0 or value == float("inf"):
-                raise ReplibError(f"{name}={value} must be a finite number, zero or more.")
+        check_coefficients(
+            alpha=self.alpha, beta=self.beta, gamma=self.gamma, eta=self.eta, temperature=self.temperature
+        )
         check_choice("fidelity", self.fidelity, FIDELITIES)
         check_choice("schedule", self.schedule, ("constant", "ramps"))
         check_choice("loss_mode", self.loss_mode, LOSS_MODES)
