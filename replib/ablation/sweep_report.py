@@ -89,8 +89,9 @@ class Agreement:
     best: int
 
     def __str__(self) -> str:
+        rho = interval_text(self.rho, self.low, self.high, ".2f", " ")
         return (
-            f"Spearman {interval_text(self.rho, self.low, self.high, '.2f', ' ')} of places by cheap score with attack success "
+            f"Spearman {rho} of places by cheap score with attack success "
             f"({self.cells} edits, n = {self.prompts} prompts; of mean log-odds {self.log_odds:.2f}); "
             f"attack success that the {self.best} first by cheap score miss: {self.missed:.0%}"
         )

@@ -77,9 +77,9 @@ def test_every_two_edits_of_a_table_once():
 
 
 def test_edits_without_answers_cannot_be_paired():
-    with pytest.raises(ReplibError, match="generate those"):
+    with pytest.raises(ReplibError, match="generate answers to the same prompts"):
         outcome_matrix(["", ""])
-    with pytest.raises(ReplibError, match="generate those"):
+    with pytest.raises(ReplibError, match="generate answers to the same prompts"):
         outcome_matrix(["ccr", "cc"])
     assert outcome_matrix(["rcd"], "degenerate").tolist() == [[False, False, True]]
 
