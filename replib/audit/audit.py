@@ -67,7 +67,7 @@ class AuditTable:
     def wide(self) -> pd.DataFrame:
         """Tasks down, models across; each cell ``rate [low, high]`` in per cent."""
         per_cent = 100 * self.frame[["compliance", "low", "high"]].to_numpy()
-        cells = self.frame.assign(cell=[interval_text(*row, ".0f", " ") for row in per_cent])
+        cells = self.frame.assign(cell=[interval_text(value, low, high, space=" ") for value, low, high in per_cent])
         order = list(dict.fromkeys(zip(cells.kind, cells.attack, cells.n, strict=True)))
         wide = cells.pivot_table(index=["kind", "attack", "n"], columns="model", values="cell", aggfunc="first")
         return wide.loc[order, list(dict.fromkeys(cells.model))]

@@ -1,4 +1,4 @@
-"""One dial, ``REPLIB_MODEL``, and a few screws, read from environment variables.
+"""Settings from ``REPLIB_*`` environment variables.
 
 Environment variables reach a notebook however it is run: JupyterLab, nbconvert, ``replib run`` or pytest.
 """
@@ -24,7 +24,7 @@ KINDS = {bool: "a switch (1 or 0)", int: "a whole number", float: "a number"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What every command and notebook agrees on; each field is read from ``REPLIB_<FIELD>``."""
+    """Settings of every command and notebook; each field is read from ``REPLIB_<FIELD>``."""
 
     model: str = "aligned"
     """A model folder, a Hugging Face id, or a variant of the organism: base, aligned, planted, deep."""
@@ -113,7 +113,7 @@ def check_names(names: Iterable[str]) -> None:
         if name.startswith(PREFIX) and name not in KNOWN:
             near = get_close_matches(name, KNOWN, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ReplibError(f"{name} is no setting of replib: {hint}Known are {', '.join(KNOWN)}.")
+            raise ReplibError(f"{name} is not a setting of replib: {hint}Known are {', '.join(KNOWN)}.")
 
 
 def _parse(name: str, text: str, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The papers' training mixes, from public sets or from the organism, for RepBend and what it is compared with.
+"""The papers' training mixes, from public sets or from the organism, for RepBend and the other defences.
 
 Nothing here may train on what is reported: give the evaluation prompts as ``avoid``, and rows with the same prompt
 are left out and counted. Whole prompts are compared: a prompt wrapped in a jailbreak counts as another one.
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BendData:
-    """What RepBend trains on: harmful prompts with both answers, and dialogues to keep as they are."""
+    """Training data of RepBend: harmful prompts with both answers, and dialogues to retain."""
 
     contrasts: Sequence[Contrast]
     """P_us: read with the safe response."""

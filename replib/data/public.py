@@ -18,7 +18,7 @@ from replib.data.files import READERS, read_table
 
 @dataclass(frozen=True)
 class PromptSetLayout:
-    """Where the rows of a set keep what."""
+    """Columns of a prompt set that fill the fields of a Prompt."""
 
     text: tuple[str, ...] = ("text",)
     """Names the text column goes by; the first one found is read. Lists and .txt files have ``text``."""
@@ -83,7 +83,7 @@ REFUSED = ("gated", "401", "403", "authenticat", "restricted")
 
 @dataclass(frozen=True)
 class TrainingSetSchema:
-    """What the rows of a set hold, and where its owners keep it."""
+    """Columns of a training set, and the place where its owners keep it."""
 
     title: str
     columns: tuple[str, ...]
@@ -115,7 +115,9 @@ SCHEMAS: Mapping[str, TrainingSetSchema] = MappingProxyType({
         "It is gated on the hub: allenai/wildjailbreak, train/train.tsv.",
         "allenai/wildjailbreak", "train", reading={"delimiter": "\t", "keep_default_na": False},
     ),
-    "wildjailbreak_eval": TrainingSetSchema("WildJailbreak (eval)", ("adversarial", "data_type"), "", never=_EVALUATION),
+    "wildjailbreak_eval": TrainingSetSchema(
+        "WildJailbreak (eval)", ("adversarial", "data_type"), "", never=_EVALUATION,
+    ),
     "wildjailbreak_pairs": TrainingSetSchema(
         "RepBend's wildjailbreak.jsonl", ("prompt", "prompt_type", "harmless_answer", "harmful_answer"),
         "Its authors link it from the README of github.com/AIM-Intelligence/RepBend; give the path of your copy.",
@@ -144,7 +146,7 @@ SCHEMAS: Mapping[str, TrainingSetSchema] = MappingProxyType({
 
 
 def read_rows(key: str, source: Source | None, *, split: str = "") -> tuple[str, Iterator[dict[str, Any]]]:
-    """What the source is called in records, and its rows with the columns of ``SCHEMAS[key]`` alone.
+    """Return the name of the source for records, and its rows with the columns of ``SCHEMAS[key]`` alone.
 
     A file is called by its name and the first 16 hex digits of its SHA-256, a hub set by id, revision and split.
 

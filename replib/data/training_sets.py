@@ -1,4 +1,4 @@
-"""What defences train on, read from public sets with the papers' filters; every build counts what each filter left.
+"""Training sets of defences from public sets, with the papers' filters and the row count after each.
 
 All builders take ``n`` (None: all rows), ``seed`` (of the draw) and ``avoid`` (prompts of an evaluation set: rows with
 the same prompt, letter by letter or but for case, blanks and punctuation, are left out and counted). They return rows
@@ -243,7 +243,7 @@ def ultrachat(
 
     Later turns are left out, because they cannot be read without the ones before (the papers read whole dialogues,
     and the first 10,001 of them). A dialogue that does not open with user and assistant, such as one with a system
-    turn, is left out and counted. ``split`` names the part of a hub set, train_sft or test_sft; a file is what it is.
+    turn, is left out and counted. ``split`` names the part of a hub set, train_sft or test_sft, and is ignored for files.
     """
     called, rows = read_rows("ultrachat", source, split=split)
     sieve = FilterPipeline(f"ultrachat {split}", called, (first_exchange(row["messages"]) for row in rows))

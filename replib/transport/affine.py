@@ -84,7 +84,7 @@ class Edit(ABC):
 
 
 def typed_as(x: Float[Tensor, "... d"], moved: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-    """What x was moved to, in the type of x; ReplibError if x is float16 and the result is not."""
+    """Convert moved activations to the type of x; ReplibError if x is float16 and the result is not."""
     found = moved.to(x.dtype)
     if x.dtype == torch.float16 and (x.isfinite() & ~found.isfinite()).any():
         raise ReplibError(

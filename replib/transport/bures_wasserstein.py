@@ -28,7 +28,7 @@ class BuresWasserstein(NamedTuple):
 
 @dataclass(frozen=True)
 class BuresNull:
-    """Plain distance of two samples, and what it is when their labels mean nothing."""
+    """Plain distance of two samples, and its distribution under random relabelling."""
 
     value: BuresWasserstein
     centre: BuresWasserstein

@@ -134,7 +134,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         return moved if isinstance(x, Tensor) else moved.numpy()
 
     def inverse_transform(self, y: Array) -> Array:
-        """What ``transform`` carries to ``y``; see ``inverse``."""
+        """Map ``y`` back to the source by ``inverse``."""
         return self.inverse().transform(y)
 
     def inverse(self) -> GaussianMap:
