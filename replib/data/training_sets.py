@@ -243,7 +243,7 @@ def ultrachat(
 
     Later turns are left out, because they cannot be read without the ones before (the papers read whole dialogues,
     and the first 10,001 of them). A dialogue that does not open with user and assistant, such as one with a system
-    turn, is left out and counted. ``split`` names the part of a hub set, train_sft or test_sft, and is ignored for files.
+    turn, is left out and counted. ``split`` names the part of a hub set (train_sft, test_sft); ignored for files.
     """
     called, rows = read_rows("ultrachat", source, split=split)
     sieve = FilterPipeline(f"ultrachat {split}", called, (first_exchange(row["messages"]) for row in rows))

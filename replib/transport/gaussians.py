@@ -233,7 +233,7 @@ class Moments:
         return self._checked(2, self._factor) / (self.n - 1) ** 0.5
 
     def gaussian(self, index: int) -> Gaussian:
-        """Gaussian of one layer by index, for ``GaussianMap.fit`` and ``bures_wasserstein`` (without the ``lost`` share)."""
+        """Gaussian of one layer by index, for ``GaussianMap.fit`` or ``bures_wasserstein``, less ``lost``."""
         return Gaussian(self.mean[index], self.factor[index], self.n)
 
     @property
