@@ -1,9 +1,9 @@
-"""Logit lens: what the model would say next if it stopped after each block; one model, or base beside bent.
+"""Logit lens: next-token prediction after each block, of one model or of base and bent model.
 
     p[l, t] = softmax(unembed(final_norm(resid_post[l, t])))      (nostalgebraist 2020; RepBend, Fig. 3)
 
-The residual stream is read by hooks, before the final norm, which is applied once; so the last block's row is
-the model's own prediction. Entropies and divergences are in nats.
+Hooks read the residual stream before the final norm, which is applied once, so the last block gives the model's own
+prediction. Entropies and divergences are in nats.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from replib.models.chat_model import ChatModel, check_layers
 from replib.models.hooks import Hook, hooked
 from replib.models.tokens import Batch
 
-CHUNK = 256  # readings decoded at once: with 128k words 131 MB in float32, however many layers are asked for
+CHUNK = 256  # readings decoded at once: 131 MB in float32 for a vocabulary of 128k, whatever the number of layers
 
 
 @dataclass(frozen=True)
 class LensTrajectory:
-    """What each block would say after each token: row l is block `layers[l]`, column t token `tokens[t]`."""
+    """Prediction of each block after each token: row l is block `layers[l]`, column t token `tokens[t]`."""
 
     tokens: tuple[str, ...]
-    """The tokens read; column t predicts the token after it."""
+    """Tokens of the chat; column t predicts the token after it."""
     layers: tuple[int, ...]
     entropy: Float[Tensor, "layers tokens"]
     """Nats, from 0 to ln(vocabulary)."""
@@ -39,25 +39,25 @@ class LensTrajectory:
     """[layers][tokens][top] most probable next tokens, best first."""
     top_probs: Float[Tensor, "layers tokens top"]
     next_prob: Float[Tensor, "layers tokens"]
-    """Probability of the token that does follow; NaN after the last one."""
+    """Probability of the token that follows; NaN after the last one."""
     next_rank: Int[Tensor, "layers tokens"]
-    """How many tokens the block finds likelier than that one: 0 is its first choice; -1 after the last."""
+    """Number of tokens more probable than that one: 0 is the first choice; -1 after the last."""
     provenance: dict[str, str]
 
     @property
     def words(self) -> list[list[str]]:
-        """[layers][tokens] the most probable next token, as a heatmap writes it."""
+        """[layers][tokens] most probable next token, as text."""
         return [[best[0] for best in row] for row in self.top_tokens]
 
 
 @dataclass(frozen=True)
 class LensComparison:
-    """The lens of the base (adapter off) and of the bent model (adapter on) on the very same tokens."""
+    """Lenses of the base (adapter off) and the bent model (adapter on) on the same tokens."""
 
     base: LensTrajectory
     bent: LensTrajectory
     js: Float[Tensor, "layers tokens"]
-    """Jensen-Shannon divergence between the two, nats: 0 where they agree, ln 2 at most."""
+    """Jensen-Shannon divergence of the two, nats, from 0 to ln 2."""
 
 
 @torch.no_grad()
@@ -70,19 +70,19 @@ def logit_lens(
     top: int = 5,
     span: str = "all",
 ) -> LensTrajectory:
-    """Read every layer of one chat: prompt and, if given, the response it is forced to take.
+    """Read every layer of one chat, a prompt with an optional forced response.
 
     Args:
-        model: what to read; wrap the call in `model.adapter_off()` to read its base.
+        model: model to read; wrap the call in `model.adapter_off()` to read its base.
         prompt: the user's turn, as text; the chat template is applied here.
         response: the beginning of the answer.
         layers: block indices, default all; negative ones count from the last.
-        top: how many likeliest tokens to keep.
-        span: "all", "prompt", or "response": the tokens that predict the response or end it, so from the last
-            prompt token on.
+        top: number of most probable tokens to keep.
+        span: "all", "prompt", or "response", which starts at the last prompt token since that one predicts the
+            first response token.
 
     Raises:
-        ReplibError: unknown span or layer, a bad `top`, or logits that cannot be read off the last block.
+        ReplibError: unknown span or layer, a bad `top`, or logits that differ from the decoded last block.
     """
     window = _window(model, prompt, response, layers=layers, span=span)
     stream = _stream(model, window)
@@ -103,7 +103,7 @@ def compare(
     """Read one chat twice, adapter off and on; arguments as in `logit_lens`.
 
     Raises:
-        ReplibError: as `logit_lens`, or the model has no adapter, so that both would be the same model.
+        ReplibError: as `logit_lens`, or a model without an adapter.
     """
     if not hasattr(model.model, "disable_adapter"):
         raise ReplibError(f"{model.name} has no adapter to compare with its base: load(..., adapter=folder).")
@@ -119,7 +119,7 @@ def compare(
 
 
 class _Window(NamedTuple):
-    """One chat in tokens, and the blocks and columns of it that are read."""
+    """Tokens of one chat, and the blocks and columns to read."""
 
     batch: Batch
     layers: list[int]
@@ -136,7 +136,7 @@ class _Window(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a lens says of some readings; one row a reading."""
+    """Lens outputs of some readings, a row each."""
 
     entropy: Float[Tensor, " readings"]
     top_probs: Float[Tensor, "readings top"]
@@ -146,34 +146,34 @@ class _Part(NamedTuple):
 
 
 def _window(model: ChatModel, prompt: str, response: str, *, layers: Sequence[int] | None, span: str) -> _Window:
-    wanted = check_layers(model, range(model.n_layers) if layers is None else layers)
+    blocks = check_layers(model, range(model.n_layers) if layers is None else layers)
     batch = model.encode([prompt], [response])
     begin, end = int(batch.last_prompt[0]), batch.input_ids.shape[1]
     columns = {"all": slice(0, end), "prompt": slice(0, begin + 1), "response": slice(begin, end)}
     if span not in columns:
         raise ReplibError(f"Unknown span {span!r}: use one of {', '.join(columns)}.")
-    return _Window(batch, wanted, columns[span])
+    return _Window(batch, blocks, columns[span])
 
 
 def _stream(model: ChatModel, window: _Window) -> Float[Tensor, "layers tokens dim"]:
     """Raw block outputs, from one forward pass."""
-    found: dict[int, Tensor] = {}
+    streams: dict[int, Tensor] = {}
 
     def reader(layer: int) -> Hook:
         def read(hidden: Tensor) -> None:
-            found[layer] = hidden[0, window.columns]
+            streams[layer] = hidden[0, window.columns]
 
         return read
 
     last = model.n_layers - 1
     with hooked(model, {("resid_post", i): reader(i) for i in {*window.layers, last}}):
         logits = model.forward(window.batch)
-    _check_decoding(model, found[last][-1:], logits[0, window.columns][-1:])
-    return torch.stack([found[i].to(logits.device) for i in window.layers])
+    _check_decoding(model, streams[last][-1:], logits[0, window.columns][-1:])
+    return torch.stack([streams[i].to(logits.device) for i in window.layers])
 
 
 def _check_decoding(model: ChatModel, hidden: Tensor, logits: Tensor) -> None:
-    """The lens must read the model's own prediction off its last block."""
+    """Refuse a model whose own prediction is not the decoded output of its last block."""
     slack = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
     if not torch.allclose(model.decode(hidden), logits.float(), rtol=slack, atol=slack):
         raise ReplibError(
@@ -183,7 +183,7 @@ def _check_decoding(model: ChatModel, hidden: Tensor, logits: Tensor) -> None:
 
 
 def _chunks(stream: Tensor, window: _Window) -> Iterator[tuple[Tensor, Tensor]]:
-    """Readings and the tokens that follow them, some at a time: all layers' logits would fill the memory."""
+    """Readings and next tokens in chunks, since the logits of all layers would fill the memory."""
     layers, _, _ = stream.shape
     ids = window.next_ids.to(stream.device).repeat(layers)
     return zip(stream.flatten(0, 1).split(CHUNK), ids.split(CHUNK), strict=True)

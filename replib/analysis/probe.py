@@ -1,7 +1,7 @@
-"""A cross-fitted linear probe that serves a hundred labellings at the price of one.
+"""Cross-fitted linear probe of many labellings in one solve.
 
-The probe is a calibrated ridge classifier. Its hat matrix does not depend on the labels, so that one
-decomposition a fold gives the scores under the true labels and under every permutation of them.
+The probe is a calibrated ridge classifier. Its hat matrix does not depend on the labels, so one decomposition a fold
+gives the scores under the true labels and under every permutation.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ FOLDS = 5
 RIDGES = tuple(10.0**power for power in range(-5, 3))
 """Candidate ridges, as shares of the mean squared norm of the training rows."""
 TINY = 1e-12
-"""Keeps a quotient finite where all rows are one and the same, as before the first block they may be."""
+"""Keeps a quotient finite if all rows are equal, as they may be before the first block."""
 
 
 def cross_fitted_logits(
     rows: Float[Tensor, "n d"], labels: Bool[Tensor, "n labellings"], generator: torch.Generator
 ) -> Float[Tensor, "n labellings"]:
-    """Log odds of the first class for every row, from a linear probe that has not seen it.
+    """Log odds of the first class for every row, from a linear probe fitted on other rows.
 
-    Each column of ``labels`` is probed on its own. Folds ignore the labels, so that true and shuffled ones
-    are exchangeable; ridge and calibration are chosen on leave-one-out scores of the training folds.
+    Each column of ``labels`` has its own probe. Folds ignore the labels, so true and permuted ones are exchangeable.
+    Leave-one-out scores of the training folds choose ridge and calibration.
     """
     fold = torch.randperm(len(rows), generator=generator) % FOLDS
     logits = torch.empty(labels.shape, dtype=rows.dtype)
@@ -61,9 +61,8 @@ def _ridge_scores(rows: Tensor, labels: Tensor, held: Tensor) -> tuple[Tensor, T
 def _platt(scores: Tensor, labels: Tensor, steps: int = 15) -> tuple[Tensor, Tensor]:
     """Slope and offset of each column's logistic calibration, classes weighted equally, by Newton's method.
 
-    Platt's targets ``(n + 1) / (n + 2)`` keep the slope finite when the classes separate. A probe that does
-    worse than chance on the rows it left out is switched off, not inverted: such scores lean against their
-    labels when there is nothing to learn.
+    Platt's targets ``(n + 1) / (n + 2)`` keep the slope finite when the classes separate. A probe below chance on
+    left-out rows is disabled, not inverted, since leave-one-out scores anticorrelate with labels under the null.
     """
     sizes = torch.where(labels, labels.sum(0), (~labels).sum(0)).to(scores.dtype)
     target = torch.where(labels, (sizes + 1) / (sizes + 2), 1 / (sizes + 2))

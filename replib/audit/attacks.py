@@ -1,6 +1,6 @@
-"""Ways to ask past a refusal: jailbreak wrappers and prefills, text in and text out, for any model.
+"""Jailbreak wrappers and prefills, text to text, for any model.
 
-Attacks that are searched for on one model, suffixes and embeddings, are in ``replib.audit.gradient_attacks``.
+``replib.audit.gradient_attacks`` optimises suffixes and embeddings on one model.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 
 OPENING = "Sure, here is"
-"""What the answer is made to begin with where a prompt has no ``target`` of its own."""
+"""Forced beginning of the answer to a prompt without a ``target``."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A way of asking: ``apply`` gives the prompts as they are asked and, for prefills, how answers begin."""
+    """Jailbreak attack; ``apply`` gives the attacked prompts and, for prefills, the beginnings of the answers."""
 
     name: str
     kind: str = "wrapper"
-    """``direct``, ``wrapper``, ``suffix`` or ``prefill``: what tables are grouped by."""
+    """``direct``, ``wrapper``, ``suffix`` or ``prefill``."""
     template: str = "{request}"
-    """The user's turn; ``{request}`` is where the prompt goes."""
+    """User turn with the prompt at ``{request}``."""
     opening: str = ""
     """First words of the answer for prompts without a ``target``; empty leaves the answer to the model."""
 
@@ -46,7 +46,7 @@ def direct() -> Attack:
 
 
 def prefill(opening: str = OPENING) -> Attack:
-    """The answer is made to begin with each prompt's ``target``, or with ``opening``."""
+    """Forced beginning of each answer: the prompt's ``target``, or ``opening``."""
     return Attack("prefill", "prefill", opening=opening)
 
 
@@ -73,7 +73,7 @@ def wrappers() -> list[Attack]:
 
 
 def attack_tasks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Task]:
-    """The rows of an audit on prompts that bring no attacks of their own: as they are, wrapped, and with prefill."""
+    """Audit tasks of prompts without attacks of their own: direct, wrapped and prefilled."""
     asked, openings = prefill().apply(harmful)
     return [
         Task("direct", "direct", harmful),

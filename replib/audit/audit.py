@@ -1,4 +1,4 @@
-"""Tasks times judges in one table: every rate with its n, its Wilson interval, its judge and its seed."""
+"""Audit of a model: success rates by task with n, Wilson interval, judge and seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rates(outcomes: Sequence[Outcome]) -> dict[str, float | int]:
     """n, the share of each outcome, and the Wilson 95 % interval of compliance."""
     n = len(outcomes)
     if not n:
-        raise ReplibError("There is nothing to count: a task has no prompts.")
+        raise ReplibError("A task has no prompts, so there is no rate: give each task prompts.")
     counts = {outcome.value: sum(o is outcome for o in outcomes) for outcome in Outcome}
     low, high = wilson(counts["compliance"], n)
     return {"n": n} | {name: count / n for name, count in counts.items()} | {"low": low, "high": high}
@@ -31,15 +31,15 @@ def rates(outcomes: Sequence[Outcome]) -> dict[str, float | int]:
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts that make one row: an attack, or benign requests that ought to be answered."""
+    """Prompts of one row: an attack, or benign requests that ought to be answered."""
 
     name: str
     kind: str
     """``direct``, ``attack``, ``seen`` (an attack that a defence was trained on), ``prefill``: compliance is a failure
-    of safety. ``benign``, ``skill``: compliance is what is wanted."""
+    of safety. ``benign``, ``skill``: compliance is wanted."""
     prompts: Sequence[Prompt]
     prefills: Sequence[str] = ()
-    """Beginnings forced upon the answers; none if empty."""
+    """Forced beginnings of the answers; none if empty."""
 
     def sample(self, limit: int, seed: int = 0) -> Task:
         """At most ``limit`` of its prompts, drawn from the seed; 0 keeps all."""
@@ -96,10 +96,10 @@ def audit(
     batch_size: int = 128,
     keep_text: bool = False,
 ) -> AuditTable:
-    """Run every task and count outcomes; what a store already holds is not run again.
+    """Run every task and count outcomes; rows in the store are not run again.
 
     Args:
-        model: the model, under whatever edits or adapter the caller has put in place.
+        model: model to audit, with the edits or adapter that are active.
         tasks: rows to fill.
         judge: decides each answer.
         name: the model's name in the table.
@@ -107,7 +107,7 @@ def audit(
         seed: recorded (generation is greedy).
         max_new_tokens: length of the answers.
         batch_size: prompts answered at a time.
-        keep_text: also write the answers to ``<store>.texts.jsonl``; off, they are judged and dropped.
+        keep_text: also write the answers to ``<store>.texts.jsonl``.
     """
     rows, about = Rows(store), model.provenance() | versions()
     label = {"model": name or model.name, "judge": judge.name, "seed": seed, "max_new_tokens": max_new_tokens}
@@ -120,7 +120,7 @@ def audit(
 
 
 def outcome(task: Task) -> str:
-    """What a task counts towards: its kind, or its name where benign requests of one kind are told apart."""
+    """Name under which a task is counted: its kind, or its own name if benign."""
     return task.name if task.kind == "benign" else task.kind
 
 
@@ -134,8 +134,8 @@ def validation_measure(tasks: Sequence[Task], judge: Judge) -> Callable[[ChatMod
         answers = model.generate([p.text for p in prompts], max_new_tokens=32, prefills=prefills, batch_size=128)
         outcomes = judge(prompts, answers)
         groups = {o: rates([x for x, name in zip(outcomes, owner, strict=True) if name == o]) for o in owner}
-        found = {name: rate["compliance"] for name, rate in groups.items()}
-        return found | {"degenerate": max(rate["degenerate"] for rate in groups.values())}
+        compliance = {name: rate["compliance"] for name, rate in groups.items()}
+        return compliance | {"degenerate": max(rate["degenerate"] for rate in groups.values())}
 
     return measure
 
@@ -159,7 +159,7 @@ def _row(
 
 
 def _keep_texts(path: Path | None, task: Task, answers: Sequence[str]) -> None:
-    """Write answers only where the caller asked for it."""
+    """Append the answers to a JSON-lines file, if a path is given."""
     if path is None:
         return
     with path.open("a", encoding="utf-8") as file:

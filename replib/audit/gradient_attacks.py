@@ -1,7 +1,7 @@
-"""Attacks that are searched for on one model: a suffix of text (GCG) and embeddings after the prompt.
+"""Gradient attacks on one model: a text suffix (GCG) and a soft prompt.
 
-They need the weights, and measure how far a defence holds against someone who has them. The model is only
-read: no hook is left, no parameter or gradient of it changes.
+They need the weights and measure a defence against an attacker who has them. Parameters, gradients and hooks of the
+model are unchanged.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class SoftPromptConfig:
     """Candidates kept on the way, evenly spaced; the attack counts as won if any of them wins."""
 
     def __post_init__(self) -> None:
-        """Refuse a search that could find nothing."""
+        """Refuse an empty search."""
         if min(self.tokens, self.steps, self.checkpoints) < 1 or not self.init:
             raise ReplibError(f"{self}: tokens, steps and checkpoints must be at least 1, and init some words.")
 
@@ -139,7 +139,7 @@ def gcg(model: ChatModel, prompt: Prompt, *, config: GCGConfig | None = None) ->
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a suffix stands in a rendered prompt, as text and as tokens."""
+    """Position of a suffix in a rendered prompt, as text and as tokens."""
 
     model: ChatModel
     before: str

@@ -1,4 +1,4 @@
-"""Null edits beside a method: what of its effect is the classes', the subspace's, the mean's, the covariance's.
+"""Null edits, which attribute a method's effect to classes, subspace, mean and covariance.
 
 Each takes the ``fit`` of a method and returns another fit, ``(harmful, harmless, k) -> edit``.
 """
@@ -22,7 +22,7 @@ Fit = Callable[[Tensor, Tensor, int], AffineEdit]
 
 
 def mean_only(fit: Fit) -> Fit:
-    """The shift of the source's mean and nothing else; with ``covariance_only`` it sums to the edit itself."""
+    """Shift by the displacement of the source's mean; the sum with ``covariance_only`` is the edit itself."""
 
     def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
         edit = fit(source, target, k)
@@ -32,7 +32,7 @@ def mean_only(fit: Fit) -> Fit:
 
 
 def covariance_only(fit: Fit) -> Fit:
-    """The change of spread about the source's mean, which stays where it is."""
+    """Change of spread about the source's mean, which is not moved."""
 
     def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
         edit = fit(source, target, k)
@@ -42,7 +42,7 @@ def covariance_only(fit: Fit) -> Fit:
 
 
 def random_labels(fit: Fit, *, seed: int = 0) -> Fit:
-    """The method fitted on the same prompts with the classes drawn by lot."""
+    """Method fitted on the same prompts with random classes."""
 
     def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
         rows = torch.cat([source, target])
@@ -53,7 +53,7 @@ def random_labels(fit: Fit, *, seed: int = 0) -> Fit:
 
 
 def harmless_split(fit: Fit, *, seed: int = 0) -> Fit:
-    """The method fitted from one random half of the harmless prompts to the other: no class differs."""
+    """Method fitted from one random half of the harmless prompts to the other."""
 
     def run(_source: Tensor, target: Tensor, k: int) -> AffineEdit:
         if len(target) < 4:
@@ -65,30 +65,30 @@ def harmless_split(fit: Fit, *, seed: int = 0) -> Fit:
 
 
 def random_subspace(fit: Fit, *, seed: int = 0) -> Fit:
-    """The edit turned into a random subspace, isotropic in all d coordinates, with the same energy on the source."""
+    """Edit rotated into a random subspace, isotropic in all d coordinates, of equal energy on the source."""
 
     def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
         edit = fit(source, target, k)
-        turned = _turned(edit, seed)
-        return turned * (energy(edit, source) / energy(turned, source)) ** 0.5
+        rotated = _rotated(edit, seed)
+        return rotated * (_energy(edit, source) / _energy(rotated, source)) ** 0.5
 
     return run
 
 
-def energy(edit: AffineEdit, x: Float[Tensor, "n d"]) -> float:
+def _energy(edit: AffineEdit, x: Float[Tensor, "n d"]) -> float:
     """Mean squared displacement of the rows."""
     return float(edit.displacement(x).square().sum(1).mean())
 
 
-def _turned(edit: AffineEdit, seed: int) -> AffineEdit:
-    """Replace the orthonormal basis of the edit's columns by a random one: the edit within it stays the same."""
+def _rotated(edit: AffineEdit, seed: int) -> AffineEdit:
+    """Replace the orthonormal basis of the edit's columns by a random one."""
     if edit.s is not None:
-        raise ReplibError("An edit with a gain per coordinate acts on all of space: it has no subspace to draw.")
+        raise ReplibError("An edit with a gain per coordinate has no subspace to rotate: use an edit of low rank.")
     rank = edit.u.shape[1]
     within = torch.linalg.qr(torch.cat([edit.u, edit.v, edit.c[:, None]], 1), mode="reduced")[1]
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(edit.width, len(within), generator=generator, dtype=within.dtype)
-    u, v, c = (torch.linalg.qr(drawn)[0] @ within).split([rank, rank, 1], dim=1)
+    random = torch.randn(edit.width, len(within), generator=generator, dtype=within.dtype)
+    u, v, c = (torch.linalg.qr(random)[0] @ within).split([rank, rank, 1], dim=1)
     return replace(edit, u=u, v=v, c=c[:, 0])
 
 
@@ -99,24 +99,24 @@ CONTROLS = {
     "random_labels": random_labels,
     "harmless_split": harmless_split,
 }
-BY_CHANCE = ("random_subspace", "random_labels", "harmless_split")
-"""Those that draw, and take a ``seed``."""
+_RANDOM = ("random_subspace", "random_labels", "harmless_split")
+"""Controls with a random draw, which take a ``seed``."""
 FULL = "full"
 
 
 def variants(fit: Fit, draws: int = 3) -> dict[str, list[Fit]]:
-    """The fit itself and each of its controls, those of chance with as many seeds as ``draws``."""
+    """The fit and its controls, random ones with ``draws`` seeds."""
     seeds = [{"seed": i} for i in range(draws)]
     return {FULL: [fit]} | {
-        name: [control(fit, **seed) for seed in (seeds if name in BY_CHANCE else [{}])]
+        name: [control(fit, **seed) for seed in (seeds if name in _RANDOM else [{}])]
         for name, control in CONTROLS.items()
     }
 
 
 def attributed(rates: dict[str, Float[np.ndarray, "seeds prompts"]]) -> pd.DataFrame:
-    """Success of each variant, and how much less it is than that of the full edit on the same prompts and seeds.
+    """Success rate of each variant, and its loss against the full edit on the same prompts and seeds.
 
-    Columns: variant, value, low, high, n, ``less``, ``less_low``, ``less_high``; intervals are ``audit.crossed``'s.
+    Columns: variant, value, low, high, n, ``less``, ``less_low``, ``less_high``; intervals are two-way.
     """
     rows = []
     for name, values in rates.items():

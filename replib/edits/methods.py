@@ -1,7 +1,7 @@
 """Methods that fit an edit on two classes of activations, each with its source's choices as defaults.
 
-All map harmful to harmless. The full text of PCA-OT (2603.04355) was not available to us: its K, its edited positions
-and its rule for layers are switches here, not its choices.
+All map harmful to harmless. The full text of PCA-OT (2603.04355) was not available, so its K, edited positions and
+rule for layers are options here.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ SiteEdits = dict[tuple[str, int], Edit]
 
 @dataclass(frozen=True)
 class Method:
-    """How an edit is fitted, and where its source reads and edits. ``dataclasses.replace`` changes single choices."""
+    """Fit of an edit with the positions and site of its source; ``dataclasses.replace`` changes single fields."""
 
     fit: Callable[[Tensor, Tensor, int], Edit]
     """Edit from float64 harmful ``[n, d]`` and harmless ``[m, d]`` and K."""
     title: str
-    """What figures call it."""
+    """Name in figures."""
     read: Position = "last_prompt"
-    """Position whose activations fit it; a span is the mean over its tokens."""
+    """Position of the fitted activations; a span is averaged over its tokens."""
     positions: str = "all"
-    """Tokens that it edits."""
+    """Edited tokens."""
     site: str = "resid_post"
     ranked: bool = False
-    """Whether it has a K."""
+    """Whether the fit depends on K."""
     sequential: bool = True
-    """Whether, of several layers, later ones are fitted with the earlier active."""
+    """Whether later layers are fitted with the edits of earlier ones active."""
     everywhere: bool = False
-    """Whether the edit acts on all that enters a block and all that its sublayers write, at every block."""
+    """Whether the edit acts on the input and the sublayer outputs of every block."""
 
 
 def transported(source: Source, target: Target, **options: Any) -> AffineEdit:
@@ -60,7 +60,7 @@ def pca_ot(source: Source, target: Target, k: int) -> AffineEdit:
 def full_ot(source: Source, target: Target, _k: int) -> AffineEdit:
     """Transport of mean and covariance in the whole span (MiMiC, 2402.09631), identity off the span.
 
-    The ridge is the mean variance of the span: the source's 1e-5 is for many more samples than coordinates.
+    The ridge is the mean variance of the span; the source's 1e-5 assumes many more samples than coordinates.
     """
     span = min(source.shape[1], len(source) + len(target) - 1)
     return transported(source, target, k=None, ridge=source.shape[1] / span)
@@ -83,7 +83,7 @@ def ace(source: Source, target: Target, k: int) -> AffineEdit:
 
 
 def leace(source: Source, target: Target, _k: int, *, shrink: bool = True) -> AffineEdit:
-    """Least-squares concept erasure (2306.03819, theorem 4.3) of the class: no linear probe beats chance after it.
+    """Least-squares concept erasure (2306.03819, theorem 4.3) of the class; no linear probe beats chance afterwards.
 
     For two classes the closed form has rank one, ``x - g v^T (x - m)`` with ``g`` the difference in means and
     ``v = S^+ g / (g^T S^+ g)``, where ``S`` is the pooled covariance, between classes included. ``shrink`` is the
@@ -96,7 +96,7 @@ def leace(source: Source, target: Target, _k: int, *, shrink: bool = True) -> Af
     variance, axes = s[kept].square() / len(rows), axes[kept]
     v = axes.mT @ ((axes @ gap) / (_shrunk(variance, *rows.shape) if shrink else variance))
     if not gap @ v > 0:
-        raise ReplibError("The classes have one mean: there is nothing linear to erase.")
+        raise ReplibError("The classes have one mean, so LEACE has no direction to erase: choose another layer.")
     v = v / (gap @ v)
     return AffineEdit(*(t.float() for t in (-gap[:, None], v[:, None], gap * (v @ mean))))
 
@@ -114,7 +114,7 @@ def mean_act(source: Source, target: Target, k: int) -> AffineEdit:
 
 
 def gaussian_act(source: Source, target: Target, _k: int, *, least: float = 1e-4) -> AffineEdit:
-    """Gaussian-AcT (2410.23054): ``sd_t / sd_s (x - m_s) + m_t`` of each coordinate that varies at all in both."""
+    """Gaussian-AcT (2410.23054): ``sd_t / sd_s (x - m_s) + m_t`` of each coordinate that varies in both classes."""
     spread, aim = source.std(0), target.std(0)
     moved = (spread > least) & (aim > least)
     gain = torch.where(moved, aim / spread, 1.0)
@@ -123,7 +123,7 @@ def gaussian_act(source: Source, target: Target, _k: int, *, least: float = 1e-4
 
 
 def linear_act(source: Source, target: Target, _k: int, *, support: tuple[float, float] = (0.0, 1.0)) -> SupportedEdit:
-    """Linear-AcT (2410.23054): ``act``, only where a coordinate is between two quantiles of the source."""
+    """Linear-AcT (2410.23054): ``act`` on coordinates between two quantiles of the source."""
     q = torch.tensor(support, dtype=source.dtype)
     low, high = torch.quantile(source, q, dim=0).float()
     # Rounding to float32 must not push the extreme samples out of their own support.
@@ -134,7 +134,7 @@ def linear_act(source: Source, target: Target, _k: int, *, support: tuple[float,
 def act(source: Source, target: Target, _k: int) -> AffineEdit:
     """Linear-AcT's lines without support: least squares between sorted samples (2410.23054).
 
-    Unequal sample sizes are met on the quantiles of the smaller one; a constant coordinate is only shifted.
+    Unequal samples are compared at the quantiles of the smaller one; a constant coordinate is only shifted.
     """
     n = min(len(source), len(target))
     q = torch.linspace(0, 1, n, dtype=torch.float64)
@@ -155,20 +155,20 @@ METHODS = {
     "mean_act": Method(mean_act, "Mean-AcT", read="prompt"),
     "gaussian_act": Method(gaussian_act, "Gaussian-AcT", read="prompt"),
     "linear_act": Method(linear_act, "Linear-AcT with support", read="prompt"),
-    # Linear-AcT fitted as PCA-OT is, at one token and without support: the two differ in the map alone.
+    # Linear-AcT fitted at one token and without support, so that it differs from PCA-OT in the map alone.
     "act": Method(act, "Linear-AcT"),
 }
-"""The methods as published; ``act`` is the one that differs from its source."""
+"""Methods as published, except ``act``."""
 METHODS |= {
     name: Method(control(pca_ot), f"PCA-OT, {name.replace('_', ' ')}", positions="last_prompt", ranked=True)
     for name, control in CONTROLS.items()
 }
 READS = ("last_prompt", "response")
-"""Positions whose activations fit the edits that a defence is trained under or attacked with."""
+"""Positions of the activations that fit the edits of a defence's training and of attacks."""
 
 
 def method_of(method: str | Method) -> Method:
-    """A method by name, or an error that lists the known ones; one that is given is itself."""
+    """Method by name; a ``Method`` is returned as it is. Raises ReplibError for an unknown name."""
     if isinstance(method, str) and method not in METHODS:
         raise ReplibError(f"Unknown method {method!r}: use one of {', '.join(METHODS)}.")
     return METHODS[method] if isinstance(method, str) else method
@@ -177,9 +177,9 @@ def method_of(method: str | Method) -> Method:
 def fit_edit(
     method: str | Method, harmful: Source, harmless: Target, layer: int, *, k: int = 2, depth: int = 0
 ) -> SiteEdits:
-    """The edit of one method, fitted on activations of one block, by the places at which it acts.
+    """Edit of one method fitted on activations of one block, by site and block where it acts.
 
-    ``depth``: number of blocks of the model, for a method that acts at all of them.
+    ``depth``: number of blocks of the model, for a method that acts on all of them.
 
     Raises:
         ReplibError: unknown method, too few prompts for K, widths that differ, non-finite values.
@@ -190,5 +190,5 @@ def fit_edit(
 
 
 def everywhere(edit: Edit, depth: int) -> SiteEdits:
-    """An edit of what enters each of ``depth`` blocks and of what its attention and feed-forward write."""
+    """One edit on the input, attention output and feed-forward output of each of ``depth`` blocks."""
     return {(site, i): edit for i in range(depth) for site in ("resid_pre", "attn_out", "mlp_out")}

@@ -36,7 +36,7 @@ def test_wilson_is_the_root_of_its_defining_equation(k, n):
 def test_rates_count_and_add_up():
     found = rates([Outcome.REFUSAL, Outcome.COMPLIANCE, Outcome.COMPLIANCE, Outcome.DEGENERATE])
     assert (found["n"], found["compliance"], found["refusal"], found["degenerate"]) == (4, 0.5, 0.25, 0.25)
-    with pytest.raises(ReplibError, match="nothing to count"):
+    with pytest.raises(ReplibError, match="no prompts, so there is no rate: give"):
         rates([])
 
 
