@@ -1,8 +1,8 @@
-"""Random edits against refusal, fitted on the model as it is at this moment: what hardening trains against.
+"""Random edits against refusal, fitted on the current model, for hardening.
 
 ReFAT (arXiv 2409.20089) trains refusals while one difference in means is removed at every block, and fits it anew as
-training goes. Here the method, the block, the tokens, K and the strength of each edit are drawn, closed-form Gaussian
-transport among them; that generalisation is our own.
+training proceeds. Here the method (closed-form Gaussian transport included), the block, the tokens, K and the strength
+of each edit are drawn; that generalisation is our own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORCED = tuple(p for p in POSITIONS if p != "decode")  # in training every answe
 
 @dataclass(frozen=True)
 class EditDistribution:
-    """What edits are drawn from; every choice is uniform."""
+    """Distribution of edits; every choice is uniform."""
 
     methods: tuple[str, ...] = ("pca_ot", "rfa", "actadd", "act")
     """Names of ``methods.METHODS`` that read one token."""
@@ -42,11 +42,11 @@ class EditDistribution:
     positions: tuple[str, ...] = ("last_prompt", "all_prompt", "response", "all")
     """Tokens that it edits."""
     strength: tuple[float, float] = (0.5, 1.0)
-    """Least and most of it, within 0 and 1."""
+    """Smallest and largest strength, within 0 and 1."""
     prompts: int = 48
-    """Prompts a class that fit an edit, drawn anew each time."""
+    """Prompts a class that fit an edit, redrawn for each fit."""
     late: int = 1
-    """How often a block in the last third of the model counts: edits leave few blocks behind them there."""
+    """Sampling weight of a block in the last third of the model, where few later blocks can repair an edit."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "ks", "reads", "positions"):
@@ -61,21 +61,22 @@ class EditDistribution:
         if not 0 <= low <= high <= 1:
             raise ReplibError(f"strength={self.strength}: give the least and the most, both within 0 and 1.")
         if self.late < 1:
-            raise ReplibError(f"late={self.late} times is not at all: give 1 for as often as the others, or more.")
+            raise ReplibError(f"late={self.late} must be 1 or more (1 = same sampling weight as other blocks).")
         if not 0 < min(self.ks) <= max(self.ks) < self.prompts:
             raise ReplibError(f"{self.prompts} prompts a class cannot fit K of {self.ks}: K is above 0 and below them.")
 
     def within(self, rows: int) -> EditDistribution:
-        """The same, for that many rows a class at most: fewer fit an edit, and have fewer components.
+        """Distribution for at most ``rows`` rows a class, with fewer components.
 
-        Raises ReplibError where not even one component can be fitted.
+        Raises:
+            ReplibError: the rows cannot fit one component.
         """
         if rows >= self.prompts:
             return self
         return replace(self, prompts=rows, ks=tuple(k for k in self.ks if k < rows) or (1,))
 
     def blocks(self, depth: int) -> list[int]:
-        """What a block is drawn from, in a model of so many."""
+        """Blocks to draw from in a model of ``depth`` blocks, with repetitions."""
         once = [*(self.layers or range(depth))]
         return once + (self.late - 1) * [i for i in once if 3 * i >= 2 * depth]
 
@@ -89,28 +90,28 @@ class EditDistribution:
 
 
 class SampledEdit(NamedTuple):
-    """One edit, and the tokens that it meets."""
+    """One edit and the tokens that it edits."""
 
     edits: SiteEdits
     positions: str
     name: str = "none"
-    """Method, block, K, where it was read and its strength, for people."""
+    """Method, block, K, fitted tokens and strength as text."""
 
     @property
     def edited(self) -> Edited:
-        """What ``applied_each`` takes."""
+        """Argument of ``applied_each``."""
         return {self.positions: self.edits} if self.edits else {}
 
 
 @dataclass
 class Adversary:
-    """Draws edits from an arsenal with a generator of its own; what it needs to go on is in ``state``."""
+    """Draws edits from a distribution with its own random generator; ``state`` resumes it."""
 
     arsenal: EditDistribution
     harmful: Sequence[Contrast]
-    """Source of the edits, with the answers that they would bring about."""
+    """Source class of the edits, with the answers that they aim at."""
     harmless: Sequence[Dialogue]
-    """Their target."""
+    """Target class of the edits."""
     seed: int = 0
     generator: torch.Generator = field(default_factory=torch.Generator, repr=False)
     fitted: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
@@ -120,7 +121,7 @@ class Adversary:
         self.generator.manual_seed(self.seed)
 
     def fit(self, chat: ChatModel) -> None:
-        """Read both classes under the model as it is."""
+        """Capture both classes under the current model."""
         n = self.arsenal.prompts
         harmful, harmless = self.sample(self.harmful, n), self.sample(self.harmless, n)
         answered = [(c.prompt, c.unsafe_response) for c in harmful], [(d.prompt, d.response) for d in harmless]
@@ -132,12 +133,13 @@ class Adversary:
         return torch.cat(list(stream(chat, prompts, responses=forced, positions=self.arsenal.reads)), dim=1)
 
     def draw(self, chat: ChatModel) -> SampledEdit:
-        """One edit, fitted on what ``fit`` read.
+        """One edit, fitted on the activations of ``fit``.
 
-        Raises ReplibError where nothing was read.
+        Raises:
+            ReplibError: ``fit`` was not called.
         """
         if self.fitted is None:
-            raise ReplibError("Nothing was read to fit edits on: call fit(model) first.")
+            raise ReplibError("No activations to fit edits on: call fit(model) first.")
         a = self.arsenal
         method, positions = self.pick(a.methods), self.pick(a.positions)
         layer, k = self.pick(a.blocks(chat.n_layers)), self.pick(a.ks)
@@ -149,7 +151,6 @@ class Adversary:
         name = f"{method} at block {layer}, K {k}, read at {read}, strength {strength:.2f}"
         return SampledEdit({key: edit * strength for key, edit in edits.items()}, positions, name)
 
-    # ------------------------------------------------------------------------------------- chance
     def uniform(self) -> float:
         """A number in [0, 1)."""
         return torch.rand((), generator=self.generator).item()
@@ -162,14 +163,13 @@ class Adversary:
         """So many of them, without replacement."""
         return [rows[i] for i in torch.randperm(len(rows), generator=self.generator)[:n].tolist()]
 
-    # ------------------------------------------------------------------------------------- going on
     def state(self) -> dict[str, Tensor]:
-        """The generator, and what the next edits are fitted on."""
+        """State of the generator, and the fitted activations."""
         kept = {} if self.fitted is None else dict(zip(("harmful", "harmless"), self.fitted, strict=True))
         return kept | {"generator": self.generator.get_state()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what ``state`` gave; of nothing, begin anew from the seed."""
+        """Restore the result of ``state``; an empty mapping restarts from the seed."""
         self.generator.manual_seed(self.seed)
         if "generator" in state:
             self.generator.set_state(state["generator"].cpu())

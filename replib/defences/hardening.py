@@ -1,10 +1,10 @@
-"""Hardening: refusals are learned while random edits act on the model, and after answers that began to comply.
+"""Hardening: refusals are trained under random edits, and after the beginnings of unsafe answers.
 
 L = L_inner + weight · mean −log p(token of a refusal | edits, forced beginning), nats, means over tokens
 
 After ReFAT (arXiv 2409.20089), which trains refusals under ablated refusal features, and after "safety alignment should
 be made more than just a few tokens deep" (arXiv 2406.05946), which trains them behind the first tokens of unsafe
-answers. What the inner objective reads is not edited.
+answers. The passes of the inner objective are not edited.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from replib.training.objective import Lora, Objective, Part
 
 @dataclass(frozen=True)
 class Hardening:
-    """How refusals are hardened."""
+    """Hyper-parameters of hardening."""
 
     weight: float = 1.0
-    """Of the refusals' cross-entropy beside the inner loss."""
+    """Weight of the refusals' cross-entropy beside the inner loss."""
     edits: int = 4
-    """Edits of a micro-batch, each drawn anew."""
+    """Random edits a micro-batch."""
     plain: int = 1
-    """Groups of rows that no edit meets."""
+    """Groups of rows without an edit."""
     rows: int = 4
-    """Harmful prompts that meet each of them."""
+    """Harmful prompts a group."""
     refit: int = 4
-    """Micro-batches between two readings of the model that edits are fitted on."""
+    """Micro-batches between two captures of the activations that fit edits."""
     forced: float = 0.5
     """Share of the rows whose refusal follows the beginning of the unsafe answer."""
     prefix: int = 10
-    """Tokens of such a beginning at most; their number is uniform."""
+    """Most tokens of such a beginning; the number is uniform."""
     arsenal: EditDistribution = EditDistribution()
 
     def __post_init__(self) -> None:
@@ -63,12 +63,12 @@ class Hardened(Objective):
 
     inner: Objective
     harmful: Sequence[Contrast]
-    """Prompts with both answers: what is refused, and what edits are fitted on."""
+    """Prompts with both answers; they are refused, and edits are fitted on them."""
     harmless: Sequence[Dialogue]
-    """Requests that are answered: what edits make harmful ones look like."""
+    """Answered requests, the target class of the edits."""
     hardening: Hardening = field(default_factory=Hardening)
     seed: int = 0
-    """Draws rows and edits."""
+    """Seed of rows and edits."""
     met: int = field(default=0, repr=False)
     """Micro-batches since the run began."""
 
@@ -77,11 +77,11 @@ class Hardened(Objective):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """What results call it."""
+        """Name in results."""
         return f"{self.inner.name} + hardening"
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """Raise ReplibError for what the inner objective lacks, answers that are missing, or too little to fit on."""
+        """Raise ReplibError for lists that the inner objective lacks, missing answers, or too few prompts for edits."""
         self.inner.check(chat, data)
         self.hardening.arsenal.check(chat.n_layers, self.harmful, self.harmless)
         if bad := sum(not c.safe_response.strip() or not c.unsafe_response.strip() for c in self.harmful):

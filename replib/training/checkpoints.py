@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, from which the same call goes on after a kill as if nothing had happened.
+"""Checkpoints of a training run, from which the same call resumes after a kill.
 
 out
 ├── run.json                      what the run is: model, data, objective, configuration, number of processes
@@ -28,10 +28,10 @@ BEST, OBJECTIVE = "best.", "objective."  # what tensors are called in a file
 
 
 def claim_run_folder(folder: Path, facts: Mapping[str, Any]) -> Path | None:
-    """Make a scratch folder the one of this run; returns its newest complete checkpoint, if there is one.
+    """Reserve a scratch folder for this run; returns its newest complete checkpoint, or None.
 
     Raises:
-        ReplibError: it holds another run, or anything else.
+        ReplibError: the folder holds another run or other files.
     """
     return broadcast(_claimed(folder, json.loads(json.dumps(facts, default=str))) if is_first() else None)
 
@@ -74,7 +74,7 @@ def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def release_run_folder(folder: Path) -> None:
-    """Remove all that a finished run kept."""
+    """Remove the checkpoints and the record of a finished run."""
     if is_first():
         _remove(_checkpoints(folder))
         (folder / RUN).unlink(missing_ok=True)

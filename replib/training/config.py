@@ -1,4 +1,4 @@
-"""How long and how fast RepBend trains, and what is said before it does."""
+"""Configuration of a training run: steps, batch, optimiser, LoRA shape, checkpoints and early stopping."""
 
 from __future__ import annotations
 
@@ -10,60 +10,66 @@ from replib.models.chat_model import ChatModel
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how fast. The defaults suit a small model; the papers' 7B runs used rate 1e-5 and 450 steps."""
+    """Steps, batch, optimiser and LoRA shape. Defaults suit a small model; the papers' 7B has 1e-5, 450 steps."""
 
     steps: int = 120
+    """Optimiser steps."""
     learning_rate: float = 2e-4
+    """Peak rate of AdamW."""
     contrasts: int = 16
-    """Contrasts a step: as many safe and as many unsafe sequences; where there are unpaired answers, as many again."""
+    """Contrasts a micro-batch, each one safe and one unsafe sequence; unpaired answers add as many again."""
     retain: int = 24
-    """Retained dialogues a step."""
+    """Retained dialogues a micro-batch."""
     accumulation: int = 1
-    """Micro-batches of that size a step; the loss is their mean."""
+    """Micro-batches a step; the loss is their mean."""
     rank: int = 16
+    """Rank of LoRA's matrices A and B."""
     lora_alpha: int = 16
+    """LoRA scaling: ΔW = lora_alpha / rank · BA."""
     dropout: float = 0.05
+    """Share of LoRA's inputs that is zeroed in training."""
     max_grad_norm: float = 1.0
-    """Norm to which gradients are clipped; 0 does not clip."""
+    """Largest gradient norm; 0 does not clip."""
     perturbation: float = 0.0
     """Standard deviation of LoRA-B before the first step, drawn from the seed. 0 starts at the base model itself, where
     only the cosine and the pairing term have a gradient: see ``replib.defences.repbend.config``."""
     schedule: str = "constant"
     """Learning-rate schedule, by its name in transformers."""
     first_block: int = 0
-    """Lowest block with an adapter. Those below are read once for model and reference, and no gradient goes there."""
+    """Lowest block with an adapter. Blocks below run once for model and reference, without gradient."""
     full: bool = False
-    """Whether all weights are trained, without LoRA; a frozen copy then stays in memory as the reference."""
+    """Whether all weights are trained, without LoRA; a frozen copy is the reference."""
     checkpointing: bool = False
-    """Whether blocks are computed anew for the gradient: a third more time for a fraction of the memory."""
+    """Whether blocks are recomputed for the gradient: a third more time, a fraction of the memory."""
     request_tokens: int = 512
-    """Tokens of an instruction at most; longer ones lose their end, the template around them stays whole."""
+    """Most tokens of an instruction; longer ones lose their end, not the template around them."""
     response_tokens: int = 512
-    """Tokens of an answer at most."""
+    """Most tokens of an answer."""
     max_growth: float | None = None
-    """Training ends with an error where the mean norm of safe or unsafe states is more than so many times what it was
-    at the first step; None lets them grow. A loss that is no number always ends it."""
+    """Largest mean norm of safe or unsafe states, as a multiple of the first step's; beyond it training raises
+    ``Diverged``. None has no limit. A loss that is not finite always raises."""
     probe_every: int = 10
-    """Steps between validation probes; the last step is always probed."""
+    """Steps between validation measurements; the last step is always measured."""
     patience: int | None = None
-    """Probes without a better score after which training ends; None trains all steps."""
+    """Measurements without a better score before training ends early; None trains all steps."""
     save_every: int = 25
-    """Steps between checkpoints, from which the same call goes on after a kill; 0 writes none. One takes four times the
-    room of the weights in training; only the newest is kept, and none after the end."""
+    """Steps between checkpoints, from which the same call resumes; 0 writes none. A checkpoint is four times the size
+    of the trained weights. Only the newest is kept, and none after the end."""
     seed: int = 0
+    """Seed of the adapter, of dropout and of the order of the rows."""
 
     def __post_init__(self) -> None:
         names = ("steps", "contrasts", "retain", "accumulation", "rank", "probe_every")
         counts = {name: getattr(self, name) for name in names}
         if bad := [f"{name}={n}" for name, n in counts.items() if n < 1]:
-            raise ReplibError(f"{', '.join(bad)}: give one at least.")
+            raise ReplibError(f"{', '.join(bad)}: give 1 or more.")
         check_positive(learning_rate=self.learning_rate)
         if not 0 <= self.dropout < 1:
             raise ReplibError(f"dropout={self.dropout}: give a share from 0 to below 1.")
 
 
 def said_of_full(model: ChatModel, config: TrainConfig) -> str:
-    """What training all weights takes, before it is taken; nothing for LoRA."""
+    """Memory note of full training; empty for LoRA."""
     if not config.full:
         return ""
     size = sum(p.numel() * p.element_size() for p in model.causal_lm.parameters())

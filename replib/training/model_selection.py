@@ -1,4 +1,4 @@
-"""Which training step is kept: a probe of validation prompts every few steps, and a score of what it found."""
+"""Selection of a training step, and of a share of its adapter, by measurements on validation prompts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Measure = Callable[[ChatModel], dict[str, float]]
 
 
 def default_choice(now: dict[str, float], before: dict[str, float]) -> float:
-    """What validation found: the less attack success, degenerate answers and lost benign behaviour, the higher.
+    """Score of a measurement: minus attack success, degenerate answers and losses of benign behaviour.
 
-    A benign rate may fall by two points; what it loses beyond them counts tenfold.
+    A loss of a benign rate beyond two points counts tenfold.
     """
     lost = [max(0.0, before[k] - now[k]) for k in ("harmless", "borderline", "skill") if k in before]
     beyond = sum(max(0.0, x - 0.02) for x in lost)
@@ -30,17 +30,16 @@ def default_choice(now: dict[str, float], before: dict[str, float]) -> float:
 
 
 class BestStepCallback(TrainerCallback):
-    """Runs the validation probe, keeps the adapter of the best step, and ends training where nothing gets better.
+    """Measures validation prompts every few steps, keeps the best adapter, and stops early without improvement.
 
-    Of several processes each runs the probe (none waits for long, and split weights need them all); what the first
-    one found counts.
+    Every process runs the measurement, since split weights need all of them; the result of the first one counts.
 
     Args:
         chat: the model in training.
         validation: measures it; None keeps the last step.
         choose: score of a measurement given the one before training.
-        every: steps between probes; the last step is always probed.
-        patience: probes in a row without a better score after which training ends; None goes on to the last step.
+        every: steps between measurements; the last step is always measured.
+        patience: measurements in a row without a better score before training ends; None trains all steps.
     """
 
     def __init__(
@@ -58,13 +57,13 @@ class BestStepCallback(TrainerCallback):
         self.steps = self.waited = 0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Probe the model before the first step."""
+        """Measure the model before the first step."""
         if self.validation and not self.rows:  # else the run goes on
             self.before = broadcast(self.validation(self.chat))
             self.rows.append({"step": 0} | self.before)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Probe where a probe is due."""
+        """Measure and compare at every ``every``-th step and at the last one."""
         self.steps = state.global_step
         if not self.validation or (self.steps % self.every and self.steps < state.max_steps):
             return
@@ -79,19 +78,19 @@ class BestStepCallback(TrainerCallback):
             self.best, self.waited = (score, self.steps, trained(self.chat.model)), 0
 
     def restore_best(self) -> int:
-        """Put the chosen adapter back; returns its step."""
+        """Load the best adapter; returns its step."""
         if self.best is None:
             return self.steps
         load_trained(self.chat.model, self.best[2])
         return self.best[1]
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a run needs to go on: plain values, and the best adapter."""
+        """State for a checkpoint: plain values, and the best adapter."""
         known = {"rows": self.rows, "before": self.before, "waited": self.waited, "best": self.best and self.best[:2]}
         return known, self.best[2] if self.best else {}
 
     def restore(self, known: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Take back what ``state`` gave."""
+        """Restore the result of ``state``."""
         self.rows, self.before, self.waited = known["rows"], known["before"], known["waited"]
         self.best = (*known["best"], weights) if known["best"] else None
 
@@ -105,9 +104,10 @@ def interpolated(
     choose: Callable[[dict[str, float], dict[str, float]], float] = default_choice,
     shares: Sequence[float] = SHARES,
 ) -> TrainResult:
-    """The trained model with the share of its adapter that validation likes best; of equal ones the largest.
+    """Scale the adapter by the share with the best validation score; ties take the largest.
 
-    The adapter is scaled in place. Every share and what was found for it stand in ``config["shares"]``.
+    LoRA-B is scaled in place, so that the saved adapter is bit for bit the measured one. ``config["shares"]`` lists the
+    measurement of every share.
 
     Args:
         result: of a training with this probe.
@@ -116,7 +116,7 @@ def interpolated(
         shares: of ΔW, above 0 and at most 1.
 
     Raises:
-        ReplibError: a share outside that, no adapter, or a training without a probe.
+        ReplibError: a share outside that, no adapter, or a training without validation.
     """
     _check(result, shares)
     rows = result.probes.set_index("step")
@@ -143,7 +143,7 @@ def _check(result: TrainResult, shares: Sequence[float]) -> None:
     if not _factors(result.model):
         raise ReplibError(f"{result.model.name} carries no LoRA adapter: only LoRA's ΔW is interpolated here.")
     if not {0, result.step} <= set(result.probes.get("step", ())):
-        raise ReplibError("This training was not probed: train it with the probe that chooses the share.")
+        raise ReplibError("This training had no validation: train it with the measure that chooses the share.")
 
 
 def _factors(model: ChatModel) -> dict[str, Tensor]:

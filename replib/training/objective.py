@@ -1,4 +1,4 @@
-"""What every defence gives the trainer: which dialogues it draws, which weights it adapts, and its loss in parts.
+"""Interface of a defence to the trainer: lists that it draws, weights that it adapts, and its loss in parts.
 
 A loss is a sum, and its parts are yielded one after another: the trainer takes the gradient of each before the next
 is made, so that memory holds one of them at a time.
@@ -25,7 +25,7 @@ class Part(NamedTuple):
     loss: Tensor
     """A scalar with a gradient, weighted; the loss is the sum over all parts."""
     terms: dict[str, Tensor]
-    """What is logged, unweighted; terms of one name are summed over parts."""
+    """Logged terms, unweighted; terms of one name are summed over parts."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Objective(ABC):
         return depth - 1
 
     def announced(self, config: TrainConfig, depth: int) -> str:
-        """What to know before the first step."""
+        """Summary for the user before the first step."""
         del config, depth
         return f"{self.name}."
 
@@ -80,11 +80,11 @@ class Objective(ABC):
         return asdict(self)  # type: ignore[call-overload]
 
     def state(self) -> dict[str, Tensor]:
-        """What must be kept between steps for a run to go on where it was."""
+        """Tensors that a resumed run needs."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
-        """Take back what ``state`` gave; of nothing, begin anew."""
+        """Restore the result of ``state``; an empty mapping resets."""
 
 
 @contextmanager

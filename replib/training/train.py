@@ -1,4 +1,4 @@
-"""Train a defence, or go on where training stopped; the model as it was is the same model with its adapter off."""
+"""Training of a defence, with resumption from checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ANSWERS = {Contrast: ("safe_response", "unsafe_response"), Dialogue: ("response"
 
 @dataclass(frozen=True)
 class MaxLengths:
-    """Tokens at most, of the instruction and of the answer."""
+    """Most tokens of the instruction and of the answer."""
 
     request: int = 512
     response: int = 512
@@ -42,7 +42,7 @@ class MaxLengths:
             raise ReplibError(f"{self}: no token of a prompt or of an answer would be left; allow one at least.")
 
     def cut(self, chat: ChatModel, lists: Mapping[str, Sequence[T]]) -> dict[str, list[T]]:
-        """The same lists within these lengths, with a warning that counts what was cut."""
+        """Lists cut to these lengths, with a warning that counts the changed rows."""
         found = {name: [self._fitted(chat, row) for row in rows] for name, rows in lists.items()}
         changed = sum(a != b for name in lists for a, b in zip(lists[name], found[name], strict=True))
         if changed:
@@ -61,7 +61,7 @@ class MaxLengths:
 
 
 def shortened(chat: ChatModel, text: str, tokens: int) -> str:
-    """The beginning of a text that has so many tokens at most; the text itself where it is short enough."""
+    """Longest beginning of a text with at most ``tokens`` tokens."""
     if len(text) <= tokens:  # a token is a character at least
         return text
     while len(places := _places(chat, text)) > tokens:  # at a new end the tokens may be others
@@ -70,7 +70,7 @@ def shortened(chat: ChatModel, text: str, tokens: int) -> str:
 
 
 def _places(chat: ChatModel, text: str) -> list[tuple[int, int]]:
-    """Where each token of a text begins and ends, in characters."""
+    """First and last character of each token, end exclusive."""
     return chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
@@ -85,9 +85,9 @@ def train(
     out: Path | str = "runs/bend",
     say: Callable[[str], object] = print,
 ) -> TrainResult:
-    """Train a defence. The adapter is put into the given model: no second copy of the weights is made.
+    """Train a defence as an adapter on the given model, without a second copy of its weights.
 
-    Use ``result.model`` afterwards; inside ``result.model.adapter_off()`` it is the model that was given.
+    Use ``result.model`` afterwards; ``result.model.adapter_off()`` gives the base back.
 
     Args:
         model: an adapter-free model.
@@ -99,10 +99,10 @@ def train(
         out: scratch folder. A run longer than ``config.save_every`` steps keeps checkpoints there; the same call goes
             on from the newest complete one, bit for bit on the CPU, if ``validation`` and ``choose`` are the same too.
             They are removed when training is over.
-        say: told what is in force before the first step.
+        say: receives a summary of the objective before the first step.
 
     Raises:
-        Diverged: the loss is no number, or states grow without bound. The best adapter so far is on disk.
+        Diverged: the loss is not finite, or states exceed ``config.max_growth``. The best adapter so far is on disk.
         ReplibError: target layers out of range, a model that carries an adapter already, an ``out`` that holds another
             run or other files. The model is then as it was given.
     """
@@ -148,7 +148,7 @@ def train(
 
 
 def _checked(model: ChatModel, data: Any, objective: Objective, config: TrainConfig) -> dict[str, list]:
-    """The lists that the objective draws from, cut to length; ReplibError where something does not fit together."""
+    """Lists that the objective draws from, cut to length; ReplibError if model, data and configuration disagree."""
     objective.check(model, data)
     objective.restore({})  # nothing of an earlier run
     if config.first_block > (lowest := objective.lowest(model.n_layers)):
@@ -163,13 +163,13 @@ def _checked(model: ChatModel, data: Any, objective: Objective, config: TrainCon
 
 
 def _identity(facts: dict[str, Any], processes: int, probed: bool) -> dict[str, Any]:
-    """What a run is; how often it is kept may change on the way."""
+    """Facts that a resumed run must share; ``save_every`` may differ."""
     train = {name: x for name, x in facts["train"].items() if name != "save_every"}
     return facts | {"train": train, "processes": processes, "probed": probed}
 
 
 def _recipe(objective: Objective, config: TrainConfig, data: Any, depth: int) -> dict[str, Any]:
-    """What was trained how on what, as plain values."""
+    """Method, objective, configuration and data hashes, as plain values."""
     lists = {name: getattr(data, name) for name in objective.draws(config)}
     return {
         "method": objective.name,
@@ -186,8 +186,8 @@ def attach(model: ChatModel, config: TrainConfig, lora: Lora | None = None, name
     Args:
         model: an adapter-free model.
         config: shape of the adapter, its first block, dropout and seed.
-        lora: where it may be; None is every linear layer of every block.
-        name: what results are told about the adapter until it is saved.
+        lora: adapted blocks and modules; None is every linear layer of every block.
+        name: name of the adapter in results until it is saved.
 
     Raises:
         ReplibError: the model carries an adapter already, or no block is left to adapt.

@@ -26,19 +26,19 @@ from replib.training.objective import Objective, Part
 def check_sane(
     step: int, found: Mapping[str, float], history: Sequence[Mapping[str, float | int]], config: TrainConfig, dtype: str
 ) -> None:
-    """Raise Diverged where a term is no number, or where states have grown beyond ``config.max_growth``.
+    """Raise Diverged if a term is not finite, or if states have grown beyond ``config.max_growth``.
 
     Args:
         step: counted from 1.
-        found: loss and terms of a micro-batch; the norms of states are called ``*_norm``.
-        history: those of the micro-batches before.
-        config: says how much growth is too much.
-        dtype: of the weights, named where it may be the reason.
+        found: loss and terms of a micro-batch; norms of states end in ``_norm``.
+        history: the same of earlier micro-batches.
+        config: sets the largest growth.
+        dtype: type of the weights.
     """
     if bad := [name for name, x in found.items() if not math.isfinite(x)]:
         overflow = " Weights in float16 overflow where bfloat16 does not." if dtype == "torch.float16" else ""
         raise Diverged(
-            f"At step {step} no number came out for {', '.join(bad)} ({_named(found)}): lower the learning rate "
+            f"At step {step} {', '.join(bad)} is not finite ({_named(found)}): lower the learning rate "
             f"{config.learning_rate:g} or the weight of {_culprit(found, bad)}, or set max_distance.{overflow}"
         )
     most = config.max_growth
@@ -52,7 +52,7 @@ def check_sane(
 
 
 def _culprit(found: Mapping[str, float], bad: Sequence[str]) -> str:
-    """The first term that is no number; where only their sum is none, the largest."""
+    """Name of the first non-finite term; if only the sum is non-finite, the largest term."""
     terms = [name for name in found if name != "loss" and not name.endswith("_norm")]
     return next((name for name in terms if name in bad), max(terms, key=lambda name: abs(found[name])))
 
@@ -62,7 +62,7 @@ def _named(found: Mapping[str, float]) -> str:
 
 
 class Bar(TrainerCallback):
-    """A progress bar with the terms of the last micro-batch, where somebody looks on."""
+    """Progress bar with the terms of the last micro-batch, shown on terminals and in notebooks."""
 
     def __init__(self, history: Sequence[Mapping[str, float]]):
         self.history = history
@@ -73,14 +73,14 @@ class Bar(TrainerCallback):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=not watched())
 
     def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """One step more."""
+        """Advance by one step."""
         self.bar.set_postfix(
             {name: f"{x:.3g}" for name, x in self.history[-1].items() if name != "step"}, refresh=False
         )
         self.bar.update()
 
     def close(self) -> None:
-        """Take it away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -149,7 +149,7 @@ class DefenceTrainer(Trainer):
         return self.objective.parts(self.chat, inputs, self.state.global_step / max(1, self.state.max_steps))
 
     def _log_steps(self, found: dict[str, Tensor]) -> None:
-        """The rows of all processes, so that all stop where the loss of one is no number."""
+        """Log the rows of all processes, so that all stop together on a non-finite loss."""
         for each in gather({name: x.item() for name, x in found.items()}):
             self._log_step(each)
 
@@ -165,7 +165,7 @@ def _add(found: dict[str, Tensor], part: Part) -> None:
 
 
 def arguments(config: TrainConfig, out: Path, *, cpu: bool = False) -> TrainingArguments:
-    """What the Trainer is told; it trains where the model is, in several processes too."""
+    """Arguments of the Trainer; it trains on the model's device, in several processes too."""
     args = TrainingArguments(
         output_dir=str(out),
         use_cpu=cpu,

@@ -137,7 +137,7 @@ def test_late_blocks_count_as_often_as_they_are_told_to():
         ({"strength": (0.9, 0.5)}, "the least and the most"),
         ({"ks": (1, 48)}, "cannot fit K"),
         ({"ks": (0,)}, "cannot fit K"),
-        ({"late": 0}, "late=0 times is not at all"),
+        ({"late": 0}, "late=0 must be 1 or more"),
     ],
 )
 def test_an_arsenal_that_cannot_be_drawn_from_is_named(change, reason):
@@ -155,5 +155,5 @@ def test_blocks_outside_the_model_and_too_few_prompts_are_named():
 
 
 def test_nothing_is_drawn_before_anything_was_read(model):
-    with pytest.raises(ReplibError, match="Nothing was read to fit edits on"):
+    with pytest.raises(ReplibError, match="No activations to fit edits on"):
         Adversary(SMALL, HARMFUL, HARMLESS).draw(model)

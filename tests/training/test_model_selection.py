@@ -91,5 +91,5 @@ def test_what_cannot_be_interpolated_says_why(folder, result):
     with pytest.raises(ReplibError, match="no LoRA adapter"):
         interpolated(TrainResult(load(folder), pd.DataFrame(), PROBES, 5), validation())
     for probes in (PROBES.iloc[:1], pd.DataFrame({"step": []})):
-        with pytest.raises(ReplibError, match="not probed"):
+        with pytest.raises(ReplibError, match="had no validation"):
             interpolated(TrainResult(result.model, pd.DataFrame(), probes, 5), validation())

@@ -1,4 +1,4 @@
-"""The terms of RepBend as pure functions (arXiv 2504.01550, Algorithm 1), with the paper's coefficients.
+"""Configuration of RepBend (arXiv 2504.01550, Algorithm 1), with the paper's coefficients.
 
     L = 1/2 ||v_s||_2  -  alpha ||v_u||_2  -  beta cos_sim(A_u)  +  gamma KL(M || M')
 
@@ -7,9 +7,23 @@ of unsafe prompts. Norms are per token and not squared, as in the authors' code,
 (our 1/2), beta (alpha), gamma (beta) and epsilon (gamma), and adds eta times a fifth term, off by default. Every
 distance is a mean over layers and tokens, the cosine one over layers and pairs.
 
-**The start.** With LoRA-B = 0 bent and base are equal, and there the gradients of all distances and of the KL are zero.
-The cosine (and the pairing term) alone have one, so beta > 0 is what moves the first step, the same way every time.
-With beta = eta = 0 the first step follows rounding noise; ``TrainConfig.perturbation`` is the way out then.
+**Start.** With LoRA-B = 0 bent and base are equal, and the gradients of all distances and of the KL are zero. Only the
+cosine and the pairing term have a gradient there, so beta > 0 decides the first step. With beta = eta = 0 the first
+step follows rounding noise; ``TrainConfig.perturbation`` avoids that.
+
+**Fidelity.** Algorithm 1 leaves choices open; the paper's text and the authors' code make different ones. ``Scope`` has
+a field for each, ``BendConfig.fidelity`` names a whole set of them.
+
+| choice (field of ``Scope``) | replib | official code | paper |
+|---|---|---|---|
+| states: block outputs, or ``hidden_states`` with the final norm | outputs | hidden states | outputs |
+| default target blocks end at (``until``) | 95 % | 95 % | 100 % |
+| blocks with LoRA (``adapted``) | all | to one above the targets | all |
+| retained dialogues in the safe term (``retained``) | yes | no | yes |
+| end-of-sequence token after answers (``ended``) | yes | no | no |
+| A_u (``gathered``, ``queue``) | unsafe rows | unsafe rows | all harmful rows, 64 earlier ones |
+| rows and tokens of the KL (``kl_rows``, ``kl_tokens``) | retained, answers | retained, all | all safe rows, all |
+| mean of the KL over (``kl_reduction``) | tokens | sequences | sequences |
 """
 
 from __future__ import annotations
@@ -23,29 +37,29 @@ from replib.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Scope:
-    """Where terms are taken and how they are averaged; the defaults are replib's own."""
+    """Rows, tokens, layers and averages of the terms; defaults are replib's own."""
 
     hidden_states: bool = False
-    """Whether layers are transformers' ``hidden_states``: the last one is behind the final norm, and the embeddings,
-    which no adapter moves, count as one more layer in the mean of the safe term. At the site resid_post only."""
+    """Whether layers are transformers' ``hidden_states``: the last one follows the final norm, and the embeddings,
+    which never move, are one more layer in the mean of the safe term. At the site resid_post only."""
     until: float = 0.95
-    """Share of the depth at which target blocks end where none are given; they begin at 60 %."""
+    """Relative depth at which default target blocks end; they begin at 0.6."""
     adapted: str = "all"
     """Blocks with LoRA: "all", or "target": from the first to the one after the last target block."""
     retained: bool = True
     """Whether the safe term covers retained dialogues, besides refusals and ``BendData.safe``."""
     ended: bool = True
-    """Whether answers are read with an end-of-sequence token."""
+    """Whether answers end with an end-of-sequence token."""
     gathered: str = "unsafe"
     """Rows of A_u: "unsafe", or "harmful": refused prompts too. Each prompt of a batch counts once."""
     queue: int = 0
-    """Rows of earlier steps that stay in A_u, as constants; 0 compares within the (micro-)batch alone.
+    """Rows of earlier steps that stay in A_u, as constants; 0 compares within the micro-batch.
 
-    Algorithm 1 writes A_u as a set that grows for ever; here the oldest rows leave."""
+    In Algorithm 1 A_u grows without limit; here the oldest rows leave."""
     kl_rows: str = "retain"
     """Rows of the KL: "retain", or "safe": all of p_s, refusals too, as Algorithm 1 has it."""
     kl_tokens: str = "answers"
-    """Next tokens that the KL predicts: those of "answers", or "all" (user turns too)."""
+    """Predicted tokens of the KL: "answers", or "all" (user turns too)."""
     kl_reduction: str = "token"
     """"token": mean over tokens. "sequence": sum over tokens divided by sequences, some 10^2 to 10^3 times as much."""
 
@@ -75,10 +89,10 @@ PAIRED = 20  # tokens at most that response_R and the pairing term compare
 
 @dataclass(frozen=True)
 class BendConfig:
-    """Coefficients in the paper's meaning, and what is read. Safeguards are off unless named."""
+    """Coefficients in the paper's meaning, and the states of each term. Safeguards are off by default."""
 
     alpha: float = 0.5
-    """Weight of the distance by which unsafe answers are pushed away."""
+    """Weight of the distance of unsafe answers from the base, which is maximised."""
     beta: float = 0.1
     """Weight of the cosine term that gathers unsafe prompts; it also breaks the stationary start of LoRA."""
     gamma: float = 0.3
@@ -87,16 +101,16 @@ class BendConfig:
     """Weight of the pairing term, which is not in the paper: bent states of an unsafe answer are drawn to the base's
     states of the refusal of the same prompt."""
     temperature: float = 2.0
-    """Of the KL term, which is multiplied by its square."""
+    """Temperature τ of the KL term, which is multiplied by τ²."""
     schedule: str = "constant"
-    """"constant", or "ramps" as in Circuit Breakers: p goes from 0 to 1/2 during training, what keeps the model as it
-    is counts p-fold (safe, KL), what changes it (1 - p)-fold (unsafe, cosine, pairing)."""
+    """"constant", or "ramps" as in Circuit Breakers: p goes from 0 to 1/2 during training, the safe term and the KL are
+    multiplied by p, the others by 1 - p."""
     target_layers: tuple[int, ...] = ()
     """Blocks whose outputs are pushed and gathered; () means a share of the depth (60-95 %, see ``Scope.until``)."""
     fidelity: str = "replib"
-    """Whose reading of the formulas: "replib", "official" or "paper"; see ``replib.defences.repbend.config``."""
+    """Set of choices: "replib", "official" or "paper"; see the table above."""
     custom: Scope | None = None
-    """Another scope instead of the one of ``fidelity``."""
+    """Scope instead of the one of ``fidelity``."""
     loss_mode: str = "response_all"
     """Tokens of both distances. request_last: the last token of the prompt; request_all: the prompt with its template;
     request_response: everything; response_all: the answer; response_one: its first token; response_R: its first R
@@ -161,7 +175,7 @@ class BendConfig:
 
 
 def announced(bend: BendConfig, config: TrainConfig, depth: int) -> str:
-    """What to know before the first step: target blocks, and what is not in the paper but holds the loss back."""
+    """Target blocks and safeguards that are not in the paper, as text."""
     layers = bend.layers(depth)
     chosen = "as given" if bend.target_layers else f"by relative depth, 60 to {bend.scope.until:.0%}"
     guards = [

@@ -2,14 +2,7 @@
 
     L = 1/2 ||v_s||_2  -  alpha ||v_u||_2  -  beta cos_sim(A_u)  +  gamma KL(M || M')
 
-v_s and v_u are the differences between bent and base activations on safe and unsafe answers, A_u the bent activations
-of unsafe prompts. Norms are per token and not squared, as in the authors' code, which calls the coefficients alpha
-(our 1/2), beta (alpha), gamma (beta) and epsilon (gamma), and adds eta times a fifth term, off by default. Every
-distance is a mean over layers and tokens, the cosine one over layers and pairs.
-
-**The start.** With LoRA-B = 0 bent and base are equal, and there the gradients of all distances and of the KL are zero.
-The cosine (and the pairing term) alone have one, so beta > 0 is what moves the first step, the same way every time.
-With beta = eta = 0 the first step follows rounding noise; ``TrainConfig.perturbation`` is the way out then.
+Symbols and the stationary start are explained in ``replib.defences.repbend.config``.
 """
 
 from __future__ import annotations
@@ -25,7 +18,7 @@ from replib.defences.repbend.config import BendConfig
 
 
 class BendTerms(NamedTuple):
-    """The terms before weighting, each a scalar; None where it is not taken."""
+    """Unweighted terms, each a scalar; None for a term that is absent."""
 
     safe: Tensor | None = None
     """Mean distance of safe answers from the base model: kept small."""
@@ -93,7 +86,7 @@ def anchored_cosine(
 def remembered(
     queue: Float[Tensor, "layers before dim"] | None, new: Float[Tensor, "layers rows dim"], length: int
 ) -> Float[Tensor, "layers kept dim"] | None:
-    """A_u for the next step: the newest ``length`` rows, without gradients; None where nothing is kept."""
+    """A_u for the next step: the newest ``length`` rows, without gradients; None for length 0."""
     if not length:
         return None
     rows = new.detach() if queue is None else torch.cat([queue, new.detach()], dim=1)

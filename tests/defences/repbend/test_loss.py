@@ -254,7 +254,7 @@ def test_a_second_adapter_is_refused(model):
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_what_to_lower(model, tmp_path):
-    with pytest.raises(ReplibError, match="no number came out for loss .* the weight of unsafe"):
+    with pytest.raises(ReplibError, match="loss is not finite .* the weight of unsafe"):
         wild = TrainConfig(steps=6, contrasts=3, retain=3, learning_rate=1e3, dropout=0.0)
         train(model, BendData(CONTRASTS, RETAINED), RepBend(BendConfig(alpha=1e38)), config=wild, out=tmp_path)
 
