@@ -2,7 +2,7 @@
 
 from replib.ablation.adaptive_attack import EDIT_ATTACKS, AdaptiveAttack, success_by_block
 from replib.ablation.fit import AblationData, Cell, cells_of, fit_edits, grid
-from replib.ablation.localisation import sweep_onset
+from replib.ablation.localisation import onset
 from replib.ablation.sweep import Sweeper, best_of, sweep_layers
 from replib.ablation.sweep_report import SweepReport, compare, over_fits
 
@@ -18,8 +18,8 @@ __all__ = [
     "compare",
     "fit_edits",
     "grid",
+    "onset",
     "over_fits",
     "success_by_block",
     "sweep_layers",
-    "sweep_onset",
 ]

@@ -1,4 +1,4 @@
-"""Prompts that fit edits and prompts that score them; edits of several blocks, fitted one after the other."""
+"""Prompts and cells of an ablation, and the edits fitted for them, block after block."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from replib.ablation.refusal_score import RefusalTokens, filtered_prompts
+from replib.ablation.refusal_direction import selected_direction
+from replib.ablation.refusal_score import LATER, RefusalTokens, filtered_prompts
 from replib.activations.capture import capture
 from replib.activations.store import Activations
 from replib.core.errors import ReplibError
 from replib.core.storage import content_hash
 from replib.data.prompts import Prompt
 from replib.edits.apply import POSITIONS, applied, bound
-from replib.edits.methods import Method, SiteEdits, fit_edit, method_of
+from replib.edits.methods import Method, SiteEdits, everywhere, fit_edit, method_of
 from replib.models.chat_model import ChatModel, check_layers
 from replib.models.tokens import Position, check_positions
-from replib.transport.affine import check_strength
+from replib.transport.affine import AffineEdit, check_strength
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +37,25 @@ class AblationData:
     harmful: Sequence[str]
     """Source of the transport: fit split."""
     harmless: Sequence[str]
-    """Its target: fit split."""
+    """Target of the transport: fit split."""
     scored: Sequence[Prompt]
     """Harmful prompts on which attack success is counted: val to choose, test to report."""
     neutral: Sequence[str]
     """Harmless prompts on which the first-token KL to the unedited model is measured."""
+    answers: tuple[Sequence[str], Sequence[str]] | None = None
+    """Forced answers to the harmful and the harmless fit prompts; None reads the model's own answers."""
+    openings: Sequence[str] = ()
+    """First words of each scored answer under a ``prefilled`` cell."""
 
     def __post_init__(self) -> None:
         for name in ("harmful", "harmless", "scored", "neutral"):
             if not getattr(self, name):
                 raise ReplibError(f"No {name} prompts: an ablation needs both classes to fit and prompts to score.")
         if shared := {p.text for p in self.scored} & set(self.harmful):
-            raise ReplibError(
-                f"{len(shared)} scored prompts were used to fit, for example {min(shared)!r}: split them."
-            )
+            raise ReplibError(f"{len(shared)} scored prompts fit the edits, for example {min(shared)!r}: split them.")
 
-    def kept(self, model: ChatModel, tokens: RefusalTokens) -> AblationData:
-        """The same, fitted only on harmful prompts that the model refuses and harmless ones that it answers.
+    def filtered(self, model: ChatModel, tokens: RefusalTokens) -> AblationData:
+        """The same data, fitted on harmful prompts that the model refuses and harmless prompts that it answers.
 
         Raises ReplibError where too few are left.
         """
@@ -60,45 +63,74 @@ class AblationData:
         return replace(self, harmful=left.harmful, harmless=left.harmless)
 
     def resampled(self, seed: int) -> AblationData:
-        """The same, fitted on as many prompts of each class drawn with replacement: what other prompts would give."""
+        """The same data, fitted on a bootstrap sample of each class."""
         draw = random.Random(seed)
-        harmful, harmless = (draw.choices(x, k=len(x)) for x in (self.harmful, self.harmless))
-        return replace(self, harmful=harmful, harmless=harmless)
+        drawn = [draw.choices(range(len(x)), k=len(x)) for x in (self.harmful, self.harmless)]
+        harmful, harmless = _taken((self.harmful, self.harmless), drawn)
+        return replace(self, harmful=harmful, harmless=harmless, answers=self.answers and _taken(self.answers, drawn))
 
     def counts(self) -> dict[str, int]:
-        """How many prompts a class fit the edit: fewer than were given, where some were filtered."""
+        """Fit prompts of each class, after any filter."""
         return {"n_harmful": len(self.harmful), "n_harmless": len(self.harmless)}
 
     def hashes(self) -> dict[str, str]:
-        """What identifies the four lists in a table."""
+        """Hashes that identify the prompts in a table."""
         fit = content_hash([*self.harmful, "|", *self.harmless])
-        return {"fit": fit, "scored": content_hash([*self.scored]), "neutral": content_hash([*self.neutral])}
+        forced = {"answers": content_hash([*self.answers[0], "|", *self.answers[1]])} if self.answers else {}
+        begun = {"openings": content_hash([*self.openings])} if self.openings else {}
+        scored = {"scored": content_hash([*self.scored]), "neutral": content_hash([*self.neutral])}
+        return {"fit": fit} | scored | forced | begun
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """An edit of one or several blocks, still to be fitted."""
+def _taken(lists: tuple[Sequence[str], Sequence[str]], places: Sequence[Sequence[int]]) -> tuple[list[str], list[str]]:
+    one, other = ([texts[i] for i in at] for texts, at in zip(lists, places, strict=True))
+    return one, other
 
-    method: Method
+
+class Cell(NamedTuple):
+    """One edit of a sweep, of one or several blocks."""
+
+    method: str | Method
+    """Tables and stores take names alone."""
     layers: tuple[int, ...]
-    """Ascending."""
+    """Ascending. Blocks to choose among, for a method that is ``selected``."""
     k: int
+    """Principal components; 0 for a method without."""
     positions: str
-    """Where it will act: later blocks are fitted with it acting there."""
+    """Edited tokens; later blocks are fitted with the earlier edits acting there."""
     strength: float = 1.0
+    read: Position | None = None
+    """Position whose activations fit the edit; None is the choice of the method's source."""
+    prefilled: bool = False
+    """Whether each answer begins with its opening of ``AblationData.openings``."""
+
+    @property
+    def how(self) -> Method:
+        """The method, with the position that fits it."""
+        method = method_of(self.method)
+        return method if self.read is None else replace(method, read=self.read)
+
+    @property
+    def screened(self) -> bool:
+        """Whether the first token of the answer shows the effect of the edit."""
+        return self.positions not in LATER and not self.prefilled
+
+    def facts(self) -> dict[str, Any]:
+        """Columns of a table; ``prefilled`` only where it is true, which keeps the keys of older stores."""
+        return {name: value for name, value in self._asdict().items() if name != "prefilled" or value}
 
 
 class Fitter:
-    """Fits edits of one model; activations are read once for all blocks that may be asked for.
+    """Fits edits of one model; activations of the unedited model are captured once for all blocks.
 
     Args:
         model: the model to edit.
         data: prompts of both classes.
-        layers: blocks that may be asked for.
-        batch_size: prompts in one forward pass at most.
-        answer: tokens of the model's own answer, under the edits already in place, over which ``response`` is a mean.
-            An integer position from 0 on is read of such answers too. Prompts whose answer ends before it do not fit:
-            that is logged, and ``counts`` holds those that do.
+        layers: blocks of the cells to come.
+        batch_size: largest number of prompts in one forward pass.
+        answer: tokens of the model's own answer, under the edits already in place, over which ``response`` is a mean;
+            unused with forced answers. An integer position from 0 on lies in such an answer too. Prompts with a
+            shorter answer are left out, with a warning in the log; ``facts`` counts the prompts that fit.
     """
 
     def __init__(
@@ -107,30 +139,32 @@ class Fitter:
         self.model, self.data, self.layers = model, data, check_layers(model, layers)
         self.batch_size, self.answer = batch_size, answer
         self._read: dict[tuple[Position, str], Pair] = {}
-        self._under: tuple[Recipe | None, Pair | None] = (None, None)  # of edited models only the latest
-        self.counts: dict[Recipe, dict[str, int]] = {}  # prompts a class behind the last block of each fit
+        self._under: tuple[Cell | None, Pair | None] = (None, None)  # of edited models only the latest
+        self.facts: dict[Cell, dict[str, Any]] = {}
+        """Prompts of each class behind the last block of each fit, and the choice of a selected direction."""
 
     def on(self, data: AblationData) -> Fitter:
-        """The same for other prompts."""
+        """A fitter of the same blocks on other prompts."""
         return Fitter(self.model, data, self.layers, batch_size=self.batch_size, answer=self.answer)
 
-    def edits(self, recipe: Recipe) -> SiteEdits:
+    def edits(self, cell: Cell) -> SiteEdits:
         """The edits at strength, each block's fitted with the earlier ones active; not bound to the model.
 
         A method that is not ``sequential`` is fitted at all blocks on the unedited model.
 
-        Raises ReplibError as ``fit_edit`` and ``capture``, and where the answers to fewer than two prompts of a class
-        reach the position that is read.
+        Raises ReplibError as ``fit_edit``, ``capture`` and ``selected_direction``, and where the answers to fewer than
+        two prompts of a class reach the position that is read.
         """
-        *before, layer = recipe.layers
-        earlier = replace(recipe, layers=tuple(before))
+        if cell.how.selected:
+            return {key: edit * cell.strength for key, edit in self._selected(cell).items()}
+        *before, layer = cell.layers
+        earlier = cell._replace(layers=tuple(before))
         edits = self.edits(earlier) if before else {}
-        active = edits and recipe.method.sequential
-        pair = self._edited(earlier, edits) if active else self.activations(recipe.method)
+        pair = self._edited(earlier, edits) if edits and cell.how.sequential else self.activations(cell.how)
         source, target = (x[layer] for x in pair)
-        self.counts[recipe] = {"n_harmful": len(source), "n_harmless": len(target)}
-        found = fit_edit(recipe.method, source, target, layer, k=recipe.k, depth=self.model.n_layers)
-        return edits | {key: edit * recipe.strength for key, edit in found.items()}
+        self.facts[cell] = {"n_harmful": len(source), "n_harmless": len(target)}
+        fitted = fit_edit(cell.how, source, target, layer, k=max(cell.k, 1), depth=self.model.n_layers)
+        return edits | {key: edit * cell.strength for key, edit in fitted.items()}
 
     def activations(self, method: Method) -> Pair:
         """Harmful and harmless activations of the unedited model, where a method reads."""
@@ -138,11 +172,17 @@ class Fitter:
             self._read[method.read, method.site] = self._captured(method, self.layers)
         return self._read[method.read, method.site]
 
-    def _edited(self, active: Recipe, edits: SiteEdits) -> Pair:
-        known, pair = self._under
-        if pair is None or known != active:
+    def _selected(self, cell: Cell) -> SiteEdits:
+        chosen = selected_direction(self.model, self.data.harmful, self.data.harmless, cell.layers)
+        place = {"layer": chosen.layer, "token": chosen.position, "passed": chosen.passed}
+        self.facts[cell] = self.data.counts() | place
+        return everywhere(AffineEdit.ablation(chosen.r), self.model.n_layers)
+
+    def _edited(self, active: Cell, edits: SiteEdits) -> Pair:
+        cell, pair = self._under
+        if pair is None or cell != active:
             with applied(self.model, edits, positions=active.positions):
-                pair = self._captured(active.method, [i for i in self.layers if i > active.layers[-1]])
+                pair = self._captured(active.how, [i for i in self.layers if i > active.layers[-1]])
             self._under = active, pair
         return pair
 
@@ -150,9 +190,11 @@ class Fitter:
         span = method.read == "response"
         written = self.answer if span else max(0, method.read + 1) if isinstance(method.read, int) else 0
         options: dict[str, Any] = {"site": method.site, "layers": layers, "positions": method.read}
-        options |= {"max_new_tokens": written, "batch_size": self.batch_size}
-        options |= {"short": "leave_out" if written else "refuse"}
-        harmful, harmless = (capture(self.model, x, **options) for x in (self.data.harmful, self.data.harmless))
+        options |= {"batch_size": self.batch_size, "short": "leave_out" if written else "refuse"}
+        options |= {} if self.data.answers else {"max_new_tokens": written}
+        forced = self.data.answers or (None, None)
+        texts = zip((self.data.harmful, self.data.harmless), forced, strict=True)
+        harmful, harmless = (capture(self.model, x, responses=answers, **options) for x, answers in texts)
         _check_reached("harmful", len(harmful), len(self.data.harmful), method.read)
         _check_reached("harmless", len(harmless), len(self.data.harmless), method.read)
         return harmful, harmless
@@ -187,42 +229,21 @@ def fit_edits(
     check_strength(strength, "to go beyond, multiply the edits")
     method = method_of(method)
     blocks = sorted(set(check_layers(model, layers)))
-    recipe = Recipe(method, tuple(blocks), k, positions or method.positions, strength)
-    return bound(model, Fitter(model, data, blocks).edits(recipe))
+    cell = Cell(method, tuple(blocks), k, positions or method.positions, strength)
+    return bound(model, Fitter(model, data, blocks).edits(cell))
 
 
 KS = (1, 2, 4, 8, 16)
 
 
-class Cell(NamedTuple):
-    """One edit of a sweep."""
-
-    method: str
-    layers: tuple[int, ...]
-    k: int
-    """Principal components; 0 where the method has none."""
-    positions: str
-    """Tokens that are edited."""
-    strength: float = 1.0
-    read: Position | None = None
-    """Position whose activations fit it; None is the choice of the method's source."""
-
-    @property
-    def how(self) -> Method:
-        """The method, with the position it is fitted at."""
-        method = method_of(self.method)
-        return method if self.read is None else replace(method, read=self.read)
-
-    @property
-    def recipe(self) -> Recipe:
-        """What a ``Fitter`` needs."""
-        return Recipe(self.how, self.layers, max(self.k, 1), self.positions, self.strength)
-
-
 def cells_of(table: pd.DataFrame) -> list[Cell]:
     """The cells of a table's rows."""
-    columns = [table[name] for name in Cell._fields]
-    return [Cell(m, tuple(map(int, ls)), int(k), p, float(s), r) for m, ls, k, p, s, r in zip(*columns, strict=True)]
+    rows = table.assign(prefilled=table["prefilled"].eq(True) if "prefilled" in table else False)
+    columns = [rows[name] for name in Cell._fields]
+    return [
+        Cell(method, tuple(map(int, layers)), int(k), positions, float(strength), read, prefilled)
+        for method, layers, k, positions, strength, read, prefilled in zip(*columns, strict=True)
+    ]
 
 
 def grid(
@@ -234,14 +255,23 @@ def grid(
     strengths: Sequence[float] = (1.0,),
     reads: Sequence[Position | None] = (None,),
 ) -> list[Cell]:
-    """Every combination once, an edit of one block each; K where a method has one, None the choice of its source."""
+    """Every combination once, one block each; K only for methods with one, None is the choice of the method's source.
+
+    A method that is ``selected`` has one cell for all blocks, its candidates.
+    """
     names = [methods] if isinstance(methods, str) else methods
     cells = [
-        Cell(name, (layer,), k, where or how.positions, strength, read)
+        Cell(name, blocks, k, where or how.positions, strength, read)
         for name, how in zip(names, map(method_of, names), strict=True)
-        for where, read, strength, layer, k in product(positions, reads, strengths, layers, ks if how.ranked else [0])
+        for where, read, strength, blocks, k in product(
+            positions, reads, strengths, _candidates(how, layers), ks if how.ranked else [0]
+        )
     ]
     return list(dict.fromkeys(cells))
+
+
+def _candidates(method: Method, layers: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(layers)] if method.selected else [(layer,) for layer in layers]
 
 
 def checked(cells: Sequence[Cell], model: ChatModel, data: AblationData, *, extrapolate: bool = False) -> list[Cell]:
@@ -251,17 +281,20 @@ def checked(cells: Sequence[Cell], model: ChatModel, data: AblationData, *, extr
 
     Raises:
         ReplibError: unknown method, positions or layer; K above the rank that the prompts give, or of a method that
-            has none; a strength outside [0, 1]; several blocks for a method that acts at all of them.
+            has none; a strength outside [0, 1]; several blocks for a method that acts at all of them; a prefilled cell
+            without openings.
     """
     most = min(len(data.harmful) - 1, len(data.harmless) - 1, model.d_model)
     for cell in cells:
         _check_method(cell, most)
+        if cell.prefilled and not data.openings:
+            raise ReplibError("A prefilled cell needs the beginnings of answers: set AblationData.openings.")
         check_strength(cell.strength, "extrapolate=True goes beyond, finitely far", extrapolate=extrapolate)
     return [cell._replace(layers=tuple(sorted(set(check_layers(model, cell.layers))))) for cell in cells]
 
 
 def check_names(
-    methods: Sequence[str], positions: Sequence[str | None] = (), reads: Sequence[Position | None] = ()
+    methods: Sequence[str | Method], positions: Sequence[str | None] = (), reads: Sequence[Position | None] = ()
 ) -> None:
     """Raise ReplibError for an unknown method, edited position or fit position; None is a method's own choice."""
     for method in methods:
@@ -276,7 +309,7 @@ def check_names(
 def _check_method(cell: Cell, most: int) -> None:
     method = cell.how
     check_names([cell.method], [cell.positions], [cell.read])
-    if method.everywhere and len(cell.layers) > 1:
+    if method.everywhere and not method.selected and len(cell.layers) > 1:
         raise ReplibError(f"{cell.method} acts at every block, wherever it was fitted: give it one block, not several.")
     if not method.ranked and cell.k:
         raise ReplibError(f"{cell.method} has no K, but {cell.k} was given: K = 0 says so.")

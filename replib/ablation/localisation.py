@@ -1,7 +1,7 @@
-"""Can blocks be told vulnerable without asking the model anything: measured success against label-free features.
+"""Localisation of refusal in blocks: onsets of curves, and success predicted from label-free features of a block.
 
-The predictor is a ridge regression on the logarithms of the features, fitted on all models but one and tried on that
-one. It is ours, as is the test; what it must beat is the success of the other models at the same depth.
+The predictor is a ridge regression on the logarithms of the features, fitted on all models but one and tested on that
+one. Predictor and test are ours; the baseline is the success of the other models at the same depth.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from replib.ablation.refusal_score import RefusalTokens
@@ -25,11 +29,15 @@ from replib.transport.gaussians import Samples, sample_pair
 Curve = Float[np.ndarray, " layers"]
 
 
-def onset(curve: Curve, *, share: float = 0.5, least: float = 0.0) -> int | None:
-    """The first block at which a curve reaches a share of its maximum; None where that is 0, or below ``least``."""
-    known = np.nan_to_num(curve)
+def onset(curve: Curve | pd.Series, *, share: float = 0.5, least: float = 0.0) -> int | None:
+    """The first block at which a curve reaches a share of its maximum; None where that is 0, or below ``least``.
+
+    Of a Series, by its index. An edit of the last prompt token before the blocks that decide is overruled by them;
+    after them it is final.
+    """
+    known = pd.Series(curve).fillna(0)
     top = float(known.max())
-    return int(np.argmax(known >= share * top)) if top > 0 and top >= least else None
+    return int((known >= share * top).idxmax()) if top > 0 and top >= least else None
 
 
 def steepest(curve: Curve) -> int | None:
@@ -70,18 +78,7 @@ def localisation_error_table(
     )  # fmt: skip
 
 
-def sweep_onset(table: pd.DataFrame, share: float = 0.5) -> int | None:
-    """The first block at which attack success reaches ``share`` of its maximum over blocks: where refusal is decided.
-
-    An edit of the last prompt token before the blocks that decide is overruled by them; after them it is final. None
-    if no block succeeds more often than not.
-    """
-    by_layer = table.groupby("layer")["compliance"].max()
-    found = onset(by_layer.to_numpy(float), share=share, least=0.5)
-    return None if found is None else int(by_layer.index[found])
-
-
-RIDGE = 1.0  # per row of the features in units of their deviation: a tenth of what a hundred blocks say
+RIDGE = 1.0  # penalty for standardised features, 1 % of the data term of 100 blocks
 AT_DEPTH = "others at this depth"
 
 
@@ -98,13 +95,13 @@ def leave_one_out(table: pd.DataFrame, names: Sequence[str], *, target: str, mod
     """
     if table[model].nunique() < 2:
         raise ReplibError("One model cannot be predicted from others: give the blocks of two at least.")
-    parts = []
-    for name, own in table.groupby(model, sort=False):
-        others = table[table[model] != name]
-        at_depth = others.groupby(depth)[target].mean()
-        guess = _ridge(_log(others[[*names]]), others[target].to_numpy(), _log(own[[*names]]))
-        parts.append(own.assign(predicted=guess.clip(0, 1), **{AT_DEPTH: own[depth].map(at_depth)}))
-    return pd.concat(parts).loc[table.index]
+    ridge = make_pipeline(StandardScaler(), Ridge(alpha=RIDGE))
+    x, y = _log(table[[*names]]), table[target].to_numpy()
+    predicted = cross_val_predict(ridge, x, y, groups=table[model], cv=LeaveOneGroupOut()).clip(0, 1)
+    at_depth = [table[table[model] != name].groupby(depth)[target].mean() for name in table[model].unique()]
+    others = dict(zip(table[model].unique(), at_depth, strict=True))
+    baseline = [others[name].get(place, np.nan) for name, place in zip(table[model], table[depth], strict=True)]
+    return table.assign(predicted=predicted, **{AT_DEPTH: baseline})
 
 
 def scores(found: pd.DataFrame, *, target: str, model: str) -> pd.DataFrame:
@@ -128,15 +125,8 @@ def _log(values: pd.DataFrame) -> Float[np.ndarray, "n f"]:
     return np.log1p(np.maximum(values.to_numpy(float), 0))
 
 
-def _ridge(x: Float[np.ndarray, "n f"], y: Float[np.ndarray, " n"], new: Float[np.ndarray, "m f"]) -> np.ndarray:
-    mean, spread = x.mean(0), np.maximum(x.std(0), 1e-9)
-    z = (x - mean) / spread
-    weights = np.linalg.solve(z.T @ z + RIDGE * np.eye(z.shape[1]), z.T @ (y - y.mean()))
-    return y.mean() + (new - mean) / spread @ weights
-
-
 class Features(NamedTuple):
-    """What can be said of a block without asking the model anything: two clouds of activations are enough."""
+    """Label-free features of a block, from the activations of both classes alone."""
 
     depth: float
     """Blocks below it, as a share of the model's."""

@@ -1,7 +1,7 @@
-"""Refusal directions: one for each layer and token, the choice among them, and the plane that angular steering turns.
+"""Refusal directions of every block and template token, and the selection among them (arXiv 2406.11717).
 
-The choice is that of arXiv 2406.11717 and its code: removed everywhere, a direction should undo refusal (bypass);
-added where it was found, it should make harmless prompts refused (induce); and harmless answers should stay (KL).
+Ablated everywhere, a direction should undo refusal (bypass); added where it was read, it should make the model refuse
+harmless prompts (induce); and answers to harmless prompts should stay (KL).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,16 +19,16 @@ from replib.ablation.refusal_score import RefusalTokens, first_logits
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
-from replib.edits.apply import applied, bound
-from replib.edits.methods import SiteEdits, everywhere
+from replib.edits.apply import applied
+from replib.edits.methods import everywhere
 from replib.models.chat_model import ChatModel
-from replib.models.tokens import SPANS
-from replib.transport.affine import AffineEdit, Rotation
+from replib.models.tokens import SPANS, Row
+from replib.transport.affine import AffineEdit
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What a direction must satisfy; defaults of arXiv 2406.11717."""
+    """Conditions on a direction; defaults of arXiv 2406.11717."""
 
     kl: float | None = 0.1
     """Most nats on harmless prompts, under ablation."""
@@ -39,7 +38,7 @@ class Filters:
     """Share of the layers, from below, that are candidates."""
 
     def passed(self, table: pd.DataFrame) -> pd.Series:
-        """Which candidates do; one without a number does not."""
+        """Which candidates satisfy them; a NaN does not."""
         good = table[["bypass", "induce", "kl"]].notna().all(axis=1)
         good &= True if self.kl is None else table.kl <= self.kl
         return good & (True if self.induce is None else table.induce >= self.induce)
@@ -47,7 +46,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Direction:
-    """The chosen direction, and the scores of all that there were."""
+    """The selected direction, and the scores of all candidates."""
 
     r: Float[Tensor, " d"]
     """Difference in means, harmful minus harmless, not normalised."""
@@ -60,13 +59,37 @@ class Direction:
     table: pd.DataFrame
     """Layer, position, bypass, induce, kl and passed of every candidate."""
 
-    def ablation(self, model: ChatModel) -> SiteEdits:
-        """Remove it everywhere, at every block: to be applied at all positions."""
-        return bound(model, everywhere(AffineEdit.ablation(self.r), model.n_layers))
 
-    def addition(self, model: ChatModel, coefficient: float = -1.0) -> SiteEdits:
-        """Add a multiple of it where it was read: -1 bypasses refusal, +1 induces it."""
-        return bound(model, {("resid_pre", self.layer): AffineEdit.shift(coefficient * self.r)})
+def selected_direction(
+    model: ChatModel, harmful: Sequence[str], harmless: Sequence[str], layers: Sequence[int]
+) -> Direction:
+    """The direction selected among some blocks: four fifths of the prompts fit the candidates, the others choose.
+
+    The source, too, fits on 128 prompts a class and selects on 32.
+
+    Raises ReplibError as ``RefusalTokens.find`` and ``select_direction``.
+    """
+    tokens = RefusalTokens.find(model, harmful, harmless)
+    (fit, val), (fit_harmless, val_harmless) = _held_out(harmful), _held_out(harmless)
+    return select_direction(model, mean_gaps(model, fit, fit_harmless, layers), (val, val_harmless), tokens)
+
+
+def selection_tokens(model: ChatModel, harmful: Sequence[str], harmless: Sequence[str], layers: Sequence[int]) -> int:
+    """Prompt tokens that ``selected_direction`` reads at most: to find refusals, to fit, and for each candidate."""
+    rows = model.tokenize([*harmful, *harmless])
+    val, val_harmless = (sum(map(len, model.tokenize(_held_out(x)[1]))) for x in (harmful, harmless))
+    candidates = sum(layer < int(Filters.depth * model.n_layers) for layer in layers) * len(_positions(rows))
+    return 2 * sum(map(len, rows)) - val + candidates * (val + 2 * val_harmless)
+
+
+def _held_out(prompts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    n = max(1, len(prompts) // 5)
+    return prompts[:-n], prompts[-n:]
+
+
+def _positions(rows: Sequence[Row]) -> list[int]:
+    """Template tokens behind the instruction, counted from where the response begins; without any, the last one."""
+    return list(range(-max(1, min(len(SPANS["post_instruction"].of_row(row)) for row in rows)), 0))
 
 
 def mean_gaps(
@@ -74,10 +97,9 @@ def mean_gaps(
 ) -> dict[tuple[int, int], Float[Tensor, " d"]]:
     """Difference in means at the input of blocks, for each template token after the instruction, by layer, position.
 
-    Means are float64. Where no such token is, as without a template, the last prompt token is read.
+    Means are float64. Without a template, the last prompt token is read.
     """
-    rows = model.tokenize([*harmful, *harmless])
-    positions = list(range(-max(1, min(len(SPANS["post_instruction"].of_row(row)) for row in rows)), 0))
+    positions = _positions(model.tokenize([*harmful, *harmless]))
     x, y = (
         capture(model, prompts, site="resid_pre", layers=layers, positions=positions) for prompts in (harmful, harmless)
     )
@@ -109,20 +131,20 @@ def select_direction(
     """
     filters = filters or Filters()
     top = int(filters.depth * model.n_layers)
-    # Tokens of one template are embedded alike: no direction, but for rounding.
+    # Embeddings of template tokens are equal in both classes: their difference is rounding.
     least = 1e-6 * max((float(r.norm()) for r in candidates.values()), default=0.0)
-    kept = {key: r for key, r in candidates.items() if key[0] < top and r.norm() > least}
-    if not kept:
+    shallow = {key: r for key, r in candidates.items() if key[0] < top and r.norm() > least}
+    if not shallow:
         raise ReplibError(f"No candidate direction lies below block {top}, or all have length zero: give others.")
     trial = _Trial(model, tokens, *val, first_logits(model, val[1]))
-    rows = [trial.scores(r, key) for key, r in progress(list(kept.items()), "directions")]
+    rows = [trial.scores(r, key) for key, r in progress(list(shallow.items()), "directions")]
     table = pd.DataFrame(rows)
-    return _best(table.assign(passed=filters.passed(table)), kept, model.name)
+    return _best(table.assign(passed=filters.passed(table)), shallow, model.name)
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """What each candidate is put through."""
+    """The model and the prompts on which each candidate is scored."""
 
     model: ChatModel
     tokens: RefusalTokens
@@ -141,7 +163,7 @@ class _Trial:
         return {"layer": key[0], "position": key[1], "bypass": bypass, "induce": induce, "kl": kl}
 
 
-def _best(table: pd.DataFrame, kept: dict[tuple[int, int], Tensor], name: str) -> Direction:
+def _best(table: pd.DataFrame, shallow: dict[tuple[int, int], Tensor], name: str) -> Direction:
     among = table[table.passed]
     if among.empty:
         warnings.warn(
@@ -155,42 +177,4 @@ def _best(table: pd.DataFrame, kept: dict[tuple[int, int], Tensor], name: str) -
         raise ReplibError(f"Every direction drives {name} to NaN: load it in bfloat16 or float32.")
     best = among.loc[among.bypass.idxmin()]
     layer, position = int(best.layer), int(best.position)
-    return Direction(kept[layer, position], layer, position, bool(best.passed), table)
-
-
-def angular_edits(
-    model: ChatModel, harmful: Sequence[str], harmless: Sequence[str], *, angle: float = 180.0, adaptive: bool = True
-) -> SiteEdits:
-    """Angular steering (arXiv 2510.26243): what enters each sublayer is turned in one plane, at all positions.
-
-    Candidates are differences of the mean directions of the classes at each norm's input, last prompt token. The plane
-    is spanned by the candidate most like the others, and by the first principal axis of all of them. 0 degrees points
-    to harmful, 180 away from it.
-
-    Raises:
-        ReplibError: an architecture without ``resid_mid``, or candidates that span no plane.
-    """
-    found = [
-        gap
-        for pair in zip(*(_gaps(model, harmful, harmless, site) for site in ("resid_pre", "resid_mid")), strict=True)
-        for gap in pair
-    ]
-    turn = Rotation(steering_plane(torch.stack(found)), angle, adaptive)
-    return bound(model, {(site, i): turn for i in range(model.n_layers) for site in ("attn_in", "mlp_in")})
-
-
-def _gaps(model: ChatModel, harmful: Sequence[str], harmless: Sequence[str], site: str) -> Float[Tensor, "layers d"]:
-    unit = lambda x: torch.nn.functional.normalize(x, dim=-1)  # noqa: E731
-    x, y = (capture(model, prompts, site=site).values.double() for prompts in (harmful, harmless))
-    return unit(unit(x).mean(1)) - unit(unit(y).mean(1))
-
-
-def steering_plane(candidates: Float[Tensor, "n d"]) -> Float[Tensor, "d 2"]:
-    """Orthonormal ``b1, b2``: the candidate of greatest mean cosine with all, and their first principal axis."""
-    unit = torch.nn.functional.normalize(candidates, dim=-1)
-    first = unit[(unit @ unit.mT).mean(1).argmax()]
-    _, spread, axes = torch.linalg.svd(candidates - candidates.mean(0), full_matrices=False)
-    second = axes[0] - (axes[0] @ first) * first
-    if not (spread[0] > 1e-6 * candidates.norm() and second.norm() > 1e-6):
-        raise ReplibError("The directions of all layers are one: they span no plane to turn in. Ablate that one.")
-    return torch.stack([first, second / second.norm()], 1).float()
+    return Direction(shallow[layer, position], layer, position, bool(best.passed), table)

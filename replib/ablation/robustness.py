@@ -1,13 +1,11 @@
-"""How many tokens deep refusal is: edits fitted at the prompt's end, at answer tokens, or at both.
+"""Robustness of refusal: edits fitted at the end of the prompt, at answer tokens or at both, and least strengths.
 
-What fits an edit at answer token t: harmful prompts and harmless ones, each with a compliant answer that it is made
-to read, the activation of the t-th token of the answer. Both classes read answers of one kind, so that what the map
-carries over is the class and not the wording; with the model's own answers it would carry refusing words to
-complying ones, and in front of any other word it leaves the model without sense.
+An edit at answer token t is fitted on the activation of the t-th token of a forced, compliant answer to prompts of
+both classes. Both classes read answers of one kind, so the map carries the class and not the wording; own answers
+would map refusing words to complying ones, and the model degenerates in front of any other word.
 
-Where it acts: at the block it was fitted at, on every answer token as it is written (``response``). An edit fitted at
-the last prompt token acts there, once, as the published audit has it. ``prompt + …`` do both; the two are fitted
-independently, on the unedited model.
+The edit acts at its block on every answer token as it is written (``response``). An edit fitted at the last prompt
+token acts there, once, as published. ``prompt + …`` do both, fitted independently on the unedited model.
 """
 
 from __future__ import annotations
@@ -56,7 +54,7 @@ def answer_states(
 
 
 def token_name(token: int) -> str:
-    """What tables call an answer token."""
+    """Title of an answer token in tables."""
     return f"token {token}"
 
 
@@ -80,27 +78,17 @@ def _by_block(x: States, y: States, method: str | Method, k: int) -> list[SiteEd
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0)
 
 
-def scaled(edit: Edited, strengths: Sequence[float] = STRENGTHS) -> list[Edited]:
-    """The same edit at each strength, on each of its tokens; beyond 1 it overshoots.
-
-    Raises ReplibError unless strengths rise from zero or above.
-    """
-    if not strengths or strengths[0] < 0 or np.any(np.diff(strengths) <= 0):
-        raise ReplibError(f"Strengths {list(strengths)} must rise, from 0 or above: give each once, upwards.")
-    return [{where: {place: e * s for place, e in edits.items()} for where, edits in edit.items()} for s in strengths]
-
-
 def least_strengths(
     complied: Bool[np.ndarray, "strengths prompts"], strengths: Sequence[float] = STRENGTHS
 ) -> Float[np.ndarray, " prompts"]:
-    """The smallest strength at which each prompt was complied with; inf where it never was."""
+    """The smallest strength at which each prompt was complied with; inf without any."""
     return np.where(complied.any(0), np.array(strengths)[complied.argmax(0)], np.inf)
 
 
 def holding(least: Float[np.ndarray, "seeds prompts"], strengths: Sequence[float] = STRENGTHS) -> pd.DataFrame:
-    """Share of prompts that no strength up to each has flipped: strength, value, low, high, n.
+    """Share of prompts that hold at every strength up to each: columns strength, value, low, high, n.
 
-    The interval is ``audit.crossed_rate``'s, for other trainings and other prompts.
+    Intervals are those of ``two_way_rate_interval``, over trainings and prompts.
     """
     rows = []
     for s in strengths:

@@ -1,13 +1,11 @@
-"""Sweeps of edits: a cheap score of every cell first, whole answers of the best, each cell scored the same way.
-
-The methods themselves are in ``methods``, what is asked of a direction before it is trusted in ``directions``.
-"""
+"""Sweeps of edits: a cheap score of every cell first, whole answers of the best, each cell scored the same way."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -18,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replib.ablation.damage import DamageMeter, token_kl
-from replib.ablation.edited_generation import EditedGeneration
+from replib.ablation.edited_generation import EditedAnswers, EditedGeneration
 from replib.ablation.fit import AblationData, Cell, Fitter, checked, grid, possible_ks
-from replib.ablation.refusal_score import LATER, FirstTokenScore
+from replib.ablation.refusal_score import LATER, SCORE, FirstTokenScore
 from replib.audit.audit import rates
 from replib.audit.judges import Judge, encode_outcomes
 from replib.core.errors import ReplibError
@@ -97,9 +95,8 @@ class Sweeper:
     ):
         self.model, self.data, self.judge = model, data, judge
         self.rows = Rows(store)
-        self.scored = EditedGeneration(
-            model, [p.text for p in data.scored], length=max_new_tokens, batch_size=batch_size
-        )
+        self.answers = EditedAnswers(model, data.scored, judge, max_new_tokens, batch_size)
+        self.prefilled = replace(self.answers, openings=data.openings)
         self.neutral = EditedGeneration(model, data.neutral, length=1, batch_size=batch_size)
         self.fitter = Fitter(model, data, range(model.n_layers), batch_size=batch_size, answer=max_new_tokens)
         self.about: dict[str, Any] = {"model": name or model.name, "judge": judge.name} | data.hashes()
@@ -115,7 +112,6 @@ class Sweeper:
         """The cheap score of this model, found once from its own answers."""
         return FirstTokenScore.find(self.model, self.data.harmful, self.data.harmless)
 
-    # ------------------------------------------------------------------------------------- what is asked
     def layers(
         self,
         method: str = "pca_ot",
@@ -129,8 +125,8 @@ class Sweeper:
     ) -> pd.DataFrame:
         """One edit at one block at a time, for every block, K and strength; see ``sweep_layers``.
 
-        Without ``ks``, those of 1, 2, 4, 8 and 16 that the fit prompts are enough for; without ``positions`` and
-        ``read``, the choice of the method's source.
+        ``ks`` defaults to those of 1, 2, 4, 8 and 16 below the number of fit prompts of a class, ``positions`` and
+        ``read`` to the choice of the method's source. ``rfa_selected`` is one cell, selected among the blocks.
         """
         blocks = range(self.model.n_layers) if layers is None else layers
         ks = self.ks if ks is None else ks
@@ -186,37 +182,52 @@ class Sweeper:
             self._fill(self.shortlist(cells, best), (ANSWERS,))
         return self._known(cells)
 
+    def outcomes(self, cells: Sequence[Cell], *, extrapolate: bool = False) -> list[str]:
+        """Outcomes of the scored prompts under each cell, a letter a prompt, without the cheap score; see ``table``.
+
+        Edits that no cell describes are asked by ``answers.outcomes``.
+        """
+        cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
+        self._fill(cells, (ANSWERS,))
+        return [self._row(cell, ANSWERS)["outcomes"] for cell in cells]
+
     def damage(self, cells: Sequence[Cell], gauge: DamageMeter, *, extrapolate: bool = False) -> pd.DataFrame:
         """What ``gauge`` measures of each cell, a row a metric; kept in the store as ``table`` is."""
         cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
         for cell in progress([c for c in cells if self._key(c, gauge.key) not in self.rows], "damage"):
             found = gauge(bound(self.model, self.fitted(cell)), positions=cell.positions)
             self.rows.put(self._key(cell, gauge.key), {"damage": found.to_dict("records")})
-        facts = [{"model": self.about["model"], "layer": cell.layers[0]} | cell._asdict() for cell in cells]
+        facts = [{"model": self.about["model"], "layer": cell.layers[0]} | cell.facts() for cell in cells]
         found = [self._row(cell, gauge.key)["damage"] for cell in cells]
         return pd.DataFrame([fact | row for fact, rows in zip(facts, found, strict=True) for row in rows])
 
-    # ------------------------------------------------------------------------------------- what is done
     def missing(self, cells: Sequence[Cell], stages: Stages) -> list[tuple[Stages, list[Cell]]]:
         """Cells by pass, and what each pass still has to find: neighbours edited at the same tokens share one."""
         lacking = [(cell, tuple(s for s in stages if self._key(cell, s) not in self.rows)) for cell in cells]
         found = []
-        for (_, stage), group in groupby((x for x in lacking if x[1]), key=lambda x: (x[0].positions, x[1])):
-            alike = list(dict.fromkeys(cell for cell, _ in group))
-            room = min(self.scored.room, self.neutral.room)
-            found += [(stage, alike[i : i + room]) for i in range(0, len(alike), room)]
+        alike = lambda x: (x[0].positions, x[0].prefilled, x[1])  # noqa: E731
+        for (*_, stage), group in groupby((x for x in lacking if x[1]), key=alike):
+            own = list(dict.fromkeys(cell for cell, _ in group))
+            room = min(self.scored.room, self.neutral.room) if FIRST in stage else self.scored.room
+            found += [(stage, own[i : i + room]) for i in range(0, len(own), room)]
         return found
 
+    @property
+    def scored(self) -> EditedGeneration:
+        """Generation of answers to the scored prompts."""
+        return self.answers.scorer
+
     def score(self, cells: Sequence[Cell], stages: Stages = (FIRST, ANSWERS)) -> list[dict[str, dict]]:
-        """What each edit does, by stage, from one pass: cells of the same edited tokens."""
+        """Results of each edit, by stage, from one pass: cells of the same edited tokens, all prefilled or none."""
         positions, rows = cells[0].positions, [dict[str, dict]() for _ in cells]
         edits = [{positions: self.fitted(cell)} for cell in cells]
-        first, answers = self.scored.run(edits, length=None if ANSWERS in stages else 1)
+        asked = self.prefilled if cells[0].prefilled else self.answers
+        first, answers = asked.scorer.run(edits, length=None if ANSWERS in stages else 1)
         if FIRST in stages:
             neutral = self.neutral.run(edits)[0]
             for cell, row, logits, moved in zip(cells, rows, first, neutral, strict=True):
-                row[FIRST] = self.screen.row(logits, positions) | self._moved(moved, positions)
-                row[FIRST] |= self.fitter.counts[cell.recipe]
+                row[FIRST] = self.screen.row(logits, positions) if cell.screened else dict.fromkeys(SCORE)
+                row[FIRST] |= self._moved(moved, positions) | self.fitter.facts[cell]
         if ANSWERS in stages:
             for row, texts in zip(rows, answers, strict=True):
                 outcomes = self.judge(self.data.scored, texts)
@@ -224,10 +235,10 @@ class Sweeper:
         return rows
 
     def fitted(self, cell: Cell) -> SiteEdits:
-        """The edit of a cell; a small K that misses the mean gap is a row of the sweep, and not warned of."""
+        """The edit of a cell, without the warning for a K that misses the mean gap: the table has a row for it."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            return self.fitter.edits(cell.recipe)
+            return self.fitter.edits(cell)
 
     def _moved(self, logits: Float[Tensor, "prompts vocab"], positions: str) -> dict[str, float | int | None]:
         kl = None if positions in LATER else token_kl(self.reference, logits).mean().item()
@@ -248,14 +259,16 @@ class Sweeper:
     def _known(self, cells: Sequence[Cell]) -> pd.DataFrame:
         rows = [self._facts(c) | UNKNOWN | self._row(c, FIRST) | self._row(c, ANSWERS) for c in cells]
         read = pd.Series([c.read for c in cells], dtype=object)  # neither NaN for None nor floats beside it
-        return pd.DataFrame(rows).drop(columns="key").astype(dict.fromkeys(NUMBERS, float)).assign(read=read)
+        table = pd.DataFrame(rows).drop(columns="key").astype(dict.fromkeys(NUMBERS, float)).assign(read=read)
+        prefilled = [c.prefilled for c in cells]
+        return table.assign(prefilled=prefilled) if any(prefilled) else table
 
     def _row(self, cell: Cell, stage: str) -> dict[str, Any]:
         return self.rows.rows.get(self._key(cell, stage), {})
 
     def _facts(self, cell: Cell) -> dict[str, Any]:
         place = {"layers": list(cell.layers), "layer": cell.layers[0], "depth": self.model.n_layers}
-        return self.about | cell._asdict() | place | self.data.counts() | {"n": len(self.data.scored)}
+        return self.about | cell.facts() | place | self.data.counts() | {"n": len(self.data.scored)}
 
     def _key(self, cell: Cell, stage: str) -> str:
         return key_of(self._facts(cell) | self.identity | {"stage": stage})

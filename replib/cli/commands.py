@@ -256,7 +256,8 @@ def run_sweep(  # noqa: PLR0913
         texts: set or file of neutral text for perplexity.
     """
     from replib.ablation.fit import check_names, grid
-    from replib.ablation.sweep_report import SweepReport, sweep_cost
+    from replib.ablation.sweep_cost import sweep_cost
+    from replib.ablation.sweep_report import SweepReport
     from replib.core.storage import write_text
     from replib.data.prompts import load_prompts
     from replib.study.study import BASELINES, Study

@@ -45,6 +45,8 @@ class Method:
     """Whether later layers are fitted with the edits of earlier ones active."""
     everywhere: bool = False
     """Whether the edit acts on the input and the sublayer outputs of every block."""
+    selected: bool = False
+    """Whether the direction is selected among blocks and tokens by its effect on the model: fitted by sweeps alone."""
 
 
 def transported(source: Source, target: Target, **options: Any) -> AffineEdit:
@@ -149,6 +151,7 @@ METHODS = {
     "pca_ot": Method(pca_ot, "PCA-OT", positions="last_prompt", ranked=True),
     "full_ot": Method(full_ot, "full OT", positions="last_prompt"),
     "rfa": Method(rfa, "RFA", everywhere=True),
+    "rfa_selected": Method(rfa, "RFA, selected", everywhere=True, selected=True),
     "actadd": Method(actadd, "ActAdd"),
     "ace": Method(ace, "ACE"),
     "leace": Method(leace, "LEACE"),
@@ -182,9 +185,11 @@ def fit_edit(
     ``depth``: number of blocks of the model, for a method that acts on all of them.
 
     Raises:
-        ReplibError: unknown method, too few prompts for K, widths that differ, non-finite values.
+        ReplibError: unknown method, a ``selected`` one, too few prompts for K, widths that differ, non-finite values.
     """
     method = method_of(method)
+    if method.selected:
+        raise ReplibError(f"{method.title} takes a model to select on, not activations: use fit_edits or Sweeper.")
     edit = method.fit(*sample_pair(harmful, harmless), k)
     return everywhere(edit, depth) if method.everywhere else {(method.site, layer): edit}
 

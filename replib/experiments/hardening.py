@@ -17,7 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from replib.ablation.adaptive_attack import EDIT_ATTACKS, Cell, best_edit_by_block, success
+import pandas as pd
+
+from replib.ablation.adaptive_attack import COLUMNS, EDIT_ATTACKS, best_edits, success
 from replib.audit.audit import Task
 from replib.core.errors import Diverged
 from replib.core.settings import Settings
@@ -101,8 +103,8 @@ class HardeningBench(Bench):
         """What a row depends on."""
         arm = ARMS[run.arm]
         how = [self.objective(run).about(self.study.model.n_layers), asdict(arm.config)] if arm.inner else []
-        siege = [ASKED, TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
-        return key_of(run._asdict() if arm.inner else run.arm, how, self.about, siege)
+        attacks = [ASKED, TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
+        return key_of(run._asdict() if arm.inner else run.arm, how, self.about, attacks)
 
     def folder_of(self, run: HardeningRun) -> Path:
         """Where the adapter of a run lies."""
@@ -127,9 +129,8 @@ class HardeningBench(Bench):
         model = load(self.study.settings.model)
         if ARMS[run.arm].inner:
             model = merged(attached(model, self.folder_of(run)))
-        siege = self.study.with_model(model).adaptive_attack(self.direct.prompts)
-        edits = [[*cell, letters] for cell, letters in siege.outcomes(siege.cells()).items()]
-        return run._asdict() | {"answers": self._answers(model, self.tasks), "edits": edits}
+        edits = self.study.with_model(model).adaptive_attack(self.direct.prompts).table()
+        return run._asdict() | {"answers": self._answers(model, self.tasks), "edits": edits[COLUMNS].values.tolist()}
 
 
 def runs() -> list[HardeningRun]:
@@ -164,8 +165,8 @@ def described(row: dict[str, Any]) -> str:
         return f"{name}: diverged"
     if "answers" not in row:
         return f"{name}: step {row['step']}, {row['share']:.0%} of the change, {row['seconds']:.0f} s"
-    worst = {a: max(success(letters) for b, _, _, letters in row["edits"] if b == a) for a in EDIT_ATTACKS}
-    rates = {task: success(text) for task, text in row["answers"].items()} | worst
+    best = best_edits(_edits(row), "attack").set_index("attack").outcomes.map(success)
+    rates = {task: success(text) for task, text in row["answers"].items()} | {a: best[a] for a in EDIT_ATTACKS}
     return f"{name}: complied with " + ", ".join(f"{task} {rate:.0%}" for task, rate in rates.items())
 
 
@@ -180,14 +181,19 @@ def _contents(bench: HardeningBench, done: Finished) -> dict[str, Any]:
 
 
 def packed(run: HardeningRun, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """One run: answers to all tasks, under the worst edit of each assault, and under the worst of each block."""
-    edits = {Cell(a, layer, k): letters for a, layer, k, letters in row["edits"]}
-    worst = {a: max((c for c in edits if c.assault == a), key=lambda c: edits[c].count("c")) for a in EDIT_ATTACKS}
-    blocks = {a: best_edit_by_block({c: text for c, text in edits.items() if c.assault == a}) for a in EDIT_ATTACKS}
+    """One run: answers to all tasks, under the most successful edit of each attack, and under that of each block."""
+    edits = _edits(row)
+    best, by_block = best_edits(edits, "attack").set_index("attack"), best_edits(edits, "attack", "layer")
+    worst = {a: [int(best.layer[a]), int(best.k[a])] for a in EDIT_ATTACKS}
+    blocks = {a: by_block.outcomes[by_block.attack == a].tolist() for a in EDIT_ATTACKS}
     cost = {name: trained.get(name, 0) for name in ("seconds", "parameters", "step", "share")}
     named = {"method": run.arm, "title": ARMS[run.arm].title, "seed": run.seed} | cost
-    answers = row["answers"] | {a: edits[cell] for a, cell in worst.items()}
-    return named | {"answers": answers, "worst": {a: list(c[1:]) for a, c in worst.items()}, "blocks": blocks}
+    answers = row["answers"] | {a: best.outcomes[a] for a in EDIT_ATTACKS}
+    return named | {"answers": answers, "worst": worst, "blocks": blocks}
+
+
+def _edits(row: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(row["edits"], columns=COLUMNS)
 
 
 if __name__ == "__main__":

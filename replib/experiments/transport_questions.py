@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from replib.ablation.edited_generation import EditedAnswers, strongest_block
+from replib.ablation.edited_generation import strongest_block
+from replib.ablation.fit import AblationData, Cell, grid
 from replib.ablation.localisation import block_features, lens_profile
 from replib.ablation.refusal_score import RefusalTokens
-from replib.ablation.robustness import STRENGTHS, TOKENS, answer_states, least_strengths, scaled, token_edits
+from replib.ablation.robustness import STRENGTHS, TOKENS, answer_states, least_strengths, token_edits
+from replib.ablation.sweep import Sweeper
 from replib.activations.capture import capture
 from replib.analysis.profile import PARTS, layer_profile, relative_gaps
 from replib.core.errors import ReplibError
@@ -50,18 +52,21 @@ class Examination:
     study: Study
     undefended: Examination | None = None
 
-    # ------------------------------------------------------------------------------------- what is asked
     @cached_property
-    def val(self) -> EditedAnswers:
-        """Harmful prompts that choose."""
-        return EditedAnswers(self.model, self.study.harmful.val[:CHOOSING], self.study.judge)
+    def val(self) -> Sweeper:
+        """Edits of this model, scored on the harmful prompts that choose."""
+        return self._sweeper(self.study.harmful.val[:CHOOSING])
 
     @cached_property
-    def test(self) -> EditedAnswers:
-        """Harmful prompts that report."""
-        return EditedAnswers(self.model, self.study.harmful.test[:ASKED], self.study.judge)
+    def test(self) -> Sweeper:
+        """Edits of this model, scored on the harmful prompts that report."""
+        return self._sweeper(self.study.harmful.test[:ASKED])
 
-    # ------------------------------------------------------------------------------------- what fits the edits
+    def _sweeper(self, scored: Sequence[Prompt]) -> Sweeper:
+        harmful, harmless = ([p.text for p in prompts] for prompts in self.fit)
+        data = AblationData(harmful, harmless, scored, harmless)
+        return Sweeper(self.model, data, self.study.judge, max_new_tokens=40, batch_size=640)
+
     @property
     def fit(self) -> tuple[list[Prompt], list[Prompt]]:
         """Harmful and harmless prompts."""
@@ -86,11 +91,13 @@ class Examination:
         x, y = rows or (states[block][:FIT] for states in self.states)
         return {"last_prompt": fit_edit(method, x, y, block, k=k, depth=self.model.n_layers)}
 
-    def by_block(self, method: str | Method = "pca_ot", *, k: int = KS[0]) -> list[Edited]:
-        """One at each block."""
-        return [self.at_prompt(method, i, k=k) for i in range(self.model.n_layers)]
+    def by_block(
+        self, method: str = "pca_ot", *, k: int = KS[0], positions: str = "last_prompt", strength: float = 1.0
+    ) -> list[Cell]:
+        """One cell of each block."""
+        blocks = range(self.model.n_layers)
+        return grid(method, blocks, ks=[k], positions=[positions], strengths=[strength])
 
-    # ------------------------------------------------------------------------------------- what is chosen
     @cached_property
     def tried(self) -> dict[int, list[str]]:
         """Outcomes of PCA-OT on the prompts that choose, by K and block."""
@@ -107,10 +114,15 @@ class Examination:
         """Where it is strongest, with so many."""
         return strongest_block(self.tried[self.k])
 
+    @property
+    def cells(self) -> list[Cell]:
+        """PCA-OT at each block, with the chosen number of components."""
+        return self.by_block(k=self.k)
+
     @cached_property
     def edits(self) -> list[Edited]:
-        """PCA-OT at each block, with so many."""
-        return self.by_block(k=self.k)
+        """The same, fitted, to be tried on other models."""
+        return [{"last_prompt": self.val.fitted(cell)} for cell in self.cells]
 
 
 def gaps(case: Examination) -> dict[str, Any]:
@@ -138,9 +150,9 @@ def blocks(case: Examination) -> dict[str, Any]:
         "k": case.k,
         "block": case.block,
         "val": {str(k): [text.count("c") for text in texts] for k, texts in case.tried.items()},
-        "plain": case.test.outcomes([{}])[0],
-        "refitted": case.test.outcomes(case.edits),
-        "transferred": case.test.outcomes(case.undefended.edits),
+        "plain": case.test.answers.outcomes([{}])[0],
+        "refitted": case.test.outcomes(case.cells),
+        "transferred": case.test.answers.outcomes(case.undefended.edits),
         "features": {name: _short([row[name] for row in known]) for name in known[0]},
     }
 
@@ -153,9 +165,9 @@ def _features(case: Examination, block: int, table: Any) -> dict[str, float]:
 
 def strengths(case: Examination) -> dict[str, Any]:
     """The least strength that flips each prompt, where half of an edit does most; null where no strength does."""
-    halves = [scaled(edit, (0.5,))[0] for edit in case.edits]
-    block = strongest_block(case.val.outcomes(halves))
-    least = least_strengths(outcome_matrix(case.test.outcomes(scaled(case.edits[block]))))
+    block = strongest_block(case.val.outcomes(case.by_block(k=case.k, strength=0.5)))
+    scaled = [case.cells[block]._replace(strength=strength) for strength in STRENGTHS]
+    least = least_strengths(outcome_matrix(case.test.outcomes(scaled, extrapolate=True)))
     return {"block": block, "least": [None if np.isinf(s) else round(float(s), 3) for s in least]}
 
 
@@ -168,14 +180,14 @@ def samples(case: Examination) -> dict[str, Any]:
         case.at_prompt("pca_ot", case.block, k=min(case.k, len(a) // 2), rows=(states[0][a], states[1][b]))
         for a, b in drawn
     ]
-    found = case.test.outcomes(edits)
+    found = case.test.answers.outcomes(edits)
     return {str(n): found[i * DRAWS : (i + 1) * DRAWS] for i, n in enumerate(SIZES)}
 
 
 def shares(case: Examination) -> dict[str, Any]:
     """Success of the edit and of each of its nulls."""
     fits = [(name, fit) for name, some in variants(pca_ot, DRAWS).items() for fit in some]
-    found = case.test.outcomes([case.at_prompt(Method(fit, name), case.block, k=case.k) for name, fit in fits])
+    found = case.test.answers.outcomes([case.at_prompt(Method(fit, name), case.block, k=case.k) for name, fit in fits])
     names = [name for name, _ in fits]
     return {name: [text for n, text in zip(names, found, strict=True) if n == name] for name in dict.fromkeys(names)}
 
@@ -188,10 +200,10 @@ def tokens(case: Examination) -> dict[str, Any]:
     tried = range(1, case.model.n_layers, 2)
     harmful, harmless = (answer_states(case.model, case.complying(label)) for label in (0, 1))
     edits = {name: [some[i] for i in tried] for name, some in token_edits(harmful, harmless, k=case.k).items()}
-    found = iter(case.val.outcomes([edit for some in edits.values() for edit in some]))
+    found = iter(case.val.answers.outcomes([edit for some in edits.values() for edit in some]))
     val = {name: list(islice(found, len(tried))) for name in edits}
     best = {name: strongest_block(texts) for name, texts in val.items()}
-    test = dict(zip(edits, case.test.outcomes([edits[name][i] for name, i in best.items()]), strict=True))
+    test = dict(zip(edits, case.test.answers.outcomes([edits[name][i] for name, i in best.items()]), strict=True))
     kinds = {
         name: {"val": [text.count("c") for text in val[name]], "block": tried[i], "test": test[name]}
         for name, i in best.items()
@@ -201,8 +213,7 @@ def tokens(case: Examination) -> dict[str, Any]:
 
 def places(case: Examination) -> dict[str, Any]:
     """What else might say where refusal is decided: one direction by block, and the logit lens."""
-    everywhere = [{"all": edit["last_prompt"]} for edit in case.by_block("rfa")]
-    shifts = case.by_block("actadd")
+    everywhere, shifts = case.by_block("rfa", positions="all"), case.by_block("actadd")
     return {"rfa": case.test.outcomes(everywhere), "actadd": case.test.outcomes(shifts), "lens": _lens(case)}
 
 

@@ -274,7 +274,7 @@ class Study:
             neutral=texts(self.harmless.test, max(1, limit // 2)),
         )
         if filtered:
-            data = data.kept(self.model, RefusalTokens.find(self.model, data.harmful, data.harmless))
+            data = data.filtered(self.model, RefusalTokens.find(self.model, data.harmful, data.harmless))
         return Sweeper(
             self.model,
             data,
@@ -292,11 +292,8 @@ class Study:
             ReplibError: a scored prompt that fits the edits.
         """
         fit = self.harmful.fit[:PER_FIT], self.harmless.fit[:PER_FIT]
-        if shared := {p.text for p in scored} & {p.text for p in fit[0]}:
-            raise ReplibError(f"{len(shared)} scored prompts fit the edits, for example {min(shared)!r}: split them.")
-        return AdaptiveAttack(
-            self.model, *fit, scored, self.judge, batch_size=max(self.settings.batch, 256), opening=self.forced
-        )
+        size = max(self.settings.batch, 256)
+        return AdaptiveAttack.on(self.model, *fit, scored, self.judge, opening=self.forced, batch_size=size)
 
     def damage_meter(
         self, *, texts: Sequence[str] = (), borderline: Sequence[Prompt] = (), limit: int | None = None

@@ -159,11 +159,10 @@ def adaptive_validation(
     measure, prompts = study.validation_measure(limit, (*VALIDATION_KINDS, "prefill")), study.harmful.val[:limit]
 
     def run(model: ChatModel) -> dict[str, float]:
-        siege = study.with_model(model).adaptive_attack(prompts)
+        attack = study.with_model(model).adaptive_attack(prompts)
         blocks = layers or range(model.n_layers // 4, model.n_layers, 2)
-        cells = siege.cells(("ot_last", "ot_all"), blocks, (2,))
         found = measure(model)
-        worst = max(map(success, siege.outcomes(cells).values()))
+        worst = attack.table(("ot_last", "ot_all"), blocks, (2,)).outcomes.map(success).max()
         return found | {"edited": worst, "attack": (found["attack"] + found["prefill"] + worst) / 3}
 
     return run

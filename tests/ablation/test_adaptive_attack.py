@@ -1,10 +1,11 @@
 """Edits re-fitted on a model: many in one pass are as many passes, each is fitted where it says, nothing is left."""
 
+import pandas as pd
 import pytest
 import torch
 
 from helpers import tiny
-from replib.ablation.adaptive_attack import EDIT_ATTACKS, AdaptiveAttack, Cell, success, success_by_block
+from replib.ablation.adaptive_attack import COLUMNS, EDIT_ATTACKS, AdaptiveAttack, success, success_by_block
 from replib.activations.capture import capture
 from replib.audit.judges import Outcome, encode_outcomes
 from replib.core.errors import ReplibError
@@ -41,43 +42,43 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def siege(model):
-    return AdaptiveAttack(model, HARMFUL, HARMLESS, SCORED, Noting(), tokens=4, batch_size=9)
+def attack(model):
+    return AdaptiveAttack.on(model, HARMFUL, HARMLESS, SCORED, Noting(), tokens=4, batch_size=9)
 
 
-def test_every_block_and_every_k_is_tried(siege):
-    assert len(siege.cells()) == 3 * sum(len(a.ks) for a in EDIT_ATTACKS.values())
-    assert siege.cells(("ot_last", "rfa"), (1,), (2,)) == [Cell("ot_last", 1, 2)]
-    assert siege.cells(("rfa",)) == [Cell("rfa", i, 0) for i in range(3)]
+def test_every_block_and_every_k_is_tried(attack, monkeypatch):
+    monkeypatch.setattr(attack.sweeper, "outcomes", lambda cells: ["r"] * len(cells))
+    assert len(attack.table()) == 3 * sum(len(a.ks) for a in EDIT_ATTACKS.values())
+    assert attack.table(("ot_last", "rfa"), (1,), (2,)).to_numpy().tolist() == [["ot_last", 1, 2, "r"]]
+    assert attack.table(("rfa",))[["layer", "k"]].to_numpy().tolist() == [[i, 0] for i in range(3)]
 
 
 @pytest.mark.parametrize("name", ["ot_all", "rfa", "ot_response_prefilled"])
-def test_many_edits_in_a_pass_are_each_by_itself(model, siege, name):
-    cells = siege.cells((name,), ks=(0, 1, 8))
-    together, assault = siege.outcomes(cells), EDIT_ATTACKS[name]
-    texts, begun = ([p.text for p in SCORED], [p.target if assault.prefilled else "" for p in SCORED])
-    for cell in cells:
+def test_many_edits_in_a_pass_are_each_by_itself(model, attack, name):
+    table, how = attack.table((name,), ks=(0, 1, 8)), EDIT_ATTACKS[name]
+    texts, begun = ([p.text for p in SCORED], [p.target if how.prefilled else "" for p in SCORED])
+    for row in table.itertuples():
         x, y = (
-            capture(model, [p.text for p in rows], responses=[p.target for p in rows], positions=assault.read)
+            capture(model, [p.text for p in rows], responses=[p.target for p in rows], positions=how.read)
             for rows in (HARMFUL, HARMLESS)
         )
-        edit = fit_edit(assault.method, x[cell.layer], y[cell.layer], cell.layer, k=max(cell.k, 1), depth=3)
-        with applied(model, edit, positions=assault.positions):
+        edit = fit_edit(how.method, x[row.layer], y[row.layer], row.layer, k=max(row.k, 1), depth=3)
+        with applied(model, edit, positions=how.positions):
             answers = model.generate(texts, max_new_tokens=4, prefills=begun)
-        assert together[cell] == encode_outcomes(Noting()(SCORED, answers))
-    assert all(text.startswith("w30 w31" if assault.prefilled else "") for text in siege.judge.read)
+        assert row.outcomes == encode_outcomes(Noting()(SCORED, answers))
+    assert all(text.startswith("w30 w31" if how.prefilled else "") for text in attack.sweeper.judge.read)
 
 
-def test_nothing_is_left_of_the_edits(model, siege):
+def test_nothing_is_left_of_the_edits(model, attack):
     batch = model.encode(["w1 w2"])
     before = model.forward(batch)
-    siege.outcomes(siege.cells(("rfa", "ot_all"), ks=(0, 1)))
+    attack.table(("rfa", "ot_all"), ks=(0, 1))
     assert torch.equal(model.forward(batch), before)
 
 
 def test_a_curve_is_of_the_best_k_of_each_block_with_its_interval():
-    found = {Cell("ot_all", 0, 1): "crrr", Cell("ot_all", 0, 2): "ccrr", Cell("ot_all", 2, 1): "rrrr"}
-    curve = success_by_block(found | {Cell("rfa", 1, 0): "cccc"})
+    rows = [("ot_all", 0, 1, "crrr"), ("ot_all", 0, 2, "ccrr"), ("ot_all", 2, 1, "rrrr"), ("rfa", 1, 0, "cccc")]
+    curve = success_by_block(pd.DataFrame(rows, columns=COLUMNS))
     assert list(curve) == ["PCA-OT, all tokens", "RFA, everywhere"]
     first = curve["PCA-OT, all tokens"]
     assert list(first.at) == [0, 2] and list(first.value) == [0.5, 0.0] and list(first.n) == [4, 4]
@@ -92,4 +93,4 @@ def test_prompts_that_fit_are_not_scored(model):
     study = Study(Settings(), model, Splits(HARMFUL, [], []), Splits(HARMLESS, [], []), Noting())
     with pytest.raises(ReplibError, match="1 scored prompts fit the edits"):
         study.adaptive_attack([HARMFUL[3], SCORED[0]])
-    assert study.adaptive_attack(SCORED).opening(HARMFUL[1]) == "w1 w33"
+    assert study.adaptive_attack(SCORED).sweeper.data.answers[0][1] == "w1 w33"

@@ -29,8 +29,8 @@ def test_a_grid_is_every_combination_with_k_where_there_is_one():
 
 
 def test_a_cell_reads_where_it_says_or_where_its_source_does():
-    assert Cell("mean_act", (1,), 0, "all").recipe.method.read == METHODS["mean_act"].read
-    assert Cell("mean_act", (1,), 0, "all", read=2).recipe.method.read == 2
+    assert Cell("mean_act", (1,), 0, "all").how.read == METHODS["mean_act"].read
+    assert Cell("mean_act", (1,), 0, "all", read=2).how.read == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Refusal directions: what each score is, which one is chosen, and the plane of angular steering."""
+"""Refusal directions: the scores of each candidate, and the selection among them."""
 
 import pandas as pd
 import pytest
@@ -7,17 +7,15 @@ import torch
 from helpers import tiny
 from helpers.tolerance import close
 from replib.ablation.refusal_direction import (
-    Direction,
     Filters,
-    angular_edits,
     mean_gaps,
     select_direction,
-    steering_plane,
 )
 from replib.ablation.refusal_score import RefusalTokens, filtered_prompts, first_logits
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
 from replib.edits.apply import applied
+from replib.edits.methods import everywhere
 from replib.models.load import load
 from replib.study.study import Study
 from replib.transport.affine import AffineEdit
@@ -126,53 +124,9 @@ def test_no_candidate_is_left(model, gaps):
         select_direction(model, {(2, -1): gaps[2, -1]}, (HARMFUL, HARMLESS), TOKENS)
 
 
-def test_a_direction_is_removed_or_added_in_its_own_model_alone(model, tmp_path):
-    chosen = Direction(torch.randn(16), 1, -1, True, pd.DataFrame())
-    x = capture(model, HARMLESS, site="resid_pre", layers=[1])[1]
-    with applied(model, chosen.addition(model, 2.0), positions="all"):
-        moved = capture(model, HARMLESS, layers=[1])[1]
-    with applied(model, {0: AffineEdit.shift(2 * chosen.r)}, positions="all"):  # what leaves a block enters the next
-        torch.testing.assert_close(capture(model, HARMLESS, layers=[1])[1], moved)
-    assert len(x) and chosen.ablation(model).keys() >= {("resid_pre", 0), ("mlp_out", 2)}
-    other = load(tiny.save_model(tmp_path, "qwen2"))
-    with pytest.raises(ReplibError, match="fitted for"), applied(other, chosen.ablation(model)):
-        pass
-
-
-# --------------------------------------------------------------------------------------------- angular steering
-def test_the_plane_holds_the_likest_candidate_and_their_first_axis():
-    from sklearn.decomposition import PCA
-
-    found = torch.randn(9, 16, generator=torch.Generator().manual_seed(0)).double() + 0.5
-    plane = steering_plane(found).double()
-    torch.testing.assert_close(plane.T @ plane, torch.eye(2).double(), atol=1e-6, rtol=0)
-    cosines = torch.nn.functional.cosine_similarity(found[:, None], found[None], dim=-1).mean(1)
-    likest, axis = found[cosines.argmax()], torch.from_numpy(PCA(1).fit(found.numpy()).components_[0])
-    torch.testing.assert_close(plane[:, 0], likest / likest.norm(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(plane @ (plane.T @ axis), axis, atol=1e-6, rtol=0)
-
-
-def test_directions_that_span_no_plane():
-    with pytest.raises(ReplibError, match="span no plane"):
-        steering_plane(torch.ones(4, 1) * torch.randn(1, 16))
-
-
-def test_what_enters_each_sublayer_is_turned(model):
-    edits = angular_edits(model, HARMFUL, HARMLESS, angle=180.0)
-    assert set(edits) == {(site, i) for site in ("attn_in", "mlp_in") for i in range(3)}
-    b1 = edits["attn_in", 0].plane[:, 0]
-    before = first_logits(model, HARMFUL)
-    with applied(model, edits, positions="all"):
-        edited = first_logits(model, HARMFUL)
-    turned = edits["mlp_in", 1](torch.randn(100, 16))
-    assert (turned @ b1 <= 1e-5).all()
-    assert not torch.allclose(edited, before) and torch.equal(first_logits(model, HARMFUL), before)
-
-
-# --------------------------------------------------------------------------------------------- where the truth is known
 @pytest.mark.slow
 def test_refusal_planted_in_blocks_5_and_6_is_found_above_them(tmp_path):
-    """The whole path on the organism: tokens, filter, candidates, choice, and edits of both kinds."""
+    """The whole path on the organism: tokens, filter, candidates, choice, and edits with it."""
     study = Study.open(model="planted", out=tmp_path)
     model = study.model
     fit, val = ([[p.text for p in getattr(x, s)[:24]] for x in (study.harmful, study.harmless)] for s in ("fit", "val"))
@@ -183,7 +137,7 @@ def test_refusal_planted_in_blocks_5_and_6_is_found_above_them(tmp_path):
         model, mean_gaps(model, kept.harmful, kept.harmless, range(5, 9)), (val[0][:8], val[1][:8]), tokens
     )
     assert chosen.passed and chosen.layer >= 6  # the input of block 6 is the output of block 5
-    with applied(model, chosen.ablation(model), positions="all"):
+    with applied(model, everywhere(AffineEdit.ablation(chosen.r), model.n_layers), positions="all"):
         assert tokens.scores(first_logits(model, val[0])).max() < 0
-    with applied(model, chosen.addition(model, 1.0), positions="all"):
+    with applied(model, {("resid_pre", chosen.layer): AffineEdit.shift(chosen.r)}, positions="all"):
         assert tokens.scores(first_logits(model, val[1])).median() > 0

@@ -1,5 +1,6 @@
 """Sweeping edits: fitted in sequence, scored together, gone on with, and leaving nothing behind."""
 
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -10,17 +11,19 @@ from helpers import tiny
 from helpers.sweeps import DATA, HARMFUL, HARMLESS
 from helpers.tolerance import close
 from replib.ablation.damage import DamageMeter, DamageSets, token_kl
-from replib.ablation.fit import AblationData, Cell, fit_edits, grid
+from replib.ablation.fit import AblationData, Cell, cells_of, fit_edits, grid
+from replib.ablation.refusal_direction import mean_gaps, select_direction
 from replib.ablation.refusal_score import FirstTokenScore, RefusalTokens, filtered_prompts, first_logits
-from replib.ablation.sweep import ANSWERS, FIRST, Sweeper, ordered, sweep_layers
-from replib.ablation.sweep_report import sweep_cost
+from replib.ablation.sweep import ANSWERS, FIRST, Sweeper, best_of, ordered, sweep_layers
+from replib.ablation.sweep_cost import sweep_cost
 from replib.activations.capture import capture
-from replib.audit.judges import PhraseJudge
+from replib.audit.judges import PhraseJudge, encode_outcomes
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 from replib.edits.apply import applied
-from replib.edits.methods import METHODS
+from replib.edits.methods import METHODS, fit_edit
 from replib.models.load import load
+from replib.transport.affine import AffineEdit
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_each_method_is_fitted_where_its_source_reads(model):
         pass
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.selected])
 def test_a_sweep_has_a_row_a_block_and_leaves_the_model_as_it_was(model, method):
     batch = model.encode(HARMFUL[:3])
     with torch.no_grad():
@@ -65,6 +68,57 @@ def test_a_sweep_has_a_row_a_block_and_leaves_the_model_as_it_was(model, method)
     assert (table.positions == METHODS[method].positions).all()
     assert (table.n == 2).all() and (table.low <= table.compliance).all() and (table.compliance <= table.high).all()
     assert (table.kl >= -1e-6).all() and table.kl.max() > 0
+
+
+def test_a_selected_direction_is_one_cell_of_all_blocks_and_its_row_names_the_choice(model, monkeypatch):
+    """Candidates are fitted on four fifths of the prompts, the last fifth chooses, and the choice acts everywhere."""
+    tokens = RefusalTokens((7, 9, 11), ("w1", "w3", "w5"), 1.0, 0.0, 10, 10)
+    monkeypatch.setattr(RefusalTokens, "find", classmethod(lambda *_, **__: tokens))
+    sweeper = Sweeper(model, DATA, PhraseJudge())
+    (cell,) = cells = grid("rfa_selected", range(3))
+    assert cell == Cell("rfa_selected", (0, 1, 2), 0, "all") and sweep_cost(sweeper, cells).read > 0
+    (row,) = sweeper.table(cells).itertuples()
+    gaps = mean_gaps(model, HARMFUL[:-4], HARMLESS[:-3], range(3))
+    chosen = select_direction(model, gaps, (HARMFUL[-4:], HARMLESS[-3:]), tokens)
+    assert (row.layer, row.token, row.passed) == (chosen.layer, chosen.position, chosen.passed)
+    edit = AffineEdit.ablation(chosen.r)
+    x = torch.randn(4, 16)
+    edits = sweeper.fitted(cell)
+    assert len(edits) == 9 and all(torch.equal(e(x), edit(x)) for e in edits.values())
+    assert cells_of(sweeper.table(cells)) == cells
+    with pytest.raises(ReplibError, match="takes a model to select on"):
+        fit_edit("rfa_selected", x, x, 0)
+
+
+def test_a_prefilled_cell_begins_the_answers_and_has_no_cheap_score(model, tmp_path):
+    data = replace(DATA, openings=["w30 w31"] * len(DATA.scored))
+    plain = Cell("actadd", (1,), 0, "all")
+    cells = [plain, plain._replace(prefilled=True)]
+    sweeper = screened(model, data, store=tmp_path / "s.jsonl")
+    table = sweeper.table(cells)
+    assert cells_of(table) == cells and table.log_odds.isna().tolist() == [False, True]
+    with applied(model, sweeper.fitted(plain), positions="all"):
+        texts = [p.text for p in DATA.scored]
+        answers = model.generate(texts, max_new_tokens=6, prefills=list(data.openings))
+    assert table.outcomes[1] == encode_outcomes(PhraseJudge()(DATA.scored, answers))
+    assert sweeper.outcomes(cells) == table.outcomes.tolist()
+    assert "prefilled" not in screened(model).table([plain])
+    with pytest.raises(ReplibError, match="needs the beginnings of answers"):
+        screened(model).table(cells)
+
+
+def test_forced_answers_fit_in_place_of_own_ones_and_are_resampled_with_their_prompts(model):
+    answers = [f"w3{i % 4} w8" for i in range(20)], [f"w2{i % 4} w9" for i in range(18)]
+    data = replace(DATA, answers=answers)
+    (edit,) = Sweeper(model, data, PhraseJudge()).fitted(Cell("actadd", (1,), 0, "all", read="response")).values()
+    means = [
+        capture(model, x, responses=a, layers=[1], positions="response")[1].mean(0)
+        for x, a in zip((HARMFUL, HARMLESS), answers, strict=True)
+    ]
+    close(edit.c, means[1] - means[0])
+    drawn, pairs = data.resampled(1), set(zip(HARMFUL, answers[0], strict=True))
+    assert drawn.harmful == DATA.resampled(1).harmful and set(zip(drawn.harmful, drawn.answers[0], strict=True)) < pairs
+    assert data.hashes() == DATA.hashes() | {"answers": data.hashes()["answers"]}
 
 
 def test_a_sweep_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
@@ -230,7 +284,7 @@ def test_one_two_and_all_blocks(model):
 def test_both_classes_are_needed_and_fitted_prompts_are_not_scored():
     with pytest.raises(ReplibError, match="No harmless prompts"):
         AblationData(HARMFUL, [], DATA.scored, DATA.neutral)
-    with pytest.raises(ReplibError, match="1 scored prompts were used to fit"):
+    with pytest.raises(ReplibError, match="1 scored prompts fit the edits"):
         AblationData(HARMFUL, HARMLESS, [Prompt(HARMFUL[3])], DATA.neutral)
 
 
@@ -241,14 +295,38 @@ def test_prompts_that_the_model_treats_as_their_class_should_be_fit_and_are_coun
         RefusalTokens(tuple(ids.tolist()), (), 1.0, 0.0, 1, 1)
         for ids in (order[likely[order].cumsum(0) < 0.5], order[:1])
     )
-    kept = DATA.kept(model, some)
+    kept = DATA.filtered(model, some)
     left = filtered_prompts(model, HARMFUL, HARMLESS, some)
     assert (kept.harmful, kept.harmless) == (left.harmful, left.harmless)
     assert kept.counts() == {"n_harmful": len(kept.harmful), "n_harmless": len(kept.harmless)} != DATA.counts()
     with pytest.raises(ReplibError, match="0 of 20 harmful prompts are refused"):
-        DATA.kept(model, none)
+        DATA.filtered(model, none)
 
 
 def test_a_block_that_does_not_exist(model):
     with pytest.raises(ReplibError, match="Layer 5 is not in"):
         sweep_layers(model, DATA, PhraseJudge(), layers=[5])
+
+
+def test_edits_that_turn_as_many_prompts_are_ordered_by_what_else_they_do():
+    """A deeper log-odds of an edit that has turned all prompts is no more success."""
+    table = pd.DataFrame({"turned": [1, 1, 0.5, 1], "log_odds": [-30, -5, -1, -20], "kl": [9, 0.1, 0, 2]})
+    assert ordered(table, "cheap").index.tolist() == [1, 3, 0, 2]
+    assert ordered(table, "log_odds").index.tolist() == [0, 3, 1, 2]
+
+
+def test_where_none_is_turned_the_nearest_comes_first():
+    table = pd.DataFrame({"turned": [0.0, 0, 0.1], "log_odds": [5, 1, 4], "kl": [0, 3, 2]})
+    assert ordered(table, "cheap").index.tolist() == [2, 1, 0]
+
+
+def test_the_best_of_equals_is_the_gentlest():
+    table = pd.DataFrame({"model": ["a", "a", "a", "b"], "compliance": [0.9, 1, 1, 0], "kl": [0, 3, 2, 1]})
+    assert best_of(table, "model").kl.tolist() == [2, 1]
+
+
+def test_a_group_without_a_name_is_a_group_and_what_is_not_known_is_left_out():
+    table = pd.DataFrame({"read": [None, None, 0], "compliance": [0.1, 0.9, math.nan], "kl": [0, 3, 2]})
+    assert best_of(table, "read").compliance.tolist() == [0.9]
+    with pytest.raises(ReplibError, match="not ordered by 'kl'"):
+        ordered(table, "kl")

@@ -9,7 +9,7 @@ from scipy.stats import binom
 
 from replib.ablation.sweep_report import compare, over_fits
 from replib.core.errors import ReplibError
-from replib.core.stats import contrast, mcnemar, newcombe, outcome_matrix, two_way_interval, wilson
+from replib.core.stats import contrast, mcnemar, newcombe, outcome_matrix, spearman, two_way_interval, wilson
 
 
 def pair(both, first, second, none):
@@ -91,3 +91,18 @@ def test_a_rate_over_fits_is_wider_than_of_one_and_no_narrower_for_equal_fits():
     assert (varied.least, varied.most) == (0.25, 0.75) and varied.low < 0.5 < varied.high
     (equal,) = over_fits(rows("cccccccc", "cccccccc", "cccccccc"), "method", "read").itertuples()
     assert (equal.low, equal.high) == pytest.approx(wilson(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "rho"),
+    [
+        ([1, 2, 3, 4], [1, 3, 2, 4], 1 - 6 * 2 / (4 * 15)),  # 1 - 6 sum of squared differences / n (n^2 - 1)
+        ([1, 2, 3, 4], [10, 20, 1000, 30], 0.8),  # values do not matter
+        ([1, 2, 3, 4], [9, 7, 5, 3], -1),
+        ([1, 2, 2, 3], [1, 2, 3, 4], 4.5 / (4.5 * 5) ** 0.5),  # ranks 1, 2.5, 2.5, 4, so squares 4.5 and 5
+        ([5, 5, 5, 5], [1, 2, 3, 4], math.nan),
+        ([1, 2, 3, 4], [0, 0, 0, 0], math.nan),
+    ],
+)
+def test_rank_correlation_is_that_of_ranks_worked_out_by_hand(one, other, rho):
+    assert spearman(np.array(one, float), np.array(other, float)) == pytest.approx(rho, nan_ok=True)

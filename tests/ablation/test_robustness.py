@@ -1,12 +1,24 @@
-"""Edits fitted at tokens of an answer: which activations fit them, and where they act."""
+"""Edits fitted at tokens of an answer: activations and edited tokens; least strengths and the share that holds."""
 
+import numpy as np
 import pytest
 import torch
 
 from helpers import tiny
-from replib.ablation.robustness import ON_ANSWER, PROMPT, SPAN, answer_states, token_edits, token_name
+from replib.ablation.robustness import (
+    ON_ANSWER,
+    PROMPT,
+    SPAN,
+    STRENGTHS,
+    answer_states,
+    holding,
+    least_strengths,
+    token_edits,
+    token_name,
+)
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
+from replib.core.stats import wilson
 from replib.data.prompts import Dialogue
 from replib.models.load import load
 
@@ -49,3 +61,19 @@ def test_each_edit_carries_the_harmful_mean_of_its_place_to_the_harmless_one_and
     assert edits[ON_ANSWER][2] == {"response": edits[PROMPT][2]["last_prompt"]}
     both = edits[f"{PROMPT} + {token_name(4)}"][0]
     assert both == edits[PROMPT][0] | edits[token_name(4)][0]
+
+
+def test_each_prompt_has_the_first_strength_that_flips_it():
+    strengths = 0.0, 0.2, 0.4, 0.5, 1.0
+    bounds = (0.0, 9), (0.35, 9), (0.5, 0.6), (5.0, 9)  # complied with between the two; the third refuses again
+    complied = np.array([[a <= s <= b for a, b in bounds] for s in strengths])
+    assert least_strengths(complied, strengths).tolist() == [0.0, 0.4, 0.5, np.inf]
+
+
+def test_the_share_that_holds_falls_with_strength_and_its_interval_holds_it():
+    least = np.random.default_rng(0).choice([*STRENGTHS[1:], np.inf], (5, 40))
+    table = holding(least)
+    assert table.value.is_monotonic_decreasing and table.value.iloc[0] == 1
+    assert (table.low <= table.value).all() and (table.value <= table.high).all()
+    assert table.value.iloc[-1] == np.isinf(least).mean() and (table.n == 200).all()
+    assert tuple(holding(np.full((3, 20), np.inf)).iloc[-1][["low", "high"]]) == wilson(20, 20)

@@ -7,10 +7,10 @@ import pytest
 
 from helpers import tiny
 from helpers.sweeps import DATA
+from replib.ablation.block_pairs import Search, greedy_against_all, shortfall
 from replib.ablation.fit import Cell
 from replib.ablation.refusal_score import FirstTokenScore, RefusalTokens
 from replib.ablation.sweep import Sweeper
-from replib.ablation.sweep_report import Search, greedy_against_all, shortfall
 from replib.audit.judges import PhraseJudge
 from replib.models.load import load
 
