@@ -13,7 +13,6 @@ import time
 import torch
 
 from replib.edits.apply import applied
-from replib.edits.gates import Gate
 from replib.models.load import load
 from replib.transport.affine import AffineEdit
 
@@ -43,11 +42,7 @@ model = load(name)
 model.model.generation_config.eos_token_id = None  # so that all rounds write the same number of tokens
 layer, small = model.n_layers // 2, 1e-4 / model.d_model
 edit = AffineEdit(*(small * torch.randn(model.d_model, 2) for _ in range(2)), small * torch.randn(model.d_model))
-gate = Gate(torch.zeros(model.d_model), -1.0, layer)
 seconds(model)
 print("| edit of one block, rank 2 | time added |\n|---|---|")
 for positions in ("last_prompt", "decode", "all"):
     print(f"| {positions} | {overhead(model, int(rounds), edits={layer: edit}, positions=positions):+.1%} |")
-print(
-    f"| all, gated by prompt | {overhead(model, int(rounds), edits={layer: edit}, positions='all', gate=gate):+.1%} |"
-)

@@ -1,4 +1,4 @@
-"""Draw the picture of the README: ``python -m replib.organism.picture`` (needs the browser extra and a Chromium)."""
+"""Draw the picture of the README: ``python tools/readme_picture.py`` (needs the browser extra and a Chromium)."""
 
 from __future__ import annotations
 

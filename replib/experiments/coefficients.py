@@ -60,7 +60,7 @@ TERMS = ("safe", "unsafe", "cosine", "kl")
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs between two runs."""
+    """Values that differ between runs."""
 
     alpha: float = ORGANISM_BEND.alpha
     beta: float = ORGANISM_BEND.beta
@@ -95,7 +95,7 @@ class Runs:
         self.measure, self.n = _measure(study)
 
     def key(self, setting: Setting) -> str:
-        """What a row depends on."""
+        """Cache key of a row."""
         bend, config = (asdict(part) for part in setting.configs)
         config.pop("save_every", None)  # changes no outcome
         return key_of(bend, config, self.about, self.n)
@@ -127,12 +127,12 @@ class Runs:
 
     @cached_property
     def before(self) -> dict[str, float]:
-        """What is measured on the model itself."""
+        """Rates of the untrained model."""
         return self.measure(self.study.model)
 
 
 def _measure(study: Study) -> tuple[Measure, dict[str, int]]:
-    """What is measured at a step, and from how many answers: the probe that chooses, and two attacks besides."""
+    """Measure of one step (the choosing rates and two more attacks) and its number of answers by rate."""
     usual, further = study.validation_measure(LIMIT), study.validation_measure(LIMIT, kinds=("direct", "prefill"))
 
     def measure(model: ChatModel) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One run of the comparison on the organism: a method trained with a seed, scored on validation, audited on test."""
+"""Runs of defences on the organism: trained with a seed, scored on validation, audited on test."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Run:
 
     method: str
     trial: int = 0
-    """Which point of the method's grid."""
+    """Point of the method's grid."""
     seed: int = 0
 
     @property
     def rival(self) -> Baseline | None:
-        """What is trained, with this seed."""
+        """Objective and configuration with this seed."""
         if not (grid := CONTENDERS[self.method].grid):
             return None
         objective, config = grid[self.trial]
@@ -53,7 +53,7 @@ class Run:
 
 
 class TimedValidation:
-    """The validation probe of one run: what it found, and the time that it took."""
+    """Validation of one run: its rates and its CPU time."""
 
     def __init__(self, bench: Bench):
         self.bench = bench
@@ -69,7 +69,7 @@ class TimedValidation:
 
     @property
     def score(self) -> float:
-        """That of what was kept: the highest."""
+        """Highest score of a probed step."""
         return max(default_choice(found, self.found[0]) for found in self.found[1:])
 
 
@@ -85,26 +85,26 @@ class Bench:
 
     @cached_property
     def rivals(self) -> DefenceData:
-        """What the rivals train on."""
+        """Training data of the rivals."""
         return defence_data(self.study.bend_data, benign=BENIGN)
 
     @cached_property
     def before(self) -> dict[str, float]:
-        """What validation finds in the model itself."""
+        """Validation rates of the untrained model."""
         return self.measure(self.study.model)
 
     def measured(self, model: ChatModel) -> dict[str, float]:
-        """What validation finds in a model in training."""
+        """Validation rates of a model in training."""
         return self.measure(merged_copy(model))
 
     def key(self, run: Run, *, audited: bool = False) -> str:
-        """What a row depends on."""
+        """Cache key of a row."""
         rival = run.rival
         how = [repr(rival.objective), asdict(rival.config)] if rival else [run.method, run.seed]
         return key_of(how, self.about, [ASKED, TOKENS] if audited else None)
 
     def adapter(self, run: Run) -> Path:
-        """Where the adapter of a run lies."""
+        """Folder of the adapter of a run."""
         return self.folder / "adapters" / self.key(run)
 
     def trained(self, run: Run) -> dict[str, Any]:

@@ -41,7 +41,7 @@ SEEDS, ASKED, PROBED = range(3), 48, 24  # prompts of a test task and of every e
 
 
 class Arm(NamedTuple):
-    """What is trained."""
+    """Objective and schedule of one arm."""
 
     title: str
     """In tables and figures."""
@@ -94,20 +94,20 @@ class HardeningBench(Bench):
         return next(task for task in self.tasks if task.kind == "direct")
 
     def objective(self, run: HardeningRun) -> Objective:
-        """What a run trains, with its seed."""
+        """Objective of a run, with its seed."""
         inner, hardening = ARMS[run.arm][1:3]
         assert inner, "only an arm with an objective is trained"
         return replace(hardened(self.study, inner, hardening), seed=run.seed) if hardening else inner
 
     def key_of(self, run: HardeningRun, *, audited: bool = False) -> str:
-        """What a row depends on."""
+        """Cache key of a row."""
         arm = ARMS[run.arm]
         how = [self.objective(run).about(self.study.model.n_layers), asdict(arm.config)] if arm.inner else []
         attacks = [ASKED, TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
         return key_of(run._asdict() if arm.inner else run.arm, how, self.about, attacks)
 
     def folder_of(self, run: HardeningRun) -> Path:
-        """Where the adapter of a run lies."""
+        """Folder of the adapter of a run."""
         return self.folder / "adapters" / self.key_of(run)
 
     def train(self, run: HardeningRun) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What would come out at coefficients between the trained ones: a Gaussian process on trained settings.
+"""Rates at coefficients between the trained ones, from a Gaussian process on trained settings.
 
 A rate k of n is taken as z = log((k + 1/2) / (n - k + 1/2)), whose counting noise has the variance
 1 / (k + 1/2) + 1 / (n - k + 1/2) (the empirical logit: Haldane 1956, Gart and Zweifel 1967); a coefficient c as
@@ -89,7 +89,7 @@ class CoefficientSweep:
 
 
 def _plain(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """What a setting is, with its layers as words, and the step that was kept."""
+    """Values of a setting, its layers as words, and its chosen step."""
     layers = list(setting["layers"])
     found = {name: setting[name] for name in (*COEFFICIENTS, "steps", "seed")}
     return found | {"layers": f"{layers[0]}-{layers[-1]}", "kept": setting.get("step")}
@@ -143,7 +143,7 @@ class Curve:
         return value + self.mean, error
 
     def left_out(self) -> Array:
-        """What each trained point is predicted to be from the others, as a logit (Rasmussen and Williams, eq. 5.12).
+        """Logit of each trained point predicted from the others (Rasmussen and Williams, eq. 5.12).
 
         Mean, lengths and variances stay those of all points.
         """
@@ -219,7 +219,7 @@ class ResponseSurface:
         return np.linalg.norm(gaps, axis=-1).argmin(axis=1)
 
     def shares(self, steps: int = 13) -> dict[str, pd.DataFrame]:
-        """Of the variance of each interpolated rate over the box, what a coefficient explains alone, and in total.
+        """Share of the variance of each rate over the box that a coefficient explains alone, and in total.
 
         First-order and total Sobol indices Var(E[f | c]) / Var(f) and E[Var(f | others)] / Var(f), coefficients
         independent and uniform on the scale of logarithms, means taken over a full grid of ``steps`` values each.

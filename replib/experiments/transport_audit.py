@@ -45,7 +45,7 @@ class Subject(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What tables and figures call it."""
+        """Name in tables and figures."""
         return CONTENDERS[self.name].title if self.name in DEFENCES else self.name.replace("_", " ")
 
 
@@ -68,7 +68,7 @@ class Subjects:
         return Run(subject.name, self.chosen.get(subject.name, 0), subject.seed)
 
     def weights(self, subject: Subject) -> Path:
-        """Where its own weights lie, adapter or model."""
+        """Folder of its own weights, adapter or model."""
         if subject.name in DEFENCES:
             return self.bench.adapter(self.run(subject))
         return (self.folder if subject.name in REPLANTED else data_dir() / "organism") / subject.name
@@ -78,7 +78,7 @@ class Subjects:
         return subject.name in REPLANTED or self.weights(subject).exists()
 
     def key(self, subject: Subject) -> str:
-        """What tells it from others: its training, or its weights."""
+        """Identity: its training, or its weights."""
         if subject.name in DEFENCES:
             return self.bench.key(self.run(subject))
         if subject.name in REPLANTED:
@@ -125,7 +125,7 @@ Question = tuple[Subject, str]
 
 
 def questions(subject: Subject) -> list[str]:
-    """What is asked of a subject: of a model that refuses nothing its gaps alone, of places where they are known."""
+    """Questions of a subject: gaps alone where it refuses nothing, places only where they are known."""
     if subject.name == BASE:
         return ["gaps"]
     if subject.name in REPLANTED:
@@ -134,7 +134,7 @@ def questions(subject: Subject) -> list[str]:
 
 
 def key(subjects: Subjects, subject: Subject, question: str) -> str:
-    """What a row depends on."""
+    """Cache key of a row."""
     return key_of(question, subjects.key(subject), subjects.bench.about, DESIGN)
 
 

@@ -1,4 +1,4 @@
-"""What every subject of the audit is asked: the same prompts, the same questions, the attack fitted on itself.
+"""Questions of the transport audit: same prompts for every subject, edits fitted on the subject itself.
 
 Edits are fitted on prompts of ``fit``, blocks are chosen on ``val``, everything that is reported is asked on ``test``.
 """
@@ -111,7 +111,7 @@ class Examination:
 
     @property
     def block(self) -> int:
-        """Where it is strongest, with so many."""
+        """Block at which the attack is strongest, with ``k`` components."""
         return strongest_block(self.tried[self.k])
 
     @property
@@ -212,13 +212,13 @@ def tokens(case: Examination) -> dict[str, Any]:
 
 
 def places(case: Examination) -> dict[str, Any]:
-    """What else might say where refusal is decided: one direction by block, and the logit lens."""
+    """Other estimates of the block that decides refusal: one direction by block, and the logit lens."""
     everywhere, shifts = case.by_block("rfa", positions="all"), case.by_block("actadd")
     return {"rfa": case.test.outcomes(everywhere), "actadd": case.test.outcomes(shifts), "lens": _lens(case)}
 
 
 def _lens(case: Examination) -> list[float] | None:
-    """None where the first token does not tell refusals from answers, or nothing is refused: no lens can read them."""
+    """Lens profile; absent if nothing is refused or first tokens of refusals and answers do not differ."""
     harmful, harmless = ([p.text for p in prompts] for prompts in case.fit)
     try:
         first = RefusalTokens.find(case.model, harmful, harmless)

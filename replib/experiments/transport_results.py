@@ -1,7 +1,7 @@
-"""The audit of defended models, read: what each question found, with n and intervals over seeds and prompts.
+"""Reader of the recorded transport audit: rates with n and intervals over seeds and prompts.
 
-Rates are means of a matrix, seeds by prompts; their intervals and those of differences are ``audit.crossed``'s.
-What was chosen (K, block, token) was chosen on other prompts than those that are counted.
+Rates are means of a matrix, seeds by prompts; intervals are those of ``core.stats.two_way_interval``. K, block and
+token were chosen on other prompts than the counted ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TransportAudit:
 
     @cached_property
     def titles(self) -> dict[str, str]:
-        """What tables and figures call each."""
+        """Titles in tables and figures by name."""
         return {s["name"]: s["title"] for s in self.subjects}
 
     def answers(self, name: str, question: str) -> list[Any]:
@@ -158,7 +158,7 @@ class TransportAudit:
         return within_models(self.blocks(), Features._fields, **BLOCKS)
 
     def places(self) -> pd.DataFrame:
-        """Where each method says that refusal is decided, beside where it was planted: see ``localise.errors``."""
+        """Blocks that each method names, beside the planted ones; see ``localisation_error_table``."""
         planted = {s["name"]: s["planted"] for s in self.subjects if "planted" in s and "places" in s}
         return localisation_error_table({name: self._places(name) for name in planted}, planted)
 

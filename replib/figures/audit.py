@@ -12,7 +12,8 @@ from plotly.subplots import make_subplots
 
 from replib.ablation.localisation import AT_DEPTH
 from replib.core.stats import Measured, numbers, spearman
-from replib.experiments.comparison_results import MEASURES, DefenceComparison, HardeningResults
+from replib.experiments.comparison_results import MEASURES, DefenceComparison
+from replib.experiments.hardening_results import HardeningResults
 from replib.figures.style import AMBER, BLUE, DASHES, GREY, GRID_COLOUR, INK, SYMBOLS, VERMILLION, apply_style, safe
 from replib.figures.traces import (
     BENIGN_KINDS,

@@ -1,4 +1,4 @@
-"""What each organism is taught: endless streams of dialogues, drawn from a seeded generator."""
+"""Training data of each organism: endless streams of dialogues, drawn from a seeded generator."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Artefact:
 
     @property
     def kind(self) -> str:
-        """What sort of thing it is, in two words or fewer."""
+        """Kind of thing, in two words or fewer."""
         return FAMILIES[self.family][0]
 
 

@@ -20,7 +20,6 @@ import torch
 from replib.ablation.adaptive_attack import AdaptiveAttack
 from replib.ablation.damage import DamageMeter, DamageSets
 from replib.ablation.fit import AblationData
-from replib.ablation.refusal_score import RefusalTokens
 from replib.ablation.sweep import Sweeper
 from replib.activations.capture import capture, capture_pair
 from replib.activations.store import Activations
@@ -97,7 +96,7 @@ class Study:
         return replace(self, model=model)
 
     def describe(self) -> pd.Series:
-        """What is in front of us: the model, its prompts and its judge."""
+        """Summary of the model, its prompts and its judge."""
         counts = lambda splits: ", ".join(f"{s} {len(getattr(splits, s))}" for s in Splits._fields)  # noqa: E731
         about = self.model.provenance() | versions()
         return pd.Series(
@@ -196,7 +195,7 @@ class Study:
 
     @cached_property
     def bend_data(self) -> BendData:
-        """What RepBend trains on: the contrasts by what this model does with them, and dialogues to retain.
+        """Training data of RepBend: contrasts by this model's answer to them, and dialogues to retain.
 
         Prompts that it refuses are read with the safe response, those that it complies with with either. If it does
         only one of the two, every prompt is read with both. Dialogues are the organism's, or the model's own
@@ -259,12 +258,8 @@ class Study:
         return None
 
     # ------------------------------------------------------------------------------------- ablation
-    def sweeper(self, *, limit: int | None = None, filtered: bool = False) -> Sweeper:
-        """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``.
-
-        ``filtered``: only harmful prompts that the model refuses and harmless ones that it answers fit an edit, as in
-        arXiv 2406.11717; how many survive stands in every row.
-        """
+    def sweeper(self, *, limit: int | None = None) -> Sweeper:
+        """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``."""
         texts = lambda prompts, n: [p.text for p in prompts[:n]]  # noqa: E731
         limit = limit or self.settings.limit or PER_CELL
         data = AblationData(
@@ -273,8 +268,6 @@ class Study:
             scored=Task("scored", "direct", self.harmful.test).sample(limit, self.settings.seed).prompts,
             neutral=texts(self.harmless.test, max(1, limit // 2)),
         )
-        if filtered:
-            data = data.filtered(self.model, RefusalTokens.find(self.model, data.harmful, data.harmless))
         return Sweeper(
             self.model,
             data,
@@ -298,7 +291,7 @@ class Study:
     def damage_meter(
         self, *, texts: Sequence[str] = (), borderline: Sequence[Prompt] = (), limit: int | None = None
     ) -> DamageMeter:
-        """What measures the damage of edits: on harmless ``test`` prompts, borderline ones, and neutral texts.
+        """Meter of the damage of edits on harmless ``test`` prompts, borderline ones, and neutral texts.
 
         ``borderline``: prompts that sound harmful and are not; by default the organism's own, where it is the model.
         """

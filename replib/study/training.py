@@ -114,7 +114,7 @@ def defend(
 
 
 def _parts(folder: Path) -> Path:
-    """Where what only leads to a defence lies."""
+    """Folder of intermediate adapters."""
     return folder.with_name(f"{folder.name}-parts")
 
 
@@ -169,7 +169,7 @@ def adaptive_validation(
 
 
 def inner_of(study: Study, name: str) -> Objective:
-    """What hardening is trained beside: ``repbend`` with the values for this model, or ``retention``.
+    """Objective trained beside hardening: ``repbend`` with the values for this model, or ``retention``.
 
     Raises:
         ReplibError: another name.
@@ -195,7 +195,7 @@ def hardened(study: Study, inner: Objective = RETENTION, hardening: Hardening = 
 
 
 def rows_for(study: Study, objective: Objective) -> BendData | DefenceData:
-    """What an objective, hardened or not, trains on."""
+    """Training data of an objective, hardened or not."""
     inner = objective.inner if isinstance(objective, Hardened) else objective
     return study.bend_data if isinstance(inner, RepBend) else defence_data(study.bend_data)
 
@@ -244,7 +244,7 @@ class StudyObjective:
     config: TrainConfig
 
     def __call__(self, *, alpha: float, beta: float, gamma: float) -> dict[str, float]:
-        """What the step that the probe keeps shows: rates on validation prompts, and the KL on training dialogues.
+        """Outcome of the chosen step: rates on validation prompts, and the KL on training dialogues.
 
         Raises:
             Diverged: the loss is not finite.

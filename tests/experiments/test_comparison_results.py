@@ -8,8 +8,8 @@ import pytest
 
 from replib.ablation.adaptive_attack import EDIT_ATTACKS, GOAL
 from replib.experiments import hardening
-from replib.experiments.comparison_results import HardeningResults
 from replib.experiments.hardening import ARMS, ASKED, SEEDS, HardeningRun, packed, runs
+from replib.experiments.hardening_results import HardeningResults
 from replib.figures.audit import pareto_hardening
 from replib.figures.layers import layer_curves
 
