@@ -1,103 +1,151 @@
-"""The README's examples run as they stand, and give what their comments say."""
+"""Code and commands of README and docs/ run as they stand, and give the results that their comments name."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import layout_picture
 from helpers import gaussians, tiny
-from replib.activations.capture import capture
-from replib.cli import app as cli
+from replib import GaussianMap, capture
+from replib.cli.app import app
 from replib.core.settings import data_dir
 from replib.defences.repbend.config import OFFICIAL
 from replib.models.load import PUBLISHED
-from replib.transport.gaussian_map import GaussianMap
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("## Activations\n")[2].partition("\n## ")[0]
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """The names that the example leaves."""
-    folder = tmp_path_factory.mktemp("readme")
-    tiny.save_adapter(folder / "my-adapter", data_dir() / "organism" / "aligned")
-    (code,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        names = {}
-        exec(code, names)
-        yield names
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+SHOWN = re.compile(r"^(?:.*(?:-m |bin/))?(replib .*)$", re.MULTILINE)
+COMMANDS = [line for text in TEXTS.values() for line in SHOWN.findall(text)]
 
 
-def test_slices_hold_what_a_capture_gives(found):
-    assert found["labels"] == ["harmful"] * 100 + ["harmless"] * 100
-    direct = capture(found["model"], found["texts"][:100], layers=[5]).values[0]
-    torch.testing.assert_close(found["harmful"], direct, atol=1e-3, rtol=1e-3)
+def blocks(page, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", TEXTS[page], re.DOTALL)
 
 
-def test_the_pair_is_the_adapter_on_and_off_and_the_trace_agrees_with_it(found):
-    bent, base, traced = (found[name].values for name in ("bent", "base", "traced"))
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Runs the Python blocks of a page, in order and in an empty folder; returns the names that they leave."""
+
+    def run(page, **names):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("REPLIB_OUT", str(tmp_path))
+        for code in blocks(page):
+            exec(code, names)
+        return names
+
+    return run
+
+
+def test_every_page_with_code_is_run_here():
+    assert {page for page in PAGES if blocks(page)} == {"README", "activations", "transport", "ablation", "defences"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_imports_public_names_of_replib_and_its_rooms(page):
+    modules = re.findall(r"^from (replib[\w.]*) import", "\n".join(blocks(page)), re.MULTILINE)
+    own_file = {"replib.defences.repbend.config", "replib.ablation.sweep_report"}
+    assert {module for module in modules if module.count(".") > 1} <= own_file
+
+
+def test_the_readme_prints_what_it_shows(ran, capsys):
+    ran("README")
+    assert [capsys.readouterr().out] == blocks("README", "text")
+
+
+def test_the_readme_is_short_and_links_to_files_that_exist():
+    assert len(TEXTS["README"].encode()) <= 5120
+    links = re.findall(r"\]\(([^)]+)\)", TEXTS["README"])
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_activations_are_stored_streamed_and_traced_alike(ran, tmp_path):
+    tiny.save_adapter(tmp_path / "my-adapter", data_dir() / "organism" / "aligned")
+    names = ran("activations")
+    model, texts = names["model"], names["texts"]
+    assert names["labels"] == ["harmful"] * 100 + ["harmless"] * 100
+    direct = capture(model, texts[:100], layers=[5]).values[0]
+    torch.testing.assert_close(names["harmful"], direct, atol=1e-3, rtol=1e-3)
+    bent, base, traced = (names[name].values for name in ("bent", "base", "traced"))
     assert (traced - base).abs().max() < 1e-4 * base.abs().max() < 0.1 * (bent - base).abs().max()
-
-
-def test_streamed_moments_are_those_of_all_vectors(found):
-    values = capture(found["model"], found["texts"]).values.double()
-    torch.testing.assert_close(found["moments"].mean, values.mean(dim=1), atol=1e-4, rtol=1e-4)
+    values = capture(model, texts).values.double()
+    torch.testing.assert_close(names["moments"].mean, values.mean(dim=1), atol=1e-4, rtol=1e-4)
     largest = torch.linalg.svdvals(values[5] - values[5].mean(dim=0))[:2].square() / (len(values[5]) - 1)
-    torch.testing.assert_close(found["variances"][5], largest, atol=0, rtol=1e-3)
+    torch.testing.assert_close(names["variances"][5], largest, atol=0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("line", re.findall(r"^replib ((?:capture|sweep) .*?)(?:\s+#.*)?$", README, re.MULTILINE))
-def test_every_option_of_the_commands_shown_is_one(line):
-    args = cli._parser().parse_args(cli.joined(line.replace("...", "").split()))
-    assert args.command == line.split()[0]
+def test_the_maps_that_are_shown_are_what_they_say(ran):
+    classes = zip(("harmful", "harmless"), gaussians.classes(n=30, m=25, d=40), strict=True)
+    names = ran("transport", **dict(classes))
+    first, whole, x = names["first"], names["whole"], names["harmful"]
+    assert first.rho_ == pytest.approx(1) and whole.basis_.shape == (40, 40)
+    direct = GaussianMap().fit(x, names["harmless"])
+    assert gaussians.relative(names["streamed"].transform(x), direct.transform(x)) < 1e-9
+    composed = whole.transform(first.inverse_transform(x))
+    assert gaussians.relative(names["both"](x.float()).double(), composed) < 1e-5
+    assert torch.equal(names["same"].transform(x), first.transform(x))
+    assert names["null"].p_value.mean < 0.05 < names["gap"].mean
 
 
-def test_the_sweep_that_is_shown_finds_what_it_says(tmp_path, monkeypatch):
-    section = README.partition("## Sweeps\n")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    monkeypatch.setenv("REPLIB_OUT", str(tmp_path))
+def test_the_sweep_that_is_shown_finds_what_it_says(ran, monkeypatch):
     monkeypatch.setenv("REPLIB_LIMIT", "4")
-    names: dict = {}
-    exec(code, names)
+    names = ran("ablation")
     table, greedy = names["table"], names["greedy"]
     assert len(table) == 48 and table.compliance.notna().sum() == 6 and table.log_odds.notna().all()
     assert set(table.read) == {None, "last_prompt", 0} and greedy["pairs"] == 3
     assert {"harmless: compliance", "borderline: refusal"} <= set(names["damage"].metric)
 
 
-def test_the_defence_that_is_shown_trains_and_comes_back(tmp_path, monkeypatch):
-    section = README.partition("## Bending\n")[2].partition("\n## ")[0]
-    choices, defence = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(choices + defence, names)
+def test_the_defence_that_is_shown_trains_and_comes_back(ran):
+    names = ran("defences")
     assert names["as_trained"].scope is OFFICIAL and names["mixed"].scope != OFFICIAL
     assert names["again"].provenance()["adapter_hash"] == names["result"].model.provenance()["adapter_hash"]
-    shown = re.search(r"`replib defend (sft` \(.*?\))", section, re.DOTALL)[1]
+    shown = re.search(r"`replib defend (sft` \(.*?\))", TEXTS["defences"], re.DOTALL)[1]
     assert all(f"{name}`" in shown for name in names["DEFENCES"] if name != "whp_retain")
 
 
 def test_every_published_checkpoint_is_in_the_table():
+    page = TEXTS["defences"]
     for known in PUBLISHED:
-        assert known.id in README or (known.is_adapter and known.id.removesuffix("_LoRA") in README)
-        assert known.method in README and known.paper in README
+        assert known.id in page or (known.is_adapter and known.id.removesuffix("_LoRA") in page)
+        assert known.method in page and known.paper in page
 
 
-def test_the_maps_that_are_shown_are_what_they_say(tmp_path, monkeypatch):
-    section = README.partition("## Transport\n")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names = dict(zip(("harmful", "harmless"), gaussians.classes(n=30, m=25, d=40), strict=True))
-    exec(code, names)
-    first, whole, x = names["first"], names["whole"], names["harmful"]
-    assert first.rho_ == pytest.approx(1) and whole.basis_.shape == (40, 40)
-    assert (
-        gaussians.relative(names["streamed"].transform(x), GaussianMap().fit(x, names["harmless"]).transform(x)) < 1e-9
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_that_is_shown_is_one(line):
+    words = line.partition(" #")[0].replace("...", "").split()[1:]
+    app.meta.parse_args(words)
+    common = app.meta.assemble_argument_collection()
+    options = {name for argument in common for name in argument.names}
+    rest = [w for i, w in enumerate(words) if w not in options and (not i or words[i - 1] not in options)]
+    command, _, _ = app.parse_args(rest)
+    assert command.__name__.startswith("run_")
+
+
+def test_the_picture_of_the_layout_is_drawn_from_todays_imports():
+    assert layout_picture.TARGET.read_text(encoding="utf-8") == layout_picture.picture(), (
+        "draw it anew: python tools/layout_picture.py"
     )
-    composed = whole.transform(first.inverse_transform(x))
-    assert gaussians.relative(names["both"](x.float()).double(), composed) < 1e-5
-    assert torch.equal(names["same"].transform(x), first.transform(x))
-    assert names["null"].p_value.mean < 0.05 < names["gap"].mean
+
+
+def test_every_room_is_described_and_belongs_to_one_wing():
+    rooms = sorted(room for floor in layout_picture.floors() for room in floor)
+    assert rooms == sorted(room for _, rooms in layout_picture.WINGS.values() for room in rooms)
+    assert all(f"| `{room}` |" in TEXTS["layout"] for room in rooms)
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning_and_name_the_public_names(tmp_path):
+    import subprocess
+
+    import replib
+
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    reference = (tmp_path / "reference.html").read_text(encoding="utf-8")
+    rooms = {room for floor in layout_picture.floors() for room in floor}
+    assert not [name for name in set(replib.__all__) - rooms if f'.{name}"' not in reference]
