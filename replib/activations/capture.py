@@ -1,7 +1,7 @@
-"""Capture activations with plain hooks: sliced in the hook, stopped after the last wanted block, batch by batch.
+"""Activations of prompts at chosen sites, layers and positions, read with forward hooks.
 
-``capture`` returns them, ``capture_pair`` those of a bent model and its base, ``stream`` yields them without keeping
-any, ``capture_to`` writes them to a folder and goes on where it was stopped.
+``capture`` returns them in memory, ``capture_pair`` reads a bent model and its base, ``stream`` yields one window of
+prompts at a time, ``capture_to`` writes shards to a folder and resumes an interrupted capture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from replib.models.tokens import SPANS, Position, Row
 
 
 class How(NamedTuple):
-    """Arguments of ``capture`` that do not change what is read of a prompt."""
+    """Arguments of ``capture`` that leave the vectors of a prompt unchanged."""
 
     responses: Sequence[str] | None = None
     batch_size: int = 64
@@ -56,30 +56,31 @@ def capture(  # noqa: PLR0913
     """Activations of prompts (with teacher-forced or generated responses) at one site of some blocks.
 
     Args:
-        model: what to read; wrap the call in ``model.adapter_off()`` to read its base.
+        model: the model to read; wrap the call in ``model.adapter_off()`` to read its base.
         prompts: instructions, as text; the chat template is applied here.
-        responses: what follows each prompt.
-        site: one of ``SITES``; `sites` says where they are.
+        responses: one text per prompt, read after it.
+        site: one of ``SITES`` in `replib.models.hooks`.
         layers: block indices, default all; negative ones count from the last.
         positions: ``last_prompt``; a span (``instruction``, ``post_instruction``, ``prompt``, ``response``, ``all``);
-            an integer counted from where the response begins (-1 is the last prompt token, 0 the first response
+            an integer offset from the first response token (-1 is the last prompt token, 0 the first response
             token); or a sequence of these.
-        pool: "mean", a span is the float32 mean over its tokens; "none", every token of one span.
-        max_new_tokens: the model first writes that many tokens of its own greedy answer, and these are the response:
-            position k is what decode step k computed.
+        pool: "mean" averages a span over its tokens in float32; "none" returns every token of one span.
+        max_new_tokens: length of a greedy answer that the model writes first, used as the response: position k is
+            the state at decode step k.
         system: a system prompt before each prompt.
-        overflow: what becomes of a prompt longer than the context: "refuse" or "truncate".
-        short: what becomes of a prompt without a wanted token, as where its answer ends early: "refuse" or "leave_out".
-        batch_size: prompts in one forward pass at most; where memory runs out it is halved.
-        dtype: of the result; the reading itself is in float32.
-        labels: one a prompt, kept with the result.
+        overflow: "refuse" or "truncate" a prompt longer than the context.
+        short: "refuse" or "leave_out" a prompt that lacks a wanted token, for example because its answer ends early.
+        batch_size: largest number of prompts in one forward pass; halved when memory runs out.
+        dtype: type of the result; pooling is done in float32.
+        labels: one per prompt, stored with the result.
 
     Returns:
-        Vectors on the CPU, in the order of the prompts; ``prompt`` says whose each is, where some are left out.
+        Vectors on the CPU, in the order of the prompts; ``prompt`` is the index of each vector's prompt if some are
+        left out.
 
     Raises:
         ReplibError: layer, site or position unknown, no prompts, an empty span, an answer that ends before the wanted
-            token (unless left out), non-finite activations, a prompt that alone does not fit into memory.
+            token (unless left out), non-finite activations, a single prompt that exceeds the memory.
     """
     what = {"pool": pool, "max_new_tokens": max_new_tokens, "system": system, "overflow": overflow, "dtype": dtype}
     what |= {"short": short}
@@ -90,14 +91,14 @@ def capture(  # noqa: PLR0913
 def capture_sites(
     model: ChatModel, prompts: Sequence[str], sites: Sequence[str], **options: Any
 ) -> dict[str, Activations]:
-    """Activations at several sites from one pass; options are those of ``capture``."""
+    """Activations at several sites from one pass; same options as ``capture``."""
     return _captured(model, prompts, *parted(model, options | {"site": sites}))[0]
 
 
 def capture_pair(model: ChatModel, prompts: Sequence[str], **options: Any) -> tuple[Activations, Activations]:
-    """Activations with the adapter on and with it off, (bent, base): the same batches in the same order.
+    """Activations with the adapter on and off, (bent, base), from the same batches in the same order.
 
-    Options are those of ``capture``; with ``max_new_tokens`` both read what the bent model writes.
+    Same options as ``capture``; with ``max_new_tokens`` both read the answers of the bent model.
 
     Raises:
         ReplibError: as ``capture``; the model carries no adapter, or one merged into its weights.
@@ -112,10 +113,10 @@ def capture_pair(model: ChatModel, prompts: Sequence[str], **options: Any) -> tu
 def stream(
     model: ChatModel, prompts: Iterable[str], *, window: int = SHARD, **options: Any
 ) -> Iterator[Float[Tensor, "layers vectors ... dim"]]:
-    """Activations of any number of prompts, ``window`` prompts at a time, none of them kept.
+    """Activations of any number of prompts, yielded ``window`` prompts at a time.
 
-    Options are those of ``capture``. Feed the pieces to `moments.Moments` for means, covariances and PCA in memory
-    that does not grow with the number of prompts.
+    Same options as ``capture``. Pass the pieces to `Moments` for means, covariances and PCA in memory that is
+    constant in the number of prompts.
     """
     ask, how = parted(model, options)
     reader = Reader(model, ask, how.batch_size)
@@ -134,24 +135,24 @@ def capture_to(
     part: tuple[int, int] = (0, 1),
     **options: Any,
 ) -> Path:
-    """Capture to a folder, ``shard`` prompts a file: what is there already is kept, so a killed capture goes on.
+    """Capture to a folder of shards; existing shards are reused, so an interrupted capture resumes.
 
-    The bytes do not depend on how often it was stopped. A longer list of prompts is appended to an earlier one.
+    Interruptions do not change the bytes. A longer list of prompts extends an earlier capture.
 
     Args:
         model: as in ``capture``.
         prompts: as in ``capture``.
-        folder: receives the shards; `Activations.load` reads them.
-        shard: prompts in a file, and in memory at a time.
-        part: (i, n): only every n-th shard from the i-th on, for process i of n; `finish_capture` joins them.
-        options: those of ``capture``; ``site`` may be several.
+        folder: destination of the shards, for `Activations.load`.
+        shard: number of prompts per file, and in memory at a time.
+        part: (i, n): process i of n writes every n-th shard from the i-th on; `finish_capture` joins them.
+        options: as in ``capture``; ``site`` may be a sequence.
 
     Raises:
         ReplibError: as ``capture``; the folder holds activations of another model, request or list of prompts.
     """
     ask, how = parted(model, options)
     reader, shards = Reader(model, ask, how.batch_size), Shards(Path(folder), _recipe(model, ask, shard))
-    there = kept(model, prompts, folder, shard=shard, **options)  # all of it: no part is added to another capture
+    there = kept(model, prompts, folder, shard=shard, **options)  # every shard, so no part extends another capture
     wanted = list(enumerate(windows(prompts, how.responses, shard)))
     for number, (texts, answers) in progress(wanted[part[0] :: part[1]], "shards"):
         if not there[number]:
@@ -163,13 +164,13 @@ def capture_to(
 def finish_capture(
     model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
 ) -> Path:
-    """Join the shards that several processes wrote with the same arguments; raises ReplibError if one is missing."""
+    """Join shards written by several processes with the same arguments; raises ReplibError if one is missing."""
     ask, how = parted(model, options)
     shards = Shards(Path(folder), _recipe(model, ask, shard))
     there = kept(model, prompts, folder, shard=shard, **options)
     if not all(there):
         missing = shards.path(there.index(False))
-        raise ReplibError(f"{missing} is missing: run the capture again, it makes what is missing.")
+        raise ReplibError(f"{missing} is missing: run the capture again to write the missing shards.")
     about = provenance(model, ask, prompts, how.responses)
     return shards.finish(ask.layers, ask.named_positions, ask.sites, about, how.labels)
 
@@ -177,9 +178,9 @@ def finish_capture(
 def kept(
     model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
 ) -> list[bool]:
-    """For each shard of such a capture, whether it is there already.
+    """Flags of a capture's shards: True if the shard is on disk.
 
-    Raises ReplibError if the folder holds another model, request or list of prompts, or more prompts than these.
+    Raises ReplibError if the folder holds another model, request or list of prompts, or more prompts than given.
     """
     ask, how = parted(model, options)
     shards = Shards(Path(folder), _recipe(model, ask, shard))
@@ -192,7 +193,7 @@ def kept(
 
 
 def parted(model: ChatModel, options: dict[str, Any]) -> tuple[Request, How]:
-    """Options of ``capture``, parted into what is read and how."""
+    """Options of ``capture``, split into the request and how to run it."""
     what = {name: value for name, value in options.items() if name not in How._fields}
     return Request.of(model, **what), How(**{name: options[name] for name in options.keys() - what.keys()})
 
@@ -200,7 +201,7 @@ def parted(model: ChatModel, options: dict[str, Any]) -> tuple[Request, How]:
 def _captured(
     model: ChatModel, prompts: Sequence[str], ask: Request, how: How, states: Sequence[State] = (nullcontext,)
 ) -> list[dict[str, Activations]]:
-    """For each state of the model, by site."""
+    """Activations by site, for each state of the model."""
     read = Reader(model, ask, how.batch_size, states).read(prompts, how.responses)
     found = []
     for state, (values, owner) in zip(states, read, strict=True):
@@ -210,7 +211,7 @@ def _captured(
 
 
 def packed(values: Tensor, owner: Tensor, ask: Request, how: How, about: dict[str, str]) -> dict[str, Activations]:
-    """What a reader gave, by site."""
+    """Activations by site, from the tensors of a reader."""
     if how.labels and len(how.labels) != int(about["n"]):
         raise ReplibError(f"{about['n']} prompts, but {len(how.labels)} labels: give one label a prompt.")
     rest = (about, tuple(how.labels), owner if ask.owned else None)
@@ -231,7 +232,7 @@ def _tensors(values: Tensor, owner: Tensor, ask: Request) -> dict[str, Tensor]:
 def provenance(
     model: ChatModel, ask: Request, prompts: Sequence[str], responses: Sequence[str] | None
 ) -> dict[str, str]:
-    """What a result carries: model, adapter, template, request, prompts, versions."""
+    """Provenance of a result: model, adapter, template, request, prompts, versions."""
     what = {name: str(value) for name, value in ask.recipe().items() if name not in ("layers", "single")}
     what["stored"] = what.pop("dtype")
     texts = {"prompts": content_hash(list(prompts)), "n": str(len(prompts))}
@@ -240,7 +241,7 @@ def provenance(
 
 
 def _recipe(model: ChatModel, ask: Request, shard: int) -> dict[str, Any]:
-    """What determines the bytes of a shard, beside its prompts; names of folders do not."""
+    """Everything but the prompts that determines the bytes of a shard; names of folders are left out."""
     by_content = {k: v for k, v in model.provenance().items() if k not in ("model", "adapter", "dtype")}
     return by_content | versions() | ask.recipe() | {"shard": shard, "weights": str(model.dtype)}
 
@@ -248,7 +249,7 @@ def _recipe(model: ChatModel, ask: Request, shard: int) -> dict[str, Any]:
 def windows(
     prompts: Sequence[str], responses: Sequence[str] | None, size: int
 ) -> Iterator[tuple[Sequence[str], Sequence[str] | None]]:
-    """Stretches of prompts, with their responses."""
+    """Consecutive slices of ``size`` prompts, with their responses."""
     for start in range(0, len(prompts), size) if prompts else [0]:
         rows = slice(start, start + size)
         yield prompts[rows], responses and responses[rows]
@@ -260,17 +261,17 @@ def _joined(prompts: Sequence[str], responses: Sequence[str] | None) -> list[str
 
 @dataclass(frozen=True)
 class CaptureCost:
-    """The size of a capture, and how much of it is done."""
+    """Size of a capture, and the part already on disk."""
 
     prompts: int
     tokens: int
-    """That are read: prompts and given responses."""
+    """Tokens of prompts and given responses."""
     written: int
-    """That the model writes itself, at most."""
+    """Upper bound on the tokens that the model writes."""
     size: int
-    """Bytes of all its tensors; with single tokens of written answers at most that."""
+    """Bytes of all tensors; an upper bound if tokens of written answers are stored."""
     missing: int
-    """Bytes of those that are not on disk yet."""
+    """Bytes not on disk yet."""
     shards: int
     there: int
 
@@ -284,11 +285,10 @@ class CaptureCost:
 def capture_cost(
     model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
 ) -> CaptureCost:
-    """The price of ``capture_to`` with the same arguments. It tokenises every prompt and runs none.
+    """Cost of ``capture_to`` with the same arguments; tokenises every prompt and runs none.
 
     Raises:
-        ReplibError: as ``capture_to``, for what can be known beforehand: a prompt that is too long, a folder that holds
-            another capture; or the disk has less room than that.
+        ReplibError: as ``capture_to`` before its first pass; or the disk has too little room.
     """
     ask, how = parted(model, options)
     there = kept(model, prompts, folder, shard=shard, **options)
@@ -304,7 +304,7 @@ def capture_cost(
 
 
 def _bytes(rows: Sequence[Row], ask: Request, width: int) -> int:
-    """Of the tensors of one shard; at most, where the model writes answers of a length it chooses itself."""
+    """Bytes of the tensors of one shard; an upper bound if the model writes the answers."""
     vector = len(ask.keys) * width * ask.dtype.itemsize
     if ask.pool == "none":
         span = str(ask.positions[0])

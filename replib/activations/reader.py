@@ -1,4 +1,4 @@
-"""Read hidden states of many prompts: hooks that slice, batches of like length, a stop after the last wanted block."""
+"""Reader of hidden states: batches of similar length, sliced in hooks, stopped after the last wanted block."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from replib.models.prefix_cache import SharedPrefix, has_no_hooks, read_prefix, 
 from replib.models.tokens import SPANS, Batch, Position, Row, TokenSelection, check_positions, choose, complete
 
 State = Callable[[], AbstractContextManager]
-# Tokens in one batch at most, padding included. On two CPU cores more took memory and won no time, at widths 128 and
-# 512; the bound of other devices was not measured.
+# Largest number of tokens in a batch, padding included. On two CPU cores larger batches took memory and saved no
+# time, at widths 128 and 512; the bound of other devices is not measured.
 ON_CPU, ON_DEVICE = 1024, 8192
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is read of each prompt. Made by ``capture`` from its arguments, where they are explained."""
+    """Sites, layers and positions to read of each prompt; ``capture`` explains the fields."""
 
     sites: tuple[str, ...]
     layers: tuple[int, ...]
@@ -50,7 +50,7 @@ class Request:
         positions: Position | Sequence[Position] = "last_prompt",
         **more: Any,
     ) -> Request:
-        """The request that the arguments of ``capture`` make, or an error that names the wrong one."""
+        """Request from the arguments of ``capture``; raises ReplibError for an invalid one."""
         picks = [positions] if isinstance(positions, str | int) else list(positions)
         asked = cls(
             tuple(check_site(s) for s in ([site] if isinstance(site, str) else site)),
@@ -71,12 +71,12 @@ class Request:
 
     @property
     def named_positions(self) -> Position | tuple[Position, ...]:
-        """As they were asked for: one, or several."""
+        """Positions as given to ``capture``: one, or a tuple."""
         return self.positions[0] if self.single else self.positions
 
     @property
     def owned(self) -> bool:
-        """Whether vectors are not one a prompt, so that each must say whose it is."""
+        """Whether prompts may have no vector or several, so that the index of each vector's prompt is stored."""
         return self.pool == "none" or self.short == "leave_out"
 
     @property
@@ -85,7 +85,7 @@ class Request:
         return [(site, layer) for site in self.sites for layer in self.layers]
 
     def recipe(self) -> dict[str, Any]:
-        """As plain values, for a file."""
+        """Plain values of the fields, for a JSON file."""
         plain = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "sites": list(self.sites),
@@ -96,9 +96,9 @@ class Request:
 
 
 class Reader:
-    """Reads prompts in batches of like length, longest first; where memory runs out, in smaller ones from then on."""
+    """Reads prompts in batches of similar length, longest first; batches shrink when memory runs out."""
 
-    shares = True  # what all prompts begin with is read once
+    shares = True  # a prefix common to all prompts is read once
 
     def __init__(self, model: ChatModel, ask: Request, batch_size: int, states: Sequence[State] = (nullcontext,)):
         self.model, self.ask, self.states, self.batch_size = model, ask, states, batch_size
@@ -110,7 +110,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str], responses: Sequence[str] | None) -> list[tuple[Tensor, Tensor]]:
-        """For each state of the model ``[sites x layers, vectors, positions, dim]``, and the prompt of each vector."""
+        """Values ``[sites x layers, vectors, positions, dim]`` and prompt index of each vector, per model state."""
         rows = self.model.tokenize(prompts, responses, system=self.ask.system, overflow=self.ask.overflow)
         rows = self._without_beginning(rows)
         owners, found, total = [], [], -(-len(rows) // self.batch_size)
@@ -124,12 +124,12 @@ class Reader:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """The model as it must be while batches are read: hooks on, dropout off."""
+        """Context for reading batches: hooks on, dropout off."""
         with hooked(self.model, {key: self._hook(key) for key in self.ask.keys}), evaluating(self.model.model):
             yield
 
     def _without_beginning(self, rows: list[Row]) -> list[Row]:
-        """The rows without what they all begin with, if that can be read once for all."""
+        """Rows without their common prefix, if it can be read once for all."""
         self.beginnings = [None for _ in self.states]
         length = 0 if self.ask.max_new_tokens else shared_length(rows, self.ask.positions)
         if not length or not self.shares or not has_no_hooks(self.model):
@@ -146,7 +146,7 @@ class Reader:
     def values(
         self, batch: Batch, chosen: TokenSelection, beginning: SharedPrefix | None
     ) -> Float[Tensor, "keys vectors positions dim"]:
-        """What is wanted of one batch, on the CPU."""
+        """Selected vectors of one batch, on the CPU."""
         self.batch, self.chosen, self.found = batch, chosen, {}
         with suppress(StopForward):
             self.model.forward(batch, beginning.inputs(batch) if beginning else None)
@@ -178,7 +178,7 @@ class Reader:
                 self.tokens = width * (len(chunk) // 2)
 
     def _within_memory(self, rows: Sequence[Row]) -> tuple[Tensor, list[Tensor]] | None:
-        """What one batch gives, or nothing if it does not fit and could be smaller."""
+        """Prompt indices and values of one batch; None if it exceeds the memory and can be split."""
         try:
             return self._pass(rows)
         except RuntimeError as error:
@@ -224,6 +224,6 @@ class Reader:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out, on any device."""
+    """Whether an error reports exhausted memory, on any device."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -1,7 +1,7 @@
-"""The same call as `activations.capture`, through nnsight: traced here, or on NDIF for larger models.
+"""Capture through nnsight: traced locally, or on NDIF for larger models.
 
-The only module that imports nnsight (0.8), whose interface changes with every minor version. NDIF runs the
-main revision of a public model, in a dtype of its own, without our adapters. Its key stands in NDIF_API_KEY.
+No other module imports nnsight (0.8), whose interface changes with every minor version. NDIF runs the main revision
+of a public model, in a dtype of its choice, without local adapters. NDIF_API_KEY holds its key.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Where = Literal["local"] | bool
 
 
 def trace_capture(model: ChatModel, prompts: Sequence[str], *, remote: Where = False, **options: Any) -> Activations:
-    """Activations of prompts; the options, the result and its meaning are those of `activations.capture`.
+    """Activations of prompts, with the options and the result of `activations.capture`.
 
     Args:
         model: as for ``capture``; for NDIF an `outline` is enough.
         prompts: as for ``capture``.
-        remote: False traces here; True runs on NDIF, and only the wanted positions travel back; "local" packs
-            the request as for NDIF and runs it here on freshly loaded weights, to try it before sending it.
+        remote: False traces in this process; True runs on NDIF and returns the wanted positions alone; "local"
+            packs the request as for NDIF and runs it here on freshly loaded weights, as a rehearsal.
         options: as for ``capture``.
 
     Raises:
-        ReplibError: as `capture`; nnsight or the key is absent; NDIF cannot have this model, or fails; NDIF is asked
-            to write answers.
+        ReplibError: as `capture`; nnsight or the key is absent; NDIF cannot load this model, or fails;
+            ``max_new_tokens`` is given with ``remote``.
     """
     ask, how = parted(model, {"batch_size": 16} | options)
     if remote and ask.max_new_tokens:
@@ -54,19 +54,19 @@ def trace_capture(model: ChatModel, prompts: Sequence[str], *, remote: Where = F
 
 
 class TraceReader(Reader):
-    """Reads through nnsight instead of hooks; everything else is the same."""
+    """Reader that traces through nnsight instead of hooks."""
 
-    shares = False  # a trace takes whole prompts
+    shares = False  # a trace reads whole prompts
 
     def __init__(self, model: ChatModel, ask: Request, batch_size: int, remote: Where):
         super().__init__(model, ask, batch_size)
         self.remote, self.tracer = remote, None
-        self.order = sorted(set(ask.keys), key=lambda key: (key[1], SITES.index(key[0])))  # in which modules run
+        self.order = sorted(set(ask.keys), key=lambda key: (key[1], SITES.index(key[0])))  # order of execution
         self.places = _places(model, self.order)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Nnsight's view of the model while batches are read."""
+        """Context for reading batches: nnsight wraps the model."""
         with _traced(self.model, self.remote) as self.tracer:
             yield
 
@@ -76,21 +76,21 @@ class TraceReader(Reader):
         chosen: TokenSelection,
         beginning: SharedPrefix | None,  # noqa: ARG002
     ) -> Float[Tensor, "keys vectors positions dim"]:
-        """What is wanted of one batch, from one traced forward pass."""
+        """Selected vectors of one batch, from one traced forward pass."""
         found = _read(self.tracer, self.places, _weights(batch, chosen), batch, remote=self.remote)
         return found[[self.order.index(key) for key in self.ask.keys]].to(self.ask.dtype)
 
 
 class Outline(ChatModel):
-    """A chat model without weights: enough to write prompts and name blocks for NDIF, not to run here."""
+    """Chat model without weights, for requests to NDIF: it formats prompts and names blocks."""
 
     @property
     def device(self) -> torch.device:
-        """Where batches are made: the weights themselves are nowhere."""
+        """The CPU, for the batches; there are no weights."""
         return torch.device("cpu")
 
     def provenance(self) -> dict[str, str]:
-        """What can be said of weights that are elsewhere."""
+        """Provenance known without the weights."""
         return {"model": self.name, "revision": self.revision or "", "adapter": "", "dtype": ""}
 
 
@@ -108,7 +108,7 @@ def outline(name: str) -> Outline:
 def _read(
     tracer: Any, places: Sequence[tuple[str, bool]], wanted: Tensor, batch: Batch, *, remote: Where
 ) -> Float[Tensor, "keys vectors positions dim"]:
-    """One traced forward pass. Its body runs where the model is, so it uses torch and plain values only."""
+    """One traced forward pass. The body runs on the host of the model, so it uses torch and plain values only."""
     modules = [(tracer.get(path), after) for path, after in places]
     inputs = batch.inputs() | {"use_cache": False}
     with torch.no_grad(), _failures(), tracer.trace(inputs, remote=remote) as run:
@@ -121,15 +121,15 @@ def _read(
                 values.append(hidden[there].float()[:, None].cpu())
             else:
                 values.append(torch.einsum("rpt,rtd->rpd", there, hidden.float()).cpu())
-        found = torch.stack(values).save()  # type: ignore[attr-defined] # put there by nnsight
+        found = torch.stack(values).save()  # type: ignore[attr-defined] # added by nnsight
         run.stop()
     return found
 
 
 def _weights(batch: Batch, chosen: TokenSelection) -> Tensor:
-    """How much each token counts for each position, [rows, positions, tokens]; or, token by token, a mask of them.
+    """Weight of each token at each position, [rows, positions, tokens]; a boolean [rows, tokens] mask without pooling.
 
-    What is chosen is linear in the hidden states, so it is asked about the identity.
+    The selection is linear in the hidden states, so its values on the identity are the weights.
     """
     rows, tokens = batch.input_ids.shape
     if chosen.mask is not None:
@@ -138,7 +138,7 @@ def _weights(batch: Batch, chosen: TokenSelection) -> Tensor:
 
 
 def _places(model: ChatModel, keys: Sequence[tuple[str, int]]) -> list[tuple[str, bool]]:
-    """For each site of a block the dotted path of a module, and whether its output is meant or its input."""
+    """Dotted module path of each (site, block), and whether its output (True) or its input is read."""
     paths = {id(module): path for path, module in model.causal_lm.named_modules()}
     found = [hook_point(model, site, layer) for site, layer in keys]
     return [(paths[id(at.module)], at.after) for at in found]
@@ -146,9 +146,9 @@ def _places(model: ChatModel, keys: Sequence[tuple[str, int]]) -> list[tuple[str
 
 @contextmanager
 def _traced(model: ChatModel, remote: Where) -> Iterator[Any]:
-    """Nnsight's view of the model. It puts a forward of its own on every module: that is taken off again."""
+    """Model wrapped by nnsight, which replaces the forward of every module; restored on exit."""
     make = _nnsight().TransformersModel
-    # nnsight changes padding side and padding token of the tokenizer it is given: give it a copy.
+    # nnsight changes the padding side and padding token of its tokenizer, so it receives a copy.
     tokenizer = copy.deepcopy(model.tokenizer)
     if remote:
         _check_remote(model, remote)
@@ -166,7 +166,7 @@ def _traced(model: ChatModel, remote: Where) -> Iterator[Any]:
 
 
 def _check_remote(model: ChatModel, remote: Where) -> None:
-    """Refuse what NDIF cannot answer before anything is sent; hand nnsight the key, in memory only."""
+    """Raise ReplibError for requests that NDIF cannot run; give nnsight the key, in memory only."""
     if hasattr(model.model, "disable_adapter"):
         raise ReplibError(f"{model.name} carries an adapter, which NDIF does not have: trace it with remote=False.")
     if remote == "local":
@@ -180,7 +180,7 @@ def _check_remote(model: ChatModel, remote: Where) -> None:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Errors of the service as ours; errors of the model stay what they are."""
+    """Translate errors of the service to ReplibError; errors of the model pass unchanged."""
     from nnsight.intervention.backends.remote import RemoteError
 
     try:
@@ -192,7 +192,7 @@ def _failures() -> Iterator[None]:
 
 
 def _where(remote: Where) -> dict[str, str]:
-    """What to say in the provenance of a result that was traced."""
+    """Provenance entries of a traced result."""
     theirs = {"revision": "main", "dtype": "", "fingerprint": ""} if remote is True else {}
     return theirs | {"nnsight": _nnsight().__version__, "ran": "NDIF" if remote is True else "here"}
 

@@ -1,7 +1,7 @@
-"""Activations with their provenance, in memory and on disk: sharded safetensors, checked when read, read in slices.
+"""Activations with their provenance, in memory and on disk.
 
-A folder holds ``shard-00000.safetensors``, … and, once complete, ``activations.json``. A shard is a stretch of
-consecutive prompts, and carries what it was made from; so a capture goes on at the first shard that is missing.
+A folder holds ``shard-00000.safetensors``, … and, once complete, ``activations.json``. A shard covers consecutive
+prompts and records its recipe and checksums, so a capture resumes at the first missing shard.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ SHARD = 1024
 
 @dataclass(frozen=True)
 class Activations:
-    """Vectors of prompts at layers, with everything needed to know where they came from."""
+    """Vectors of prompts at layers, with their provenance."""
 
     values: Float[Tensor, "layers vectors ... dim"]
-    """One vector a prompt, ``[layers, prompts, dim]``; with several positions ``[layers, prompts, positions, dim]``;
-    with ``pool="none"`` one vector a token, ``[layers, tokens, dim]``, prompt after prompt."""
+    """One vector per prompt, ``[layers, prompts, dim]``; with several positions ``[layers, prompts, positions, dim]``;
+    with ``pool="none"`` one vector per token, ``[layers, tokens, dim]``, prompt after prompt."""
     layers: tuple[int, ...]
     positions: Position | tuple[Position, ...]
     site: str
     provenance: dict[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
-    """One a prompt, or none."""
+    """One per prompt, or empty."""
     prompt: Int[Tensor, " vectors"] | None = None
-    """Index of the prompt of each vector, where there is one a token, or some prompts are left out."""
+    """Prompt index of each vector, for ``pool="none"`` and ``short="leave_out"``; else None."""
 
     def __getitem__(self, layer: int) -> Float[Tensor, "vectors ... dim"]:
-        """Vectors of one block, by its index (negative: from the end of the captured ones)."""
+        """Vectors of one block, by its index; a negative index counts from the last captured block."""
         if layer < 0:
             return self.values[layer]
         if layer not in self.layers:
@@ -51,23 +51,23 @@ class Activations:
         return self.values[self.layers.index(layer)]
 
     def __len__(self) -> int:
-        """Number of vectors a layer."""
+        """Number of vectors per layer."""
         return self.values.shape[1]
 
     def at(self, position: Position) -> Activations:
-        """Those of one of several positions."""
+        """Activations at one of several positions."""
         if not isinstance(self.positions, tuple) or position not in self.positions:
             raise ReplibError(f"Position {position!r} is not one of several captured; captured: {self.positions!r}.")
         return replace(self, values=self.values[:, :, self.positions.index(position)], positions=position)
 
     def where(self, label: str) -> Activations:
-        """Those of the prompts with a label."""
+        """Activations of the prompts with a label."""
         if label not in self.labels:
             raise ReplibError(f"No prompt is labelled {label!r}; labels: {sorted(set(self.labels))}.")
         return self.of([i for i, found in enumerate(self.labels) if found == label])
 
     def of(self, prompts: Sequence[int]) -> Activations:
-        """Those of some prompts, by index, in that order."""
+        """Activations of some prompts, by index, in the given order."""
         labels = tuple(self.labels[i] for i in prompts) if self.labels else ()
         if self.prompt is None:
             return replace(self, values=self.values[:, list(prompts)], labels=labels)
@@ -76,7 +76,7 @@ class Activations:
         return replace(self, values=self.values[:, torch.cat(picked)], labels=labels, prompt=owner)
 
     def save(self, folder: Path | str, *, shard: int = SHARD) -> Path:
-        """Write a folder of shards, ``shard`` prompts each; activations that were there before are replaced.
+        """Write a folder of shards, ``shard`` prompts each, in place of earlier activations.
 
         Raises ReplibError if the folder holds anything else, or cannot be written.
         """
@@ -102,16 +102,16 @@ class Activations:
         layers: Sequence[int] | None = None,
         prompts: range | None = None,
     ) -> Activations:
-        """Read back a folder, or only some layers and a stretch of prompts of it; nothing else leaves the disk.
+        """Read a folder, or some layers and a range of prompts of it.
 
         Args:
-            folder: what ``save`` or ``capture_to`` wrote.
-            site: which one, if the folder holds several.
-            layers: block indices, default all that are there.
+            folder: folder written by ``save`` or ``capture_to``.
+            site: the site to read, if the folder holds several.
+            layers: block indices, default all in the folder.
             prompts: a range of consecutive prompts, default all.
 
         Raises:
-            ReplibError: not a finished folder, a layer or site that is not in it, or a damaged shard.
+            ReplibError: an unfinished folder, a layer or site absent from it, or a damaged shard.
         """
         shards = Shards(Path(folder), {})
         about = shards.index()
@@ -143,7 +143,7 @@ def _one_site(site: str | None, sites: Sequence[str], folder: Path) -> str:
 
 
 class Shards:
-    """The files of one capture. ``recipe``: everything but the prompts that determines what is in them."""
+    """Files of one capture. ``recipe`` holds everything but the prompts that determines their bytes."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any]):
         self.folder, self.recipe = folder, recipe
@@ -153,13 +153,13 @@ class Shards:
         return self.folder / f"shard-{number:05d}.safetensors"
 
     def files(self) -> list[Path]:
-        """Shards that are there, in order."""
+        """Existing shards, in order."""
         return sorted(self.folder.glob("shard-*.safetensors"))
 
     def has(self, number: int, prompts: Sequence[str]) -> bool:
-        """Whether a shard of just these prompts is there already.
+        """Whether a shard of exactly these prompts exists.
 
-        Raises ReplibError if one of another recipe, or of other prompts, is there instead.
+        Raises ReplibError if the existing one has another recipe or other prompts.
         """
         if not self.path(number).exists():
             return False
@@ -194,7 +194,7 @@ class Shards:
         provenance: dict[str, str],
         labels: Sequence[str] = (),
     ) -> Path:
-        """Say what the shards are together; from now on they can be read."""
+        """Write the index of the shards, which makes the folder readable."""
         about = {
             "layers": list(layers),
             "positions": positions,
@@ -207,7 +207,7 @@ class Shards:
         return self.folder
 
     def index(self) -> dict[str, Any]:
-        """What ``finish`` said, or an error if it never came to that."""
+        """Index written by ``finish``; raises ReplibError if the capture is unfinished."""
         file = self.folder / INDEX
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
@@ -218,7 +218,7 @@ class Shards:
     def read(
         self, site: str, layers: Sequence[int], prompts: range, sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """Values of a stretch of prompts, and the prompt of each vector where there is one a token."""
+        """Values of a range of prompts; prompt index of each vector, if stored."""
         found: list[Tensor] = []
         owners: list[Tensor] = []
         start = 0
@@ -247,16 +247,16 @@ def _check_replaceable(folder: Path) -> None:
     """Raise ReplibError if a folder holds anything but activations."""
     files = folder.iterdir() if folder.is_dir() else ()
     if foreign := [f.name for f in files if f.name != INDEX and not f.name.startswith("shard-")]:
-        raise ReplibError(f"{folder} is no folder of activations (it holds {foreign[0]}): choose another name.")
+        raise ReplibError(f"{folder} holds {foreign[0]}, which is not part of any activations: choose another folder.")
 
 
 def texts_of(prompts: Sequence[str]) -> dict[str, Any]:
-    """What a shard says of its prompts."""
+    """Number and hashes of the prompts, for the metadata of a shard."""
     return {"n": len(prompts), "texts": _hashes(prompts)}
 
 
 def _hashes(prompts: Iterable[str]) -> list[str]:
-    """Eight hex digits a prompt: enough to see that a list is not the one of before."""
+    """Eight hex digits per prompt, to detect a changed list."""
     return [hashlib.sha256(p.encode()).hexdigest()[:8] for p in prompts]
 
 

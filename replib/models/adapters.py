@@ -78,7 +78,7 @@ def detached(model: ChatModel) -> ChatModel:
 
 
 def unfrozen(model: ChatModel) -> ChatModel:
-    """The model with all weights in training, and a copy of what it was as ``frozen``.
+    """Model with all weights trainable, and a copy of the start weights as ``frozen``.
 
     Raises:
         ReplibError: the model carries an adapter, or its weights are quantised.
@@ -173,7 +173,7 @@ def _adapter_folder(adapter: str) -> Path:
         return Path(snapshot_download(adapter, allow_patterns=["adapter_*", "replib.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ReplibError(
-            f"{adapter!r} is no folder here, and the hub gives no adapter of that name: {str(error).splitlines()[0]} "
+            f"{adapter!r} is not a local folder, and the hub has no such adapter: {str(error).splitlines()[0]} "
             "Check the spelling and the network, or pass a folder."
         ) from error
 

@@ -100,7 +100,7 @@ class ChatModel:
         return getattr(config, "max_position_embeddings", None) or 1 << 30
 
     def provenance(self) -> dict[str, str]:
-        """What a result must carry about the model that gave it."""
+        """Provenance of the model, for its results."""
         return {
             "model": self.name,
             "revision": self.revision or "",
@@ -219,7 +219,7 @@ class ChatModel:
         return answers
 
     def complete(self, batch: Batch, max_new_tokens: int) -> list[str]:
-        """What follows each row of one batch, greedily, without special tokens."""
+        """Greedy continuation of each row, without special tokens."""
         return self.replied(batch, max_new_tokens)[1]
 
     def replied(
@@ -263,7 +263,7 @@ class ChatModel:
         return batch.answered(new, ~self.ends(new).cumsum(dim=1).bool())
 
     def ends(self, tokens: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows tokens"]:
-        """Which tokens end an answer; several may, and none where the model knows no end."""
+        """Mask of the end-of-sequence tokens; all False if the model has none."""
         ends = self.model.generation_config.eos_token_id
         return torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device).long())
 

@@ -93,7 +93,7 @@ class Template:
         return [_apart(i, t, p, before, after) for i, (t, p) in enumerate(zip(texts, prompts, strict=True))]
 
     def _frame(self, system: str | None) -> tuple[str, str]:
-        """What stands before and after the instruction, or after its last copy where the template repeats it."""
+        """Template text before and after the instruction (its last copy, if the template repeats it)."""
         text = self.render([MARK], system)[0]
         before, mark, after = text.rpartition(MARK)
         if not mark:

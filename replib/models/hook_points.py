@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class HookPoint:
-    """Where a site is read: the output of a module, or its input."""
+    """Module of a site; ``after`` is True for its output, False for its input."""
 
     module: nn.Module
     after: bool

@@ -32,9 +32,9 @@ def hooked(model: ChatModel, hooks: Mapping[tuple[str, int], Hook]) -> Iterator[
 
 
 def hook_point(model: ChatModel, site: str, layer: int) -> HookPoint:
-    """Where a site of a block is.
+    """Hook point of a site of a block.
 
-    Raises ReplibError for an unknown site, or one that this architecture does not have.
+    Raises ReplibError for an unknown site, or one that this architecture lacks.
     """
     check_site(site)
     points = model.hook_points[layer]

@@ -1,4 +1,4 @@
-"""Which token is what: rows of token ids that know their instruction, and batches with a mask for every role."""
+"""Token ids of prompts: rows with instruction and response borders, padded batches with a mask per role."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Batch:
         return Batch(**{f.name: change(f.name, getattr(self, f.name)) for f in fields(self)})
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model itself takes."""
+        """Arguments of the model's forward pass."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -195,7 +195,7 @@ class TokenSelection:
 
 
 def choose(batch: Batch, positions: Sequence[Position], pool: str = "mean") -> TokenSelection:
-    """Where the wanted positions of a batch are, checked once, before it is read."""
+    """Selection of the wanted positions of a batch; raises ReplibError if a row lacks one."""
     if pool == "none":
         mask = _filled(batch, str(positions[0]))
         return TokenSelection(

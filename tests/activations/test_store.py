@@ -193,7 +193,7 @@ def test_saving_replaces_activations_and_nothing_else(model, tmp_path):
     acts.save(tmp_path / "acts", shard=4)
     assert len(list(acts.save(tmp_path / "acts").glob("shard-*"))) == 1
     (tmp_path / "acts" / "thesis.tex").write_text("")
-    with pytest.raises(ReplibError, match=r"no folder of activations \(it holds thesis.tex\)"):
+    with pytest.raises(ReplibError, match=r"holds thesis.tex, which is not part of any activations"):
         acts.save(tmp_path / "acts")
     assert (tmp_path / "acts" / "thesis.tex").exists()
 

@@ -166,7 +166,7 @@ def test_an_adapter_that_the_hub_does_not_give_is_named(folder, monkeypatch):
         raise OSError("no network\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(ReplibError, match="'somebody/adapter' is no folder here, and the hub .*no network Check"):
+    with pytest.raises(ReplibError, match="'somebody/adapter' is not a local folder, and the hub .*no network Check"):
         load(folder, adapter="somebody/adapter")
 
 
