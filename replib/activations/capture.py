@@ -12,117 +12,103 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from replib.activations.config import CaptureConfig
 from replib.activations.reader import Reader, Request, State
 from replib.activations.store import SHARD, Activations, Shards, texts_of
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.core.storage import content_hash, versions
 from replib.models.chat_model import ChatModel
-from replib.models.tokens import SPANS, Position, Row
-
-
-class How(NamedTuple):
-    """Arguments of ``capture`` that leave the vectors of a prompt unchanged."""
-
-    responses: Sequence[str] | None = None
-    batch_size: int = 64
-    labels: Sequence[str] = ()
+from replib.models.tokens import SPANS, Row
 
 
 @torch.no_grad()
-def capture(  # noqa: PLR0913
+def capture(
     model: ChatModel,
     prompts: Sequence[str],
+    config: CaptureConfig | None = None,
     *,
     responses: Sequence[str] | None = None,
-    site: str = "resid_post",
-    layers: Sequence[int] | None = None,
-    positions: Position | Sequence[Position] = "last_prompt",
-    pool: str = "mean",
-    max_new_tokens: int = 0,
-    system: str | None = None,
-    overflow: str = "refuse",
-    short: str = "refuse",
-    batch_size: int = 64,
-    dtype: torch.dtype = torch.float32,
     labels: Sequence[str] = (),
+    **changes: Any,
 ) -> Activations:
     """Activations of prompts (with teacher-forced or generated responses) at one site of some blocks.
 
     Args:
-        model: the model to read; wrap the call in ``model.adapter_off()`` to read its base.
+        model: the model to read; inside ``model.adapter_off()`` its base is read.
         prompts: instructions, as text; the chat template is applied here.
-        responses: one text per prompt, read after it.
-        site: one of ``SITES`` in `replib.models.hooks`.
-        layers: block indices, default all; negative ones count from the last.
-        positions: ``last_prompt``; a span (``instruction``, ``post_instruction``, ``prompt``, ``response``, ``all``);
-            an integer offset from the first response token (-1 is the last prompt token, 0 the first response
-            token); or a sequence of these.
-        pool: "mean" averages a span over its tokens in float32; "none" returns every token of one span.
-        max_new_tokens: length of a greedy answer that the model writes first, used as the response: position k is
-            the state at decode step k.
-        system: a system prompt before each prompt.
-        overflow: "refuse" or "truncate" a prompt longer than the context.
-        short: "refuse" or "leave_out" a prompt that lacks a wanted token, for example because its answer ends early.
-        batch_size: largest number of prompts in one forward pass; halved when memory runs out.
-        dtype: type of the result; pooling is done in float32.
-        labels: one per prompt, stored with the result.
+        config: sites, blocks, tokens and batch size; default ``CaptureConfig()``.
+        responses: text that follows each prompt.
+        labels: one a prompt, stored with the result.
+        changes: single fields of the configuration, for example ``layers=[5]``.
 
     Returns:
-        Vectors on the CPU, in the order of the prompts; ``prompt`` is the index of each vector's prompt if some are
-        left out.
+        Vectors on the CPU, in the order of the prompts; ``prompt`` holds the prompt of each where some are left out.
 
     Raises:
-        ReplibError: layer, site or position unknown, no prompts, an empty span, an answer that ends before the wanted
-            token (unless left out), non-finite activations, a single prompt that exceeds the memory.
+        ReplibError: layer, site, position or option unknown, no prompts, an empty span, an answer that ends before the
+            wanted token (unless left out), non-finite activations, a prompt that alone does not fit into memory.
     """
-    what = {"pool": pool, "max_new_tokens": max_new_tokens, "system": system, "overflow": overflow, "dtype": dtype}
-    what |= {"short": short}
-    ask = Request.of(model, site=site, layers=layers, positions=positions, **what)
-    return _captured(model, prompts, ask, How(responses, batch_size, labels))[0][site]
+    config = CaptureConfig.of(config, changes)
+    return _captured(model, prompts, config, responses, labels)[0][config.sites[0]]
 
 
 def capture_sites(
     model: ChatModel, prompts: Sequence[str], sites: Sequence[str], **options: Any
 ) -> dict[str, Activations]:
-    """Activations at several sites from one pass; same options as ``capture``."""
-    return _captured(model, prompts, *parted(model, options | {"site": sites}))[0]
+    """Activations at several sites from one pass; options are those of ``capture``."""
+    responses, labels = options.pop("responses", None), options.pop("labels", ())
+    return _captured(model, prompts, CaptureConfig.of(None, options | {"site": sites}), responses, labels)[0]
 
 
-def capture_pair(model: ChatModel, prompts: Sequence[str], **options: Any) -> tuple[Activations, Activations]:
-    """Activations with the adapter on and off, (bent, base), from the same batches in the same order.
+def capture_pair(
+    model: ChatModel,
+    prompts: Sequence[str],
+    config: CaptureConfig | None = None,
+    *,
+    responses: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
+    **changes: Any,
+) -> tuple[Activations, Activations]:
+    """Activations with the adapter on and with it off, (bent, base): the same batches in the same order.
 
-    Same options as ``capture``; with ``max_new_tokens`` both read the answers of the bent model.
+    Arguments are those of ``capture``; with ``max_new_tokens`` both read what the bent model writes.
 
     Raises:
         ReplibError: as ``capture``; the model carries no adapter, or one merged into its weights.
     """
     if not model.adapter:
         raise ReplibError(f"{model.name} carries no adapter, so there is no pair: load it with adapter=….")
-    ask, how = parted(model, options)
-    bent, base = _captured(model, prompts, ask, how, [nullcontext, model.adapter_off])
-    return bent[ask.sites[0]], base[ask.sites[0]]
+    config = CaptureConfig.of(config, changes)
+    bent, base = _captured(model, prompts, config, responses, labels, [nullcontext, model.adapter_off])
+    return bent[config.sites[0]], base[config.sites[0]]
 
 
 def stream(
-    model: ChatModel, prompts: Iterable[str], *, window: int = SHARD, **options: Any
+    model: ChatModel,
+    prompts: Iterable[str],
+    config: CaptureConfig | None = None,
+    *,
+    window: int = SHARD,
+    responses: Iterable[str] | None = None,
+    **changes: Any,
 ) -> Iterator[Float[Tensor, "layers vectors ... dim"]]:
     """Activations of any number of prompts, yielded ``window`` prompts at a time.
 
     Same options as ``capture``. Pass the pieces to `Moments` for means, covariances and PCA in memory that is
     constant in the number of prompts.
     """
-    ask, how = parted(model, options)
-    reader = Reader(model, ask, how.batch_size)
-    texts, answers = iter(prompts), iter(how.responses or ())
+    config = CaptureConfig.of(config, changes)
+    reader = Reader(model, ask := Request.of(model, config), config.batch_size)
+    texts, answers = iter(prompts), iter(responses or ())
     while part := list(islice(texts, window)):
-        values, _ = reader.read(part, list(islice(answers, window)) if how.responses else None)[0]
+        values, _ = reader.read(part, list(islice(answers, window)) if responses else None)[0]
         yield _shaped(values, ask)[0]
 
 
@@ -130,10 +116,13 @@ def capture_to(
     model: ChatModel,
     prompts: Sequence[str],
     folder: Path | str,
+    config: CaptureConfig | None = None,
     *,
+    responses: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
     shard: int = SHARD,
     part: tuple[int, int] = (0, 1),
-    **options: Any,
+    **changes: Any,
 ) -> Path:
     """Capture to a folder of shards; existing shards are reused, so an interrupted capture resumes.
 
@@ -142,79 +131,87 @@ def capture_to(
     Args:
         model: as in ``capture``.
         prompts: as in ``capture``.
-        folder: destination of the shards, for `Activations.load`.
-        shard: number of prompts per file, and in memory at a time.
-        part: (i, n): process i of n writes every n-th shard from the i-th on; `finish_capture` joins them.
-        options: as in ``capture``; ``site`` may be a sequence.
+        folder: receives the shards; `Activations.load` reads them.
+        shard: prompts in a file, and in memory at a time.
+        part: (i, n): only every n-th shard from the i-th on, for process i of n; `finish_capture` joins them.
+        config, responses, labels, changes: as in ``capture``; ``site`` may be several.
 
     Raises:
         ReplibError: as ``capture``; the folder holds activations of another model, request or list of prompts.
     """
-    ask, how = parted(model, options)
-    reader, shards = Reader(model, ask, how.batch_size), Shards(Path(folder), _recipe(model, ask, shard))
-    there = kept(model, prompts, folder, shard=shard, **options)  # every shard, so no part extends another capture
-    wanted = list(enumerate(windows(prompts, how.responses, shard)))
+    config = CaptureConfig.of(config, changes)
+    ask = Request.of(model, config)
+    reader, shards = Reader(model, ask, config.batch_size), Shards(Path(folder), _recipe(model, ask, shard))
+    there = _on_disk(shards, prompts, responses, shard)  # of all parts: none is added to another capture
+    wanted = list(enumerate(_windows(prompts, responses, shard)))
     for number, (texts, answers) in progress(wanted[part[0] :: part[1]], "shards"):
         if not there[number]:
             values, owner = reader.read(texts, answers)[0]
             shards.write(number, _tensors(values, owner, ask), texts_of(_joined(texts, answers)))
-    return shards.folder if part[1] > 1 else finish_capture(model, prompts, folder, shard=shard, **options)
+    if part[1] > 1:
+        return shards.folder
+    return finish_capture(model, prompts, folder, config, responses=responses, labels=labels, shard=shard)
 
 
 def finish_capture(
-    model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
+    model: ChatModel,
+    prompts: Sequence[str],
+    folder: Path | str,
+    config: CaptureConfig | None = None,
+    *,
+    responses: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
+    shard: int = SHARD,
+    **changes: Any,
 ) -> Path:
-    """Join shards written by several processes with the same arguments; raises ReplibError if one is missing."""
-    ask, how = parted(model, options)
+    """Join the shards that several processes wrote with the same arguments; raises ReplibError if one is missing."""
+    ask = Request.of(model, CaptureConfig.of(config, changes))
     shards = Shards(Path(folder), _recipe(model, ask, shard))
-    there = kept(model, prompts, folder, shard=shard, **options)
+    there = _on_disk(shards, prompts, responses, shard)
     if not all(there):
         missing = shards.path(there.index(False))
-        raise ReplibError(f"{missing} is missing: run the capture again to write the missing shards.")
-    about = provenance(model, ask, prompts, how.responses)
-    return shards.finish(ask.layers, ask.named_positions, ask.sites, about, how.labels)
+        raise ReplibError(f"{missing} is missing: run the capture again, it makes what is missing.")
+    return shards.finish(ask.layers, ask.named_positions, ask.sites, provenance(model, ask, prompts, responses), labels)
 
 
-def kept(
-    model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
-) -> list[bool]:
-    """Flags of a capture's shards: True if the shard is on disk.
+def _on_disk(shards: Shards, prompts: Sequence[str], responses: Sequence[str] | None, shard: int) -> list[bool]:
+    """Whether each shard of a capture is on disk.
 
     Raises ReplibError if the folder holds another model, request or list of prompts, or more prompts than given.
     """
-    ask, how = parted(model, options)
-    shards = Shards(Path(folder), _recipe(model, ask, shard))
-    found = [shards.has(i, _joined(*window)) for i, window in enumerate(windows(prompts, how.responses, shard))]
-    if shards.path(len(found)).exists():
+    there = [shards.has(i, _joined(*window)) for i, window in enumerate(_windows(prompts, responses, shard))]
+    if shards.path(len(there)).exists():
         raise ReplibError(
-            f"{folder} holds more prompts than these: choose another folder (--name), or delete that one."
+            f"{shards.folder} holds more prompts than these: choose another folder (--name), or delete that one."
         )
-    return found
-
-
-def parted(model: ChatModel, options: dict[str, Any]) -> tuple[Request, How]:
-    """Options of ``capture``, split into the request and how to run it."""
-    what = {name: value for name, value in options.items() if name not in How._fields}
-    return Request.of(model, **what), How(**{name: options[name] for name in options.keys() - what.keys()})
+    return there
 
 
 def _captured(
-    model: ChatModel, prompts: Sequence[str], ask: Request, how: How, states: Sequence[State] = (nullcontext,)
+    model: ChatModel,
+    prompts: Sequence[str],
+    config: CaptureConfig,
+    responses: Sequence[str] | None,
+    labels: Sequence[str],
+    states: Sequence[State] = (nullcontext,),
 ) -> list[dict[str, Activations]]:
     """Activations by site, for each state of the model."""
-    read = Reader(model, ask, how.batch_size, states).read(prompts, how.responses)
+    ask = Request.of(model, config)
+    read = Reader(model, ask, config.batch_size, states).read(prompts, responses)
     found = []
     for state, (values, owner) in zip(states, read, strict=True):
         with state():
-            found.append(packed(values, owner, ask, how, provenance(model, ask, prompts, how.responses)))
+            found.append(packed(values, owner, ask, labels, provenance(model, ask, prompts, responses)))
     return found
 
 
-def packed(values: Tensor, owner: Tensor, ask: Request, how: How, about: dict[str, str]) -> dict[str, Activations]:
-    """Activations by site, from the tensors of a reader."""
-    if how.labels and len(how.labels) != int(about["n"]):
-        raise ReplibError(f"{about['n']} prompts, but {len(how.labels)} labels: give one label a prompt.")
-    rest = (about, tuple(how.labels), owner if ask.owned else None)
+def packed(
+    values: Tensor, owner: Tensor, ask: Request, labels: Sequence[str], about: dict[str, str]
+) -> dict[str, Activations]:
+    """Activations by site, made of the tensors of a reader."""
+    if labels and len(labels) != int(about["n"]):
+        raise ReplibError(f"{about['n']} prompts, but {len(labels)} labels: give one label a prompt.")
+    rest = (about, tuple(labels), owner if ask.owned else None)
     by_site = zip(ask.sites, _shaped(values, ask), strict=True)
     return {site: Activations(v, ask.layers, ask.named_positions, site, *rest) for site, v in by_site}
 
@@ -246,7 +243,7 @@ def _recipe(model: ChatModel, ask: Request, shard: int) -> dict[str, Any]:
     return by_content | versions() | ask.recipe() | {"shard": shard, "weights": str(model.dtype)}
 
 
-def windows(
+def _windows(
     prompts: Sequence[str], responses: Sequence[str] | None, size: int
 ) -> Iterator[tuple[Sequence[str], Sequence[str] | None]]:
     """Consecutive slices of ``size`` prompts, with their responses."""
@@ -283,17 +280,24 @@ class CaptureCost:
 
 
 def capture_cost(
-    model: ChatModel, prompts: Sequence[str], folder: Path | str, *, shard: int = SHARD, **options: Any
+    model: ChatModel,
+    prompts: Sequence[str],
+    folder: Path | str,
+    config: CaptureConfig | None = None,
+    *,
+    responses: Sequence[str] | None = None,
+    shard: int = SHARD,
+    **changes: Any,
 ) -> CaptureCost:
     """Cost of ``capture_to`` with the same arguments; tokenises every prompt and runs none.
 
     Raises:
         ReplibError: as ``capture_to`` before its first pass; or the disk has too little room.
     """
-    ask, how = parted(model, options)
-    there = kept(model, prompts, folder, shard=shard, **options)
+    ask = Request.of(model, CaptureConfig.of(config, changes))
+    there = _on_disk(Shards(Path(folder), _recipe(model, ask, shard)), prompts, responses, shard)
     tokens, sizes = 0, []
-    for texts, answers in windows(prompts, how.responses, shard):
+    for texts, answers in _windows(prompts, responses, shard):
         rows = model.tokenize(texts, answers, system=ask.system, overflow=ask.overflow)
         tokens += sum(map(len, rows))
         sizes.append(_bytes(rows, ask, model.d_model))

@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from replib.activations.config import CaptureConfig
 from replib.core.errors import ReplibError
 from replib.core.progress import progress
 from replib.models.chat_model import ChatModel, check_layers, evaluating
 from replib.models.forward import StopForward
-from replib.models.hooks import Hook, check_site, hooked
+from replib.models.hooks import Hook, hooked
 from replib.models.prefix_cache import SharedPrefix, has_no_hooks, read_prefix, shared_length
-from replib.models.tokens import SPANS, Batch, Position, Row, TokenSelection, check_positions, choose, complete
+from replib.models.tokens import Batch, Position, Row, TokenSelection, choose, complete
 
 State = Callable[[], AbstractContextManager]
 # Largest number of tokens in a batch, padding included. On two CPU cores larger batches took memory and saved no
@@ -27,7 +28,7 @@ ON_CPU, ON_DEVICE = 1024, 8192
 
 @dataclass(frozen=True)
 class Request:
-    """Sites, layers and positions to read of each prompt; ``capture`` explains the fields."""
+    """Sites, blocks and tokens that a reader reads of each prompt; see ``CaptureConfig``."""
 
     sites: tuple[str, ...]
     layers: tuple[int, ...]
@@ -41,33 +42,20 @@ class Request:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(
-        cls,
-        model: ChatModel,
-        *,
-        site: str | Sequence[str] = "resid_post",
-        layers: Sequence[int] | None = None,
-        positions: Position | Sequence[Position] = "last_prompt",
-        **more: Any,
-    ) -> Request:
-        """Request from the arguments of ``capture``; raises ReplibError for an invalid one."""
-        picks = [positions] if isinstance(positions, str | int) else list(positions)
-        asked = cls(
-            tuple(check_site(s) for s in ([site] if isinstance(site, str) else site)),
-            tuple(check_layers(model, range(model.n_layers) if layers is None else layers)),
-            tuple(check_positions(picks)),
-            isinstance(positions, str | int),
-            **more,
+    def of(cls, model: ChatModel, config: CaptureConfig) -> Request:
+        """The request of a configuration to this model; raises ReplibError for a block that it does not have."""
+        return cls(
+            config.sites,
+            tuple(check_layers(model, range(model.n_layers) if config.layers is None else config.layers)),
+            config.picks,
+            config.single,
+            config.pool,
+            config.max_new_tokens,
+            config.system,
+            config.overflow,
+            config.short,
+            config.dtype,
         )
-        if asked.pool not in ("mean", "none"):
-            raise ReplibError(
-                f"Unknown pooling {asked.pool!r}: use 'mean' (one vector a prompt) or 'none' (one a token)."
-            )
-        if asked.pool == "none" and (not asked.single or picks[0] not in SPANS):
-            raise ReplibError(f"pool='none' takes one span ({', '.join(SPANS)}), not positions={positions!r}.")
-        if asked.short not in ("refuse", "leave_out"):
-            raise ReplibError(f"short={asked.short!r}: say 'refuse' or 'leave_out'.")
-        return asked
 
     @property
     def named_positions(self) -> Position | tuple[Position, ...]:

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations.capture import packed, parted, provenance
+from replib.activations.capture import packed, provenance
+from replib.activations.config import CaptureConfig
 from replib.activations.reader import Reader, Request
 from replib.activations.store import Activations
 from replib.core.errors import ReplibError
@@ -31,26 +32,36 @@ KEY = "NDIF_API_KEY"
 Where = Literal["local"] | bool
 
 
-def trace_capture(model: ChatModel, prompts: Sequence[str], *, remote: Where = False, **options: Any) -> Activations:
-    """Activations of prompts, with the options and the result of `activations.capture`.
+def trace_capture(
+    model: ChatModel,
+    prompts: Sequence[str],
+    config: CaptureConfig | None = None,
+    *,
+    responses: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
+    remote: Where = False,
+    **changes: Any,
+) -> Activations:
+    """Activations of prompts through nnsight; arguments and result are those of ``capture``.
 
     Args:
         model: as for ``capture``; for NDIF an `outline` is enough.
         prompts: as for ``capture``.
-        remote: False traces in this process; True runs on NDIF and returns the wanted positions alone; "local"
-            packs the request as for NDIF and runs it here on freshly loaded weights, as a rehearsal.
-        options: as for ``capture``.
+        remote: False traces here; True runs on NDIF, and only the wanted positions travel back; "local" packs
+            the request as for NDIF and runs it here on freshly loaded weights, to try it before sending it.
+        config, responses, labels, changes: as for ``capture``; the default batch is 16 prompts.
 
     Raises:
         ReplibError: as `capture`; nnsight or the key is absent; NDIF cannot load this model, or fails;
             ``max_new_tokens`` is given with ``remote``.
     """
-    ask, how = parted(model, {"batch_size": 16} | options)
+    config = CaptureConfig.of(config or CaptureConfig(batch_size=16), changes)
+    ask = Request.of(model, config)
     if remote and ask.max_new_tokens:
         raise ReplibError("Answers are not written remotely: write them first and pass them as responses=….")
-    values, owner = TraceReader(model, ask, how.batch_size, remote).read(prompts, how.responses)[0]
-    about = provenance(model, ask, prompts, how.responses) | _where(remote)
-    return packed(values, owner, ask, how, about)[ask.sites[0]]
+    values, owner = TraceReader(model, ask, config.batch_size, remote).read(prompts, responses)[0]
+    about = provenance(model, ask, prompts, responses) | _where(remote)
+    return packed(values, owner, ask, labels, about)[ask.sites[0]]
 
 
 class TraceReader(Reader):

@@ -57,14 +57,14 @@ def run_capture(  # noqa: PLR0913
     how["dtype"] = {"float32": torch.float32, "bfloat16": torch.bfloat16}[stored_dtype]
     with together() as part:
         texts, labels = _texts(settings, prompts)
-        how |= {"labels": labels} if any(labels) else {}
+        own: dict[str, Any] = {"labels": labels if any(labels) else ()}
         model = load(settings.model, adapter=settings.adapter, device=own_device(settings.device), dtype=settings.dtype)
         folder = settings.out / "activations" / (name or _model_name(settings))
         if is_first():
             print(f"{capture_cost(model, texts, folder, **how)}: {folder}", flush=True)
-        capture_to(model, texts, folder, part=part, **how)
+        capture_to(model, texts, folder, part=part, **own, **how)
     if part[1] > 1 and is_first():
-        finish_capture(model, texts, folder, **how)
+        finish_capture(model, texts, folder, **own, **how)
     return folder
 
 
