@@ -1,4 +1,4 @@
-"""A fresh LoRA adapter on the linear layers of a model's blocks, where wanted moved off its stationary start."""
+"""LoRA adapters: creation, perturbed start, loading, removal and merging; and full-weight training copies."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ def attached_lora(
     modules: Collection[str] | None = None,
     name: str = "untrained",
 ) -> ChatModel:
-    """The model with LoRA on linear layers of some blocks, None: all of them; LoRA-B is zero.
+    """Model with new LoRA matrices on linear layers of some blocks; LoRA-B is zero.
 
     Args:
         model: an adapter-free model.
-        rank: of the matrices A and B.
-        alpha: their product is multiplied by alpha / rank.
-        dropout: share of the inputs of A that is zeroed in training.
-        blocks: indices of the adapted blocks.
-        modules: names of the adapted layers as they end, for example ``["q_proj", "v_proj"]`` or ``["mlp.c_proj"]``.
-        name: what results are told about the adapter until it is saved.
+        rank: rank of the matrices A and B.
+        alpha: B A is multiplied by alpha / rank.
+        dropout: fraction of the inputs of A zeroed in training.
+        blocks: indices of the adapted blocks, default all.
+        modules: suffixes of the adapted layers, for example ``["q_proj", "v_proj"]`` or ``["mlp.c_proj"]``; default
+            all linear layers.
+        name: adapter name in provenance until it is saved.
 
     Raises:
         ReplibError: the model carries an adapter already, or has no such layers.
@@ -61,19 +62,19 @@ def attached_lora(
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tied embeddings are not adapted: peft's advice on merging does not apply
+        warnings.simplefilter("ignore")  # peft's advice on tied embeddings does not apply: they are not adapted
         peft_model = get_peft_model(model.causal_lm, lora)
     return model.rebind(peft_model, adapter=name)
 
 
 def detached(model: ChatModel) -> ChatModel:
-    """The model that an adapter was put onto, with the same weights; the adapter is gone.
+    """Model without its adapter, sharing the base weights.
 
     Raises:
         ReplibError: the model carries no adapter, or a merged one.
     """
     if not hasattr(model.model, "unload"):
-        raise ReplibError(f"{model.name} carries no adapter that could be taken off.")
+        raise ReplibError(f"{model.name} carries no adapter to remove.")
     return model.rebind(model.model.eval().unload())
 
 
@@ -93,7 +94,7 @@ def unfrozen(model: ChatModel) -> ChatModel:
 
 @torch.no_grad()
 def undone(tuned: ChatModel) -> None:
-    """The model that training was begun on is as it was."""
+    """Restore the model to its state before training."""
     if tuned.frozen is None:
         detached(tuned)
         return
@@ -103,7 +104,7 @@ def undone(tuned: ChatModel) -> None:
 
 
 def _linear(model: ChatModel) -> set[str]:
-    """Paths of the linear layers in their blocks; GPT-2's are called Conv1D and hold their transpose."""
+    """Paths of the linear layers within blocks; GPT-2 uses Conv1D, with transposed weights."""
     return {
         name
         for block in model.blocks
@@ -114,7 +115,7 @@ def _linear(model: ChatModel) -> set[str]:
 
 @torch.no_grad()
 def perturb(model: ChatModel, std: float, seed: int) -> None:
-    """Draw LoRA-B from a normal distribution instead of zeros, so that every term has a gradient at the first step."""
+    """Draw LoRA-B from N(0, std²) instead of zeros, so that every loss term has a gradient at the first step."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.model.named_parameters():
         if "lora_B" in name:
@@ -122,14 +123,14 @@ def perturb(model: ChatModel, std: float, seed: int) -> None:
 
 
 def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
-    """The model with a saved LoRA adapter on top; the weights are shared, and ``adapter_off`` gives the base back.
+    """Model with a saved LoRA adapter; the base weights are shared, and ``adapter_off`` restores the base.
 
     Args:
-        model: what the adapter was trained on.
-        adapter: its folder, or its id on the Hugging Face hub.
+        model: base model of the adapter.
+        adapter: folder or Hugging Face id.
 
     Raises:
-        ReplibError: no adapter there, or one that was trained on another base.
+        ReplibError: no adapter found, or an adapter of another base.
     """
     from peft import PeftModel
 
@@ -143,7 +144,7 @@ def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
     expected = json.loads(card.read_text()).get("fingerprint") if card.exists() else None
     if expected and getattr(model.causal_lm, "is_quantized", False):
         warnings.warn(
-            f"Whether the adapter in {str(folder)!r} fits cannot be told: the base is quantised.", stacklevel=3
+            f"The base of the adapter in {str(folder)!r} cannot be verified: this model is quantised.", stacklevel=3
         )
     elif expected not in (None, found := fingerprint(model.causal_lm)):
         raise ReplibError(
@@ -152,7 +153,7 @@ def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing a user can do
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, outside the user's control
             peft_model = PeftModel.from_pretrained(model.causal_lm, folder)
     except (RuntimeError, ValueError) as error:
         raise ReplibError(
@@ -163,7 +164,7 @@ def attached(model: ChatModel, adapter: Path | str) -> ChatModel:
 
 
 def _adapter_folder(adapter: str) -> Path:
-    """A folder as it is; the folder into which a hub id was downloaded."""
+    """Folder as given, or the download folder of a hub id."""
     if Path(adapter).exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
         return Path(adapter)
     from huggingface_hub import snapshot_download
@@ -179,15 +180,15 @@ def _adapter_folder(adapter: str) -> Path:
 
 
 def merged(model: ChatModel) -> ChatModel:
-    """The bent model with its adapter added into the weights: half the work a pass, the same logits up to rounding.
+    """Model with its adapter merged into the weights: half the work per pass, the same logits up to rounding.
 
-    For inference only: the model that is given is used up, and ``adapter_off`` of the merged one raises.
+    For inference only: the given model is consumed, and ``adapter_off`` of the merged one raises ReplibError.
     """
     return _merged(model, model.model)
 
 
 def merged_copy(model: ChatModel) -> ChatModel:
-    """``merged`` of a copy, to measure a model during its training; the given model stays as it is."""
+    """``merged`` of a copy, to measure a model during training; the given model is unchanged."""
     return _merged(model, deepcopy(model.model))
 
 

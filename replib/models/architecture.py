@@ -1,4 +1,4 @@
-"""The parts of a decoder, found by structure: blocks, final norm, unembedding; and hashes of its weights."""
+"""Blocks, final norm and unembedding of a decoder, found by structure; hashes of its weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Dotted paths, from the causal LM, of the parts that are read and edited."""
+    """Dotted paths of the parts of a causal LM."""
 
     blocks: str
     final_norm: str
@@ -32,13 +32,12 @@ class Architecture:
 def find_architecture(model: Any) -> Architecture:
     """Blocks, final norm and unembedding of a decoder, by structure alone.
 
-    Blocks are the module list as long as the config says. Where several are (a vision tower beside the text decoder,
-    experts inside a block), it is the one nearest the token embedding, and of these the one with most parameters.
-    The norm is the first beside the blocks that follows them and is as wide as the stream; the unembedding is the
-    output head.
+    Blocks are the module list with the length in the config. Of several (a vision tower beside the text decoder,
+    experts inside a block) it is the one nearest the token embedding, then the one with most parameters. The final
+    norm is the first sibling after the blocks with the width of the stream; the unembedding is the output head.
 
     Raises:
-        ReplibError: a part is not there; the message shows the line that names it.
+        ReplibError: a part is missing; the message shows how to name it.
     """
     depth = text_config(model.config).num_hidden_layers
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -67,7 +66,7 @@ def _path_of(model: nn.Module, part: nn.Module) -> str:
 
 
 def _shared_steps(path: str, other: str) -> int:
-    """Number of steps that two dotted paths begin with together."""
+    """Number of leading steps that two dotted paths share."""
     return len(os.path.commonprefix([path.split("."), other.split(".")]))
 
 
@@ -76,7 +75,7 @@ def _size(part: nn.Module) -> int:
 
 
 def _fits(norm: nn.Module, width: int) -> bool:
-    """Whether a norm is as wide as the stream; one without weights fits any."""
+    """Whether a norm has the width of the stream; a norm without weights fits any."""
     return all(p.numel() == width for p in norm.parameters())
 
 
@@ -96,8 +95,8 @@ def text_config(config: Any) -> Any:
 def fingerprint(model: PreTrainedModel) -> str:
     """Sixteen hex digits that change when the base weights do, with or without an adapter on them.
 
-    A hash of 512 entries each of the first, the middle and the last two weights, read from disk where they were
-    offloaded. Quantised weights have another one than those that they were made of.
+    Hash of 512 entries each of the first, the middle and the last two weights, read from disk if offloaded.
+    Quantisation changes it.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     weights = [(n, p) for n, p in model.named_parameters() if "lora_" not in n]
@@ -109,7 +108,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _materialised(model: nn.Module, name: str, weight: Tensor) -> Tensor:
-    """The weight itself, where accelerate's hook holds it outside the model."""
+    """Weight in memory, also if accelerate offloaded it."""
     if not weight.is_meta:
         return weight
     from accelerate.utils import align_module_device, has_offloaded_params
@@ -123,7 +122,7 @@ def _materialised(model: nn.Module, name: str, weight: Tensor) -> Tensor:
 
 
 def adapter_hash(model: nn.Module) -> str:
-    """Sixteen hex digits of all that an adapter adds, in the order of its names; "" where there is none."""
+    """Sixteen hex digits of all adapter weights, in the order of their names; "" without an adapter."""
     added = sorted(_added(model), key=lambda pair: pair[0])
     digest = hashlib.sha256()
     for name, weight in added:

@@ -1,4 +1,4 @@
-"""A decoder that chats: prompts become tokens, each token's role is known, answers are generated.
+"""Chat model: a decoder with its tokenizer, chat template, token roles and generation.
 
 ChatModel
 ├── blocks       the decoder blocks; block i writes resid_post[i]
@@ -27,22 +27,22 @@ from replib.models.tokens import Batch, Row, fitted, padded
 
 
 class ChatModel:
-    """A decoder with its tokenizer: what every other module reads, edits and trains.
+    """Decoder with its tokenizer, the object that every other module reads, edits or trains.
 
     ``model`` is the causal LM, or the PeftModel around it when an adapter is loaded.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, name: str, **about: Any):
-        self.model: Any = model  # torch types the attributes of a module as tensors
+        self.model: Any = model  # torch types attributes of modules as tensors
         self.tokenizer, self.name = tokenizer, name
         self.revision: str | None = about.get("revision")
         self.adapter: str | None = about.get("adapter")
-        self.merged: str = about.get("merged", "")  # hash of an adapter that was added into the weights
+        self.merged: str = about.get("merged", "")  # hash of the adapter merged into the weights
         self.template: str | None = about.get("template", tokenizer.chat_template)
-        self.reading: Batch | None = None  # the batch in the forward pass: tells edits where the prompt ends
-        self.readings = 0  # batches read so far: tells a prompt of one token from an answer's token
-        self.as_base = False  # whether the adapter is switched off at this moment
-        self.frozen: ChatModel | None = None  # a copy from before training, where all weights are trained
+        self.reading: Batch | None = None  # batch in the forward pass; edits take the end of the prompt from it
+        self.readings = 0  # batches read so far; distinguishes a one-token prompt from an answer token
+        self.as_base = False  # whether the adapter is switched off
+        self.frozen: ChatModel | None = None  # copy from before full-weight training
         self.architecture: Architecture = about.get("architecture") or find_architecture(self.causal_lm)
         self.blocks: list[nn.Module] = list(resolve(self.causal_lm, self.architecture.blocks))
         self.final_norm = resolve(self.causal_lm, self.architecture.final_norm)
@@ -51,25 +51,25 @@ class ChatModel:
             self.hook_points = find_hook_points(model, self.blocks, self._probe())
 
     def _probe(self) -> dict[str, Tensor]:
-        """Inputs of a short pass, on the meta device if the model has no weights."""
+        """Inputs of a short probe pass, on the meta device if the model has no weights."""
         no_weights = all(p.is_meta for p in self.model.parameters()) and not hasattr(self.causal_lm, "hf_device_map")
         rows = list(Template(self.tokenizer, None).rows(["a b"]))
         return padded(rows, self.pad_id).to(torch.device("meta") if no_weights else self.device).inputs()
 
     def rebind(self, model: nn.Module, *, adapter: str | None = None, merged: str = "") -> ChatModel:
-        """A chat model around another module, for example after an adapter was attached: its parts are found anew.
+        """Chat model around another module, for example with an adapter attached; its parts are located again.
 
         Args:
             model: a causal LM of the same architecture, or a PeftModel around it.
-            adapter: name of the adapter on it, or merged into it.
-            merged: hash of an adapter that was merged into its weights.
+            adapter: name of its adapter, attached or merged.
+            merged: hash of the adapter merged into its weights.
         """
         about = {"revision": self.revision, "template": self.template, "architecture": self.architecture}
         return ChatModel(model, self.tokenizer, name=self.name, adapter=adapter, merged=merged, **about)
 
     @property
     def causal_lm(self) -> Any:
-        """The Hugging Face model itself, inside an adapter or not, compiled or not."""
+        """Hugging Face model, without adapter or compile wrappers."""
         model = self.model._orig_mod if hasattr(self.model, "_orig_mod") else self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -85,17 +85,17 @@ class ChatModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter that is in memory; inputs go there."""
+        """Device of the first parameter in memory, where inputs go."""
         return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the weights; of the others, where some are quantised."""
+        """Floating-point type of the unquantised weights."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def context(self) -> int:
-        """Longest sequence in tokens."""
+        """Maximum sequence length, tokens."""
         config = text_config(self.causal_lm.config)
         return getattr(config, "max_position_embeddings", None) or 1 << 30
 
@@ -111,9 +111,8 @@ class ChatModel:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    # ----------------------------------------------------------------------------------------- text to tokens
     def render(self, prompt: str, response: str = "", *, system: str | None = None) -> str:
-        """The chat text of one user turn, ready to be answered, and the beginning of its answer."""
+        """Chat text of one user turn up to the answer, followed by ``response``."""
         return Template(self.tokenizer, self.template).render([prompt], system)[0] + response
 
     def tokenize(
@@ -127,13 +126,14 @@ class ChatModel:
         """Token ids of prompts (and their responses), with the borders of instruction and response.
 
         Args:
-            prompts: instructions as text. Where one spells a control token of the template, it is read as letters.
-            responses: what follows each prompt, tokenised by itself; here control tokens are control tokens.
-            system: the system prompt of all of them.
-            overflow: "refuse" a prompt that is longer than the context, or "truncate" its instruction and say so.
+            prompts: instructions as text; a control token spelled in one is tokenised as ordinary text.
+            responses: one text per prompt, tokenised separately; control tokens in it keep their meaning.
+            system: system prompt of all prompts.
+            overflow: "refuse" a prompt longer than the context, or "truncate" its instruction with a warning.
 
         Raises:
-            ReplibError: no prompts, an empty one, one longer than the context, a template that refuses the turn.
+            ReplibError: no prompts, an empty prompt, a prompt longer than the context, a template that rejects the
+                turn.
         """
         if isinstance(prompts, str) or not prompts:
             raise ReplibError("No prompts were given: pass a list of at least one.")
@@ -142,12 +142,12 @@ class ChatModel:
         rows = list(Template(self.tokenizer, self.template).rows(prompts, system))
         if responses is not None and any(responses):
             answers = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-            # Some tokenizers give a token for the empty text.
+            # Some tokenizers give a token for an empty text.
             rows = [row.answered(a if r else []) for row, a, r in zip(rows, answers, responses, strict=True)]
         return fitted(rows, self.context, overflow, self.name)
 
     def pad(self, rows: Sequence[Row]) -> Batch:
-        """Rows of ``tokenize`` as one batch on the model's device."""
+        """Batch of rows of ``tokenize``, on the model's device."""
         return padded(rows, self.pad_id).to(self.device)
 
     def encode(
@@ -163,14 +163,13 @@ class ChatModel:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills rows up."""
+        """Token id for padding."""
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.tokenizer.eos_token_id or 0)
 
-    # ----------------------------------------------------------------------------------------- running
     @contextmanager
     def reading_batch(self, batch: Batch) -> Iterator[None]:
-        """Make ``batch`` known to hooks while it is in the forward pass."""
+        """Expose ``batch`` to hooks during its forward pass."""
         before, self.reading = self.reading, batch
         self.readings += 1
         try:
@@ -179,16 +178,16 @@ class ChatModel:
             self.reading = before
 
     def forward(self, batch: Batch, inputs: dict[str, Any] | None = None) -> Float[Tensor, "rows tokens vocab"]:
-        """Next-token logits of a batch; ``inputs``: what the model takes, if not just the batch."""
+        """Next-token logits of a batch; ``inputs`` replaces ``batch.inputs()`` as the model's arguments."""
         with self.reading_batch(batch):
             return self.model(**(inputs or batch.inputs()), use_cache=False).logits
 
     def decode(self, hidden: Float[Tensor, "... dim"]) -> Float[Tensor, "... vocab"]:
-        """Logits of residual vectors, float32: final norm, unembedding, and what the architecture does to logits."""
+        """Logits of residual vectors, float32: final norm, unembedding, scaling and capping of the architecture."""
         return self.logits(self.final_norm(hidden))
 
     def logits(self, normed: Float[Tensor, "... dim"]) -> Float[Tensor, "... vocab"]:
-        """Logits of what left the final norm, float32: unembedding, and what the architecture does to logits."""
+        """Logits of final-norm outputs, float32: unembedding, scaling and capping of the architecture."""
         logits = self.unembed(normed).float()
         config = text_config(self.causal_lm.config).to_dict()
         logits = logits * (config.get("logit_scale") or 1.0)  # Cohere
@@ -205,9 +204,9 @@ class ChatModel:
         prefills: Sequence[str] | None = None,
         batch_size: int = 128,
     ) -> list[str]:
-        """Greedy answers, in the order of the prompts; a prefill is where the answer is made to begin.
+        """Greedy answers, in the order of the prompts; each begins with its prefill, if given.
 
-        The prefill is part of the returned answer. Prompts are sorted by length inside, so padding is small.
+        Batches hold prompts of similar length, to limit padding.
         """
         prefills = prefills or [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(prefills[i]))
@@ -225,7 +224,7 @@ class ChatModel:
     def replied(
         self, batch: Batch, max_new_tokens: int, *, past: Cache | None = None
     ) -> tuple[Float[Tensor, "rows vocab"], list[str]]:
-        """Logits of the first token that follows each row, float32, and all that follows, from one pass."""
+        """First-token logits, float32, and greedy continuation of each row, from one pass."""
         first = _First()
         ids = self.continued(batch, max_new_tokens, past=past, first=first)[:, batch.input_ids.shape[1] :]
         assert first.logits is not None, "something was generated"
@@ -235,7 +234,7 @@ class ChatModel:
     def continued(
         self, batch: Batch, max_new_tokens: int, *, past: Cache | None = None, first: LogitsProcessor | None = None
     ) -> Int[Tensor, "rows longer"]:
-        """Token ids of each row and of its greedy answer; ``past`` holds all columns but the last, if read before."""
+        """Token ids of each row and its greedy answer; ``past`` caches all columns but the last."""
         read = batch if past is None else batch.columns(-1, None)
         with self.reading_batch(read), evaluating(self.model):
             return self.model.generate(
@@ -248,14 +247,14 @@ class ChatModel:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                repetition_penalty=1.0,  # some models bring one in their settings, and the answer is not greedy then
+                repetition_penalty=1.0,  # a value from the generation config would make the answer not greedy
                 no_repeat_ngram_size=0,
                 num_beams=1,
                 pad_token_id=self.pad_id,
             )
 
     def written(self, batch: Batch, max_new_tokens: int) -> Batch:
-        """The same rows, each followed by the model's own greedy answer, to be read as a response.
+        """Rows, each followed by the model's greedy answer as its response.
 
         From the end-of-sequence token on, ``attention_mask`` is 0 and ``response_mask`` False.
         """
@@ -268,7 +267,7 @@ class ChatModel:
         return torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device).long())
 
     def adapter_off(self) -> AbstractContextManager:
-        """Context in which the model is its own base: the adapter, if any, is switched off.
+        """Context in which the adapter, if any, is switched off.
 
         Raises ReplibError if the adapter was merged into the weights.
         """
@@ -287,7 +286,7 @@ class ChatModel:
 
 
 class _First(LogitsProcessor):
-    """Keeps what the first token was chosen from."""
+    """Records the logits of the first generated token."""
 
     logits: Tensor | None = None
 
@@ -298,7 +297,7 @@ class _First(LogitsProcessor):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside; afterwards in the mode it was in."""
+    """Context in eval mode (no dropout); restores the earlier mode on exit."""
     was_training = model.training
     model.eval()
     try:

@@ -1,8 +1,7 @@
-"""The chat template around an instruction: rendered, taken apart and tokenised, by structure and for any model.
+"""Chat template: rendering, splitting into instruction and frame, and tokenisation, for any model.
 
-The template is rendered once around a mark; what stands before and after the mark frames every instruction. The text
-of an instruction is text: where it spells a control token of the template, such as ``<|im_end|>``, it gives the
-ordinary tokens of these letters and never the control token.
+The template is rendered once around a mark; the text before and after the mark frames every instruction. A control
+token spelled in an instruction, such as ``<|im_end|>``, is tokenised as ordinary text, never as the control token.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from replib.core.errors import ReplibError
 from replib.models.tokens import Row
 
-MARK = "\ue000"  # a private-use character: stands for the instruction while a template is taken apart
-CHUNK = 4096  # prompts tokenised in one call: the offsets of all at once would fill the memory
-NONE = "\0"  # in no text
-SPARE = 0xF0000  # private-use characters from here on stand for control tokens while text is kept from being one
-# A template that prints today's date would give other activations tomorrow: it prints this day instead.
+MARK = "\ue000"  # private-use character, placeholder of the instruction when a template is split
+CHUNK = 4096  # prompts per tokeniser call; the offsets of all prompts would fill the memory
+NONE = "\0"  # occurs in no text
+SPARE = 0xF0000  # first private-use character that replaces a control token, so that no text spells it
+# Fixed date for templates that print today's, so that activations do not depend on the day.
 DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
 DATE = "{% macro strftime_now(form) %}{{ form" + "".join(f"|replace('{k}', '{v}')" for k, v in DAY.items()) + " }}"
 FIXED_DATE = DATE + "{% endmacro %}"
@@ -34,7 +33,7 @@ FIXED_DATE = DATE + "{% endmacro %}"
 
 @dataclass(frozen=True)
 class Turn:
-    """A rendered prompt, and where its instruction stands in it."""
+    """Rendered prompt, split around its instruction."""
 
     before: str
     instruction: str
@@ -42,22 +41,22 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The whole prompt."""
+        """Whole rendered prompt."""
         return self.before + self.instruction + self.after
 
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer with the chat template in use; None for plain text."""
+    """Tokenizer with its chat template ``source``; None for plain text."""
 
     tokenizer: PreTrainedTokenizerBase
     source: str | None
 
     def render(self, prompts: Sequence[str], system: str | None = None) -> list[str]:
-        """Each prompt as one user turn, ready to be answered.
+        """Prompts rendered as one user turn each, up to the answer.
 
         Raises:
-            ReplibError: the template refuses the turn, most often its system role.
+            ReplibError: the template rejects the turn, most often its system role.
         """
         if self.source is None:
             return [f"{system}\n\n{prompt}" if system else prompt for prompt in prompts]
@@ -71,17 +70,17 @@ class Template:
         except TemplateError as error:
             if not system:
                 raise ReplibError(f"The chat template refuses the prompt: {error}. Pass another template.") from error
-            self.render(prompts[:1])  # raises where the system prompt is not to blame
+            self.render(prompts[:1])  # raises if the system prompt is not the cause
             raise ReplibError(
                 f"The chat template refuses a system prompt: {error}. "
                 "Put it into the instruction: system + '\\n\\n' + prompt."
             ) from error
 
     def turns(self, prompts: Sequence[str], system: str | None = None) -> list[Turn]:
-        """Each prompt rendered, and taken apart into its instruction and the template around it.
+        """Prompts rendered and split into instruction and surrounding template.
 
         Raises:
-            ReplibError: an empty prompt, one that holds the mark, a template that drops or rewrites a text.
+            ReplibError: an empty prompt, a prompt that holds the mark, a template that drops or rewrites a text.
         """
         for i, prompt in enumerate(prompts):
             if not prompt.strip():
@@ -106,7 +105,7 @@ class Template:
         """Token ids of each rendered prompt, with the borders of its instruction.
 
         Raises:
-            ReplibError: as ``turns``; or a text spells a control token that this tokenizer cannot read as letters.
+            ReplibError: as ``turns``; a text spells a control token that this tokenizer cannot read as ordinary text.
         """
         turns = self.turns(prompts, system)
         controls = self._controls(turns[0], system)
@@ -117,7 +116,7 @@ class Template:
                 yield self._as_letters(i, turn, controls) if spelled(row, turn, controls) else row
 
     def _controls(self, turn: Turn, system: str | None) -> dict[int, str]:
-        """Special tokens, and other added tokens that the template writes: no instruction may give them."""
+        """Special tokens and added tokens of the template, by id; no instruction may produce them."""
         added = self.tokenizer.added_tokens_decoder.items()
         named = [t.content for _, t in added if t.special and t.content in (system or "")]
         if named:
@@ -125,35 +124,34 @@ class Template:
         frame = turn.before + turn.after
         return {i: t.content for i, t in added if t.special or (self.source and t.content in frame)}
 
-    # ------------------------------------------------------------------------------------ text to tokens
     def _ids(self, turns: Sequence[Turn], **options: Any) -> Any:
-        """Tokens of whole turns; a template writes its special tokens itself, to plain text the tokenizer adds its."""
+        """Encodings of whole turns; the tokenizer adds special tokens to plain text only, a template writes its own."""
         texts = [t.text for t in turns]
         return self.tokenizer(texts, add_special_tokens=self.source is None, return_attention_mask=False, **options)
 
     def _read(self, turns: Sequence[Turn], controls: dict[int, str], **options: Any) -> list[Row]:
         found = self._ids(turns, **options)
-        # The encodings know the offsets; return_offsets_mapping would copy them all once more.
+        # The encodings hold the offsets; return_offsets_mapping would copy them all.
         pairs = zip(found["input_ids"], found.encodings, turns, strict=True)
         return [self._row(ids, encoding.offsets, turn, controls) for ids, encoding, turn in pairs]
 
     def _row(self, ids: list[int], offsets: list[tuple[int, int]], turn: Turn, controls: dict[int, str]) -> Row:
         count = len(ids)
         while self.source is None and count > 1 and offsets[count - 1] == (0, 0):
-            count -= 1  # an end-of-sequence token that the tokenizer adds would end the answer before it began
+            count -= 1  # an end-of-sequence token added by the tokenizer would end the answer at once
         first, last = len(turn.before), len(turn.before) + len(turn.instruction)
         start, stop = 0, count
         while start < count and offsets[start][1] <= first:
             start += 1
         while stop > start and offsets[stop - 1][0] >= last:
             stop -= 1
-        if start < stop:  # a control token of the template that swallows blanks reaches into the instruction
+        if start < stop:  # a template token with lstrip/rstrip consumes whitespace of the instruction
             start += controls.get(ids[start], NONE) in turn.before[offsets[start][0] :]
             stop -= controls.get(ids[stop - 1], NONE) in turn.after[: max(0, offsets[stop - 1][1] - last)]
         return Row(ids[:count], (start, stop), count)
 
     def _read_without_offsets(self, turns: Sequence[Turn], controls: dict[int, str]) -> list[Row]:
-        """For tokenizers that do not say where their tokens stand: what the template alone gives is the template's."""
+        """Rows from tokenizers without offsets: tokens that the template alone gives belong to the template."""
         heads, tails = [Turn(t.before, "", "") for t in turns], [Turn("", "", t.after) for t in turns]
         found = [self._ids(part)["input_ids"] for part in (turns, heads, tails)]
         rows = []
@@ -165,11 +163,10 @@ class Template:
             rows.append(Row(ids, (start, max(start, len(ids) - after)), len(ids)))
         return rows
 
-    # ------------------------------------------------------------------------------------ control tokens as letters
     def _as_letters(self, index: int, turn: Turn, controls: dict[int, str]) -> Row:
-        """A turn whose instruction spells a control token, read with these letters as text."""
+        """Row of a turn whose instruction spells a control token, tokenised as ordinary text."""
         row, plain = None, self.source is None
-        if self.tokenizer.is_fast and turn.instruction not in turn.before:  # else the first copy is the template's
+        if self.tokenizer.is_fast and turn.instruction not in turn.before:  # else the template holds the first copy
             row = self._read([turn], controls, split_special_tokens=True)[0] if plain else self._renamed(turn, controls)
         if row is None or (left := spelled(row, turn, controls)):
             names = ", ".join(map(repr, left if row else [t for t in controls.values() if t in turn.instruction]))
@@ -191,14 +188,14 @@ class Template:
 
 
 def spelled(row: Row, turn: Turn, controls: dict[int, str]) -> list[str]:
-    """Control tokens that the letters of the instruction gave."""
+    """Control tokens produced by the text of the instruction."""
     start, stop = row.instruction
     return [controls[i] for i in row.ids[start:stop] if i in controls and controls[i] in turn.instruction]
 
 
 def _apart(index: int, text: str, prompt: str, before: str, after: str) -> Turn:
     for kept in (prompt, prompt.strip(), prompt.lstrip(), prompt.rstrip()):
-        turn = Turn(before.replace(MARK, kept), kept, after)  # a template that repeats the text has it before, too
+        turn = Turn(before.replace(MARK, kept), kept, after)  # a template that repeats the text also holds it before
         if turn.text == text:
             return turn
     raise ReplibError(
@@ -211,7 +208,7 @@ def _apart(index: int, text: str, prompt: str, before: str, after: str) -> Turn:
 def _renaming(
     tokenizer: PreTrainedTokenizerBase, controls: frozenset[str]
 ) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
-    """A copy whose control tokens have names that no text spells; these names; its ids as the tokenizer's own."""
+    """Copy with control tokens renamed to private-use characters; the new names; original id of each new id."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {}
     for i, token in enumerate(state["added_tokens"]):

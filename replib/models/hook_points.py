@@ -1,12 +1,12 @@
-"""The seven hook points of a decoder block, found by watching one short prompt pass through it.
+"""Seven hook points of a decoder block, detected from one short forward pass.
 
 For block i of a sequential decoder (``norm`` may stand before or after a sublayer, or both):
 
     resid_pre -- norm -> attn_in -- attention -- norm -> attn_out,   resid_mid  = resid_pre + attn_out
     resid_mid -- norm -> mlp_in  -- MLP       -- norm -> mlp_out,    resid_post = resid_mid + mlp_out
 
-Names do not tell where a norm stands (``post_attention_layernorm`` is the MLP's first norm in Llama and the
-attention's last in Gemma-2), so a hook point is found by which module's output is which module's input.
+Names do not determine the place of a norm (``post_attention_layernorm`` is the MLP's first norm in Llama and the
+attention's last in Gemma-2), so detection compares the output of each module with the input of the others.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class HookPoint:
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:
-    """Hidden states that a module receives, positionally or by keyword."""
+    """Hidden states passed to a module, positionally or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: what went in and what came out, as it was at that moment."""
+    """One call of a module, with copies of its input and output."""
 
     module: nn.Module
     taken: Tensor
@@ -55,9 +55,9 @@ class _Call:
 def find_hook_points(
     model: nn.Module, blocks: Sequence[nn.Module], inputs: Mapping[str, Tensor]
 ) -> list[dict[str, HookPoint]]:
-    """For each block its hook points by site, from one forward pass of ``inputs``.
+    """Hook points of each block by site, from one forward pass of ``inputs``.
 
-    On the meta device a pass may be impossible, as where experts are routed by value; each block then has its input
+    If the pass fails on the meta device, for example because experts are routed by value, each block has its input
     and output alone.
     """
     calls: dict[nn.Module, list[_Call]] = {block: [] for block in blocks}
@@ -95,7 +95,7 @@ def _record(seen: list[_Call]) -> Callable:
 
 
 def _copy(x: Tensor) -> Tensor:
-    return x if x.is_meta else x.clone()  # blocks may add in place afterwards; without values the tensor itself tells
+    return x if x.is_meta else x.clone()  # blocks may later add in place; meta tensors are compared by identity
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -123,7 +123,7 @@ def _sites(calls: list[_Call]) -> dict[str, HookPoint]:
 
 
 def _last(call: _Call, small: list[_Call]) -> _Call:
-    """The norm that the output of a sublayer goes through before it is added, or the sublayer itself."""
+    """Norm between a sublayer's output and the addition, or the sublayer itself."""
     return next((c for c in small if _same(c.taken, call.given)), call)
 
 
@@ -136,9 +136,9 @@ def _adds_up(block: _Call, middle: Tensor, attn: Tensor, mlp: Tensor, *, side_by
 
 
 def _near(sum_: Tensor, stream: Tensor, added: Tensor) -> bool:
-    """Whether a sum is the stream in every token, but for rounding: measured by what was added to it.
+    """Whether a sum equals the stream at every token up to rounding, relative to the norm of the added part.
 
-    The stream itself would be too long a measure: single coordinates of it can be a thousand times the others.
+    The norm of the stream is too large a scale: single coordinates can be a thousand times the others.
     """
     length = lambda x: x.float().norm(dim=-1)  # noqa: E731
     allowed = 0.02 * length(added) + 2 * torch.finfo(stream.dtype).eps * length(stream)

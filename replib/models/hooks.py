@@ -1,4 +1,4 @@
-"""Hooks at the seven hook points of a block: they read hidden states or replace them."""
+"""Hooks that read or replace hidden states at the seven hook points of a block."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Hook = Callable[[Tensor], Tensor | None]
 
 @contextmanager
 def hooked(model: ChatModel, hooks: Mapping[tuple[str, int], Hook]) -> Iterator[None]:
-    """Call each hook with its site's tensor; what a hook returns replaces it. All hooks are gone afterwards.
+    """Call each hook with its site's tensor, replaced by the hook's result if any; hooks are removed on exit.
 
-    Compiled code does not see hooks that come later, so compiled models run eagerly inside.
+    Compiled code ignores hooks registered later, so compiled models run eagerly inside.
     """
     with ExitStack() as stack:
         if is_compiled(model.model):
@@ -46,7 +46,7 @@ def hook_point(model: ChatModel, site: str, layer: int) -> HookPoint:
 
 
 def check_site(site: str) -> str:
-    """The site, or an error that lists the known ones."""
+    """Site unchanged; raises ReplibError for an unknown one."""
     if site not in SITES:
         raise ReplibError(f"Unknown site {site!r}: use one of {', '.join(SITES)}.")
     return site
@@ -54,7 +54,7 @@ def check_site(site: str) -> str:
 
 _APART = "its sublayers cannot be told apart, or do not add up to the stream."
 _REASONS = {
-    "resid_mid": "attention and MLP read the same stream side by side, so there is nothing between them.",
+    "resid_mid": "attention and MLP read the same stream side by side, so no stream lies between them.",
     **dict.fromkeys(("attn_in", "mlp_in", "attn_out", "mlp_out"), _APART),
 }
 

@@ -1,4 +1,4 @@
-"""Load any Hugging Face decoder with its tokenizer and, on top, a LoRA adapter; say clearly what is missing."""
+"""Loading of Hugging Face decoders with tokenizer and optional LoRA adapter, and the published checkpoints."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def load(
     quantize: str | None = None,
     check: bool | None = None,
 ) -> ChatModel:
-    """Load an organism variant, a local folder or a Hugging Face id, with an optional LoRA adapter on top.
+    """Load a model from an organism variant, a local folder or a Hugging Face id, with an optional LoRA adapter.
 
     Args:
         name: "base", "aligned", "planted", "deep" (the organism), a folder, or a hub id.
         adapter: folder or hub id of a LoRA adapter trained on exactly this model.
-        revision: commit or tag of a hub id; the commit that it stands for is recorded.
+        revision: commit or tag of a hub id; the resolved commit is recorded.
         dtype: default float32 on CPU, bfloat16 on an accelerator.
-        device: "cpu", "cuda", ...; "auto" spreads a large model over the devices, a dict of parts and devices as you
-            say (as transformers' device_map; "disk" keeps a part on disk); default the first accelerator.
-        template: "auto" (the tokenizer's chat template, or plain text with a warning where it has none),
+        device: "cpu", "cuda", ...; "auto" spreads a large model over the devices; a dict maps parts to devices
+            (transformers' device_map; "disk" offloads a part); default the first accelerator.
+        template: "auto" (the tokenizer's chat template, or plain text with a warning if there is none),
             "chat" (refuse if there is none), "plain", or a Jinja template.
-        architecture: where blocks, final norm and unembedding are, if they cannot be found.
+        architecture: paths of blocks, final norm and unembedding, if detection fails.
         quantize: "4bit" or "8bit" weights, through bitsandbytes.
-        check: say in one line whether its numbers can be trusted (``self_check``, a few short passes); default where
-            somebody looks on.
+        check: run ``self_check`` (a few short passes) and print its verdict; default True in an interactive
+            session.
 
     Raises:
         ReplibError: missing folder or id, no tokenizer, no chat template, not a causal LM, foreign adapter, no
@@ -72,7 +72,7 @@ def load(
         disable_progress_bar()
     source = _locate(str(name))
     config = _config(source, revision)
-    revision = getattr(config, "_commit_hash", None) or revision  # a branch may move on while its files are read
+    revision = getattr(config, "_commit_hash", None) or revision  # a branch may advance while its files load
     tokenizer = _tokenizer(source, revision)
     target = device or _default_device()
     dtype = dtype or (torch.float32 if _on_cpu(target) else torch.bfloat16)
@@ -99,7 +99,7 @@ def _on_cpu(device: Device) -> bool:
 
 
 def _locate(name: str) -> str:
-    """An existing folder, an organism variant by its bare name, or an id left for the hub."""
+    """Path of an existing folder or organism variant, or the hub id unchanged."""
     organism = data_dir() / "organism"
     if Path(name).is_dir():
         return name
@@ -145,10 +145,10 @@ def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def _as_saved(source: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that tokenizer.json describes.
+    """Tokenizer described by tokenizer.json.
 
-    For some model types (Qwen2) transformers builds one of its own kind from the vocabulary, whatever kind the file
-    is; where that one reads every text as nothing, the file was of another.
+    For some model types (Qwen2) transformers ignores the kind of the file and builds its own from the vocabulary;
+    the wrong kind gives no tokens for any text.
     """
     return PreTrainedTokenizerFast.from_pretrained(source, revision=revision, padding_side="left")
 
@@ -178,12 +178,12 @@ def _weights(
         ) from error
     if not placed:
         return model.to(device)
-    finalize(model, rmtree, shelf, ignore_errors=True)  # what was put on disk is read as long as the model lives
+    finalize(model, rmtree, shelf, ignore_errors=True)  # offloaded weights are read while the model exists
     return model
 
 
 def _class(config: Any) -> Any:
-    """The auto class that knows a decoder, also one that comes with a vision tower around it."""
+    """Auto class of a decoder, with or without a vision tower."""
     known = type(config) in AutoModelForCausalLM._model_mapping
     wrapped = type(config) in AutoModelForImageTextToText._model_mapping and not config.is_encoder_decoder
     return AutoModelForImageTextToText if wrapped and not known else AutoModelForCausalLM
@@ -199,7 +199,7 @@ def _quantised(quantize: str | None, dtype: Any) -> dict[str, Any]:
             f"quantize={quantize!r} needs the package bitsandbytes: pip install 'replib[quantized]'. "
             "Without it load the model unquantised, or a smaller one."
         )
-    # Four bits: the format of QLoRA, with products in the type that the rest of the model has.
+    # Four bits: the format of QLoRA, with products in the dtype of the other weights.
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     return {"quantization_config": BitsAndBytesConfig(**(four if quantize == "4bit" else {"load_in_8bit": True}))}
 
@@ -225,14 +225,14 @@ class PublishedCheckpoint(NamedTuple):
     """One published checkpoint."""
 
     id: str
-    """On the Hugging Face hub."""
+    """Hugging Face id."""
     base: str
-    """The model it was made from."""
+    """Hugging Face id of the model before training."""
     method: str
     paper: str
-    """Number on arXiv."""
+    """arXiv number."""
     is_adapter: bool = False
-    """Whether it is a LoRA adapter, to be loaded onto its base."""
+    """Whether it is a LoRA adapter of its base."""
 
 
 _LLAMA, _MISTRAL = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2"
@@ -248,5 +248,5 @@ PUBLISHED = (
 
 
 def known_table() -> pd.DataFrame:
-    """One row a checkpoint. Columns: id, base, method, paper, is_adapter."""
+    """Published checkpoints, one per row. Columns: id, base, method, paper, is_adapter."""
     return pd.DataFrame(PUBLISHED)

@@ -1,4 +1,4 @@
-"""Can the numbers of a loaded model be trusted? A few short passes that must agree, and what it means if not."""
+"""Self-check of a loaded model: a few short passes that must agree, with an explanation of each failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEANING = {
     "padded": "padding changes what the model reads, so every batched result depends on its neighbours: pass "
     "batch_size=1, or look at the model's attention mask and position ids",
     "adapter_off": "the adapter has changed the base itself, so comparisons with the base are void: load both again",
-    "lens": "final norm, unembedding or a scale of the logits is not where it was looked for, so the logit lens "
+    "lens": "final norm, unembedding or a scale of the logits was not located correctly, so the logit lens "
     "misleads: name the parts with load(..., architecture=...)",
 }
 TITLES = {"padded": "batch = single", "adapter_off": "adapter off = base", "lens": "lens = logits"}
@@ -31,19 +31,19 @@ def self_check(
     *,
     base: Float[Tensor, "prompts vocab"] | None = None,
 ) -> dict[str, float]:
-    """Numbers that should be near zero, what the adapter does, and the residual scale that losses are weighed by.
+    """Logit differences that should be near zero, effect of the adapter, and residual scale.
 
     Args:
-        model: what to check; it is left in the mode it was in.
-        prompts: read together and one by one.
-        base: ``next_logits`` of the same prompts from before the adapter was attached.
+        model: the model to check; its train/eval mode is restored.
+        prompts: read as one batch and one by one.
+        base: ``next_logits`` of the same prompts before the adapter was attached.
 
     Returns:
-        ``padded``: worst logit difference between a padded batch and single prompts; ``lens``: between
-        ``decode`` of the last block's output and the logits; ``adapter_effect``: between adapter off and adapter on
-        (0.0 without an adapter, and large with one); ``residual_norm``: mean norm of resid_post at half depth, last
-        prompt token; ``scale``: the largest logit, against which differences are to be read; with ``base`` also
-        ``adapter_off``: worst difference between it and the logits with the adapter off.
+        ``padded``: largest logit difference between a padded batch and single prompts; ``lens``: between ``decode``
+        of the last block's output and the logits; ``adapter_effect``: between adapter off and on (0.0 without an
+        adapter, large with one); ``residual_norm``: mean norm of resid_post at half depth, last prompt token;
+        ``scale``: largest absolute logit, the scale of the differences; with ``base`` also ``adapter_off``: largest
+        difference between ``base`` and the logits with the adapter off.
     """
     logits = next_logits(model, prompts)
     singles = torch.cat([next_logits(model, [p]) for p in prompts])
@@ -78,7 +78,7 @@ def _residuals(model: ChatModel, prompts: Sequence[str], layers: Sequence[int]) 
 
 
 def ticks(found: Mapping[str, float], dtype: torch.dtype) -> str:
-    """The self-check in one line of ticks, and a sentence for each that failed."""
+    """Self-check as one line of ticks, and one sentence per failure."""
     allowed = tolerance(dtype, found["scale"])
     verdicts = {key: _verdict(found.get(key), allowed) for key in TITLES}
     marks = [f"{verdicts[key]} {TITLES[key]} ({_value(found.get(key))})" for key in TITLES]
@@ -87,7 +87,7 @@ def ticks(found: Mapping[str, float], dtype: torch.dtype) -> str:
 
 
 def tolerance(dtype: torch.dtype, scale: float) -> float:
-    """Largest difference of logits that rounding explains, for logits as large as ``scale``."""
+    """Largest logit difference explained by rounding, for logits of size ``scale``."""
     return max(1e-4, 4 * torch.finfo(dtype).eps) * max(1.0, scale)
 
 
@@ -111,7 +111,7 @@ PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
 
 
 def check_table(found: Mapping[str, float]) -> pd.DataFrame:
-    """The self-check in words: what was compared, the worst difference, and a tick where it is as it should be."""
+    """Self-check as a table: comparison, largest difference, and a tick if it passes."""
     rows = [
         ("padded batch against single prompts, logits", found["padded"], found["padded"] < PADDED),
         ("lens at the last block against the logits", found["lens"], found["lens"] < PADDED),
@@ -124,7 +124,7 @@ def check_table(found: Mapping[str, float]) -> pd.DataFrame:
 
 
 def token_table(model: ChatModel, prompt: str, last: int = 8) -> pd.DataFrame:
-    """The last tokens of one rendered prompt, and which part of it each belongs to."""
+    """Last tokens of one rendered prompt, with the part of the prompt that holds each."""
     batch = model.encode([prompt])
     tokens = model.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
     parts = ["after the instruction" if post else "template and instruction" for post in batch.post_mask[0].tolist()]

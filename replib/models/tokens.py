@@ -15,44 +15,44 @@ from replib.core.errors import ReplibError
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt, with its response if it has one, as token ids."""
+    """Token ids of one prompt and its response, if any."""
 
     ids: list[int]
     instruction: tuple[int, int]
-    """Start and stop of the instruction's own tokens; a token that holds any of its characters is one of them."""
+    """Start and stop of the tokens that hold any character of the instruction."""
     prompt: int
-    """Number of tokens of template and instruction; what follows is the response."""
+    """Number of tokens of template and instruction, before the response."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def answered(self, response: Sequence[int]) -> Row:
-        """The same row with more response."""
+        """Row with ``response`` appended."""
         return replace(self, ids=self.ids + list(response))
 
     def following(self, count: int) -> Row:
-        """The same row without its first ``count`` tokens, which belong to its prompt."""
+        """Row without its first ``count`` tokens, all of its prompt."""
         start, stop = (max(0, end - count) for end in self.instruction)
         return Row(self.ids[count:], (start, stop), self.prompt - count)
 
     def shortened(self, count: int) -> Row:
-        """The same row without the last ``count`` tokens of its instruction."""
+        """Row without the last ``count`` tokens of its instruction."""
         start, stop = self.instruction
         return Row(self.ids[: stop - count] + self.ids[stop:], (start, stop - count), self.prompt - count)
 
 
 @dataclass
 class Batch:
-    """Left-padded token ids with the masks that say which token is what. All ``[rows, tokens]``."""
+    """Left-padded token ids with a mask per role, all ``[rows, tokens]``."""
 
     input_ids: Int[Tensor, "rows tokens"]
     attention_mask: Int[Tensor, "rows tokens"]
-    """1 on every token that is read: 0 on the padding, and after the end of a written answer."""
+    """1 on tokens to read, 0 on padding and after the end of a written answer."""
     position_ids: Int[Tensor, "rows tokens"]
     prompt_mask: Bool[Tensor, "rows tokens"]
-    """Template and instruction, up to where the response begins."""
+    """Template and instruction, before the response."""
     instruction_mask: Bool[Tensor, "rows tokens"]
-    """The instruction's own tokens (part of the prompt)."""
+    """Tokens of the instruction (part of the prompt)."""
     post_mask: Bool[Tensor, "rows tokens"]
     """Template tokens after the instruction (part of the prompt)."""
     response_mask: Bool[Tensor, "rows tokens"]
@@ -64,19 +64,19 @@ class Batch:
         return (self.prompt_mask * columns).amax(dim=1)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Batch on another device."""
         return self._map(lambda _, x: x.to(device))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> Batch:
-        """Some of its rows, or some several times."""
+        """Rows by index, repeats allowed."""
         return self._map(lambda _, x: x[index])
 
     def columns(self, start: int, stop: int | None) -> Batch:
-        """A stretch of its columns."""
+        """Columns from ``start`` to ``stop``."""
         return self._map(lambda _, x: x[:, start:stop])
 
     def answered(self, tokens: Int[Tensor, "rows more"], read: Bool[Tensor, "rows more"] | None = None) -> Batch:
-        """The same rows with more tokens of the answer; where ``read`` is False the answer is over."""
+        """Rows with more answer tokens; ``read`` is False after the end of an answer."""
         read = torch.ones_like(tokens, dtype=torch.bool) if read is None else read
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         new = {
@@ -101,7 +101,7 @@ class Batch:
 
 
 def padded(rows: Sequence[Row], pad: int) -> Batch:
-    """Rows filled up on the left to the length of the longest."""
+    """Batch of rows, padded on the left to the longest."""
     width = max(map(len, rows))
     left = torch.tensor([[width - len(r)] for r in rows])
     start, stop = (left + torch.tensor([[r.instruction[end]] for r in rows]) for end in (0, 1))
@@ -122,20 +122,20 @@ def fitted(rows: Sequence[Row], context: int, overflow: str, name: str) -> list[
     """Rows no longer than the context.
 
     Args:
-        rows: what was tokenised.
-        context: most tokens that the model reads.
-        overflow: "refuse", or "truncate": the instruction loses its end, template and response stay.
-        name: of the model, for the message.
+        rows: tokenised prompts.
+        context: maximum number of tokens per row.
+        overflow: "refuse", or "truncate" the end of the instruction; template and response are unchanged.
+        name: model name for the message.
 
     Raises:
-        ReplibError: a row is too long and may not or cannot be shortened.
+        ReplibError: a row exceeds the context and may not or cannot be shortened.
     """
     if overflow not in ("refuse", "truncate"):
         raise ReplibError(f"overflow={overflow!r}: say 'refuse' or 'truncate'.")
     excess = [max(0, len(row) - context) for row in rows]
     if not any(excess):
         return list(rows)
-    # An instruction keeps at least one token: without any the prompt would be another one.
+    # Truncation leaves at least one token of the instruction.
     stuck = [i for i, (r, n) in enumerate(zip(rows, excess, strict=True)) if n >= r.instruction[1] - r.instruction[0]]
     if overflow == "refuse" or stuck:
         worst = stuck[0] if overflow == "truncate" else max(range(len(rows)), key=excess.__getitem__)
@@ -154,12 +154,12 @@ def fitted(rows: Sequence[Row], context: int, overflow: str, name: str) -> list[
 
 @dataclass(frozen=True)
 class Span:
-    """A named part of every row."""
+    """Named part of every row."""
 
     of_row: Callable[[Row], range]
-    """Indices of its tokens in a row."""
+    """Token indices of the span in a row."""
     mask: Callable[[Batch], Bool[Tensor, "rows tokens"]]
-    """Its tokens in a batch."""
+    """Mask of the span in a batch."""
 
 
 SPANS = {
@@ -173,7 +173,7 @@ Position = str | int
 
 
 def check_positions(positions: Sequence[Position]) -> list[Position]:
-    """Positions as they are, or an error that lists the known ones."""
+    """Positions as a list; raises ReplibError for an unknown one."""
     known = ("last_prompt", *SPANS)
     for p in positions:
         if (isinstance(p, str) and p not in known) or isinstance(p, bool):
@@ -185,13 +185,14 @@ def check_positions(positions: Sequence[Position]) -> list[Position]:
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """The wanted vectors of a batch: what takes them from hidden states, and the row of each."""
+    """Selection of vectors from the hidden states of a batch."""
 
     take: Callable[[Tensor], Tensor]
     """``[rows, tokens, dim]`` to float32 ``[vectors, positions, dim]``."""
     rows: Int[Tensor, " vectors"]
+    """Row index of each vector."""
     mask: Bool[Tensor, "rows tokens"] | None = None
-    """The tokens, where each is wanted by itself."""
+    """Selected tokens, without pooling."""
 
 
 def choose(batch: Batch, positions: Sequence[Position], pool: str = "mean") -> TokenSelection:
@@ -218,7 +219,7 @@ def complete(batch: Batch, positions: Sequence[Position]) -> Int[Tensor, " rows"
 
 
 def _taker(batch: Batch, position: Position) -> Callable[[Tensor], Tensor]:
-    """The token at an integer position, or the float32 mean over a span: ``[rows, tokens, dim]`` to ``[rows, dim]``."""
+    """Map of ``[rows, tokens, dim]`` to ``[rows, dim]``: token at an integer position, or float32 mean over a span."""
     if position == "last_prompt":
         position = -1
     if isinstance(position, int):
@@ -230,7 +231,7 @@ def _taker(batch: Batch, position: Position) -> Callable[[Tensor], Tensor]:
 
 
 def _column(batch: Batch, position: int) -> Int[Tensor, " rows"]:
-    """Column of a position that every row must have."""
+    """Column of an integer position in each row; raises ReplibError if a row lacks it."""
     column, inside = _located(batch, position)
     if inside.all():
         return column
@@ -244,7 +245,7 @@ def _column(batch: Batch, position: int) -> Int[Tensor, " rows"]:
 
 
 def _located(batch: Batch, position: int) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
-    """Column of a position counted from where each row's response begins, and whether the row has it."""
+    """Column of an offset from each row's first response token, and whether the row has it."""
     column = batch.last_prompt + 1 + position
     mask = batch.prompt_mask if position < 0 else batch.response_mask
     inside = (column >= 0) & (column < mask.shape[1])
@@ -252,7 +253,7 @@ def _located(batch: Batch, position: int) -> tuple[Int[Tensor, " rows"], Bool[Te
 
 
 def _filled(batch: Batch, name: str) -> Bool[Tensor, "rows tokens"]:
-    """Mask of a span that every row must have."""
+    """Mask of a span; raises ReplibError if it is empty in a row."""
     mask = SPANS[name].mask(batch)
     if not mask.any(dim=1).all():
         raise ReplibError(
