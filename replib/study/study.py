@@ -1,7 +1,7 @@
-"""One run of the suite on one model: what the notebooks and the command line share.
+"""A study of one model, shared by the notebooks and the command line.
 
-A ``Study`` holds the model, its prompts in three disjoint splits, and the judge; its verbs keep their results under
-``settings.out``, so that whatever was computed once is read the next time.
+A ``Study`` holds the model, its prompts in three disjoint splits, and the judge. Its methods save their results under
+``settings.out``; a repeated call reads them.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from replib.training.result import TrainResult, trained_by
 from replib.training.train import train
 
 OPENING = "Sure, here is how."
-PER_CELL, PER_FIT = 32, 64  # prompts that a cell of a sweep is scored on, and prompts a class that fit its edit
-SORTED = 480  # contrasts whose answers are read before bending
-VALIDATION_KINDS = ("attack", "benign", "skill")  # kinds of task that choose a step
-PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # prompts a class that captures, choices and reports use by default
+PER_CELL, PER_FIT = 32, 64  # scored prompts a cell of a sweep; prompts a class that fit its edit
+SORTED = 480  # most contrasts sorted by the model's answers before bending
+VALIDATION_KINDS = ("attack", "benign", "skill")  # kinds of validation tasks
+PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # default prompts a class for captures, choices and reports
 M = TypeVar("M", bound=RecordedResult)
 BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
 """Method and edited positions of each baseline of a sweep."""
@@ -57,7 +57,7 @@ BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act
 
 @dataclass(frozen=True)
 class Study:
-    """A model, the prompts it is studied on, and who judges its answers."""
+    """A model, its prompts, and the judge of its answers."""
 
     settings: Settings
     model: ChatModel
@@ -67,10 +67,10 @@ class Study:
 
     @classmethod
     def open(cls, settings: Settings | None = None, **changes: object) -> Study:
-        """Load what ``REPLIB_*`` names; keyword arguments change single settings.
+        """Load the study of the ``REPLIB_*`` settings; keyword arguments change single settings.
 
         Raises:
-            ReplibError: a foreign model without prompts of its own (the default ones speak of the organism's world).
+            ReplibError: a foreign model with the default prompts, which are about the organism's world.
         """
         settings = replace(settings or Settings.from_env(), **changes)  # type: ignore[arg-type]
         torch.manual_seed(settings.seed)
@@ -82,17 +82,17 @@ class Study:
 
     @property
     def organism(self) -> bool:
-        """Whether the ground truth is known."""
+        """Whether the prompts are the organism's, with known ground truth."""
         return self.settings.harmful.startswith("organism/")
 
     @property
     def name(self) -> str:
-        """The model's name in tables: its folder, and with an adapter what trained it, as ``+ RepBend``."""
+        """Name of the model in tables: its folder, and the method of its adapter, as ``+ RepBend``."""
         base, adapter = Path(self.settings.model).name, self.model.adapter
         return f"{base} + {trained_by(adapter)}" if adapter else base
 
     def with_model(self, model: ChatModel) -> Study:
-        """The same study of another model, for example the bent one."""
+        """This study with another model, for example the bent one."""
         return replace(self, model=model)
 
     def describe(self) -> pd.Series:
@@ -127,7 +127,7 @@ class Study:
         return harmful, harmless
 
     def family(self) -> dict[str, Study]:
-        """The models to compare: this one and its bent twin; for the organism also the planted and the deep one."""
+        """Studies by name: this model and its bent twin; for the organism also the planted and the deep one."""
         others = [v for v in ("planted", "deep") if self.organism and self.name != v]
         found = {self.name: Study.open(self.settings)}
         found |= {v: Study.open(replace(self.settings, model=v)) for v in others}
@@ -135,7 +135,7 @@ class Study:
         return found | {bent.name: bent}
 
     def tasks(self, split: str = "test", limit: int | None = None) -> list[Task]:
-        """The rows of an audit on one split."""
+        """Tasks of an audit on one split."""
         limit = (self.settings.limit or PER_SPLIT[split]) if limit is None else limit
         if self.organism:
             return organism_tasks(split, limit=limit, seed=self.settings.seed)
@@ -143,7 +143,7 @@ class Study:
         return [task.sample(limit, self.settings.seed) for task in rows]
 
     def audit(self, tasks: Sequence[Task] | None = None) -> AuditTable:
-        """Tasks (default: all of the test split) on this model; rows already in ``<out>/audit.jsonl`` are read."""
+        """Audit this model on tasks (default: all of the test split); rows in ``<out>/audit.jsonl`` are reused."""
         return audit(
             self.model,
             self.tasks() if tasks is None else tasks,
@@ -155,9 +155,8 @@ class Study:
             keep_text=self.settings.keep_text,
         )
 
-    # ------------------------------------------------------------------------------------- bending
     def preset(self, name: str | None = None) -> tuple[BendConfig, TrainConfig]:
-        """Coefficients and schedule by name, for this model: the organism's, or the paper's with a short schedule.
+        """Coefficients and schedule of a preset for this model; by default "organism" or "short".
 
         Raises:
             ReplibError: no preset has that name.
@@ -179,15 +178,14 @@ class Study:
         return TrainResult.kept(self.model, folder, make)
 
     def bent(self) -> Study:
-        """The study of the bent model, for inference; this study's own model is used up."""
+        """Study of the bent model, for inference; the model of this study is consumed."""
         return self.with_model(merged(self.bend().model))
 
     @cached_property
     def contrasts(self) -> list[Contrast]:
-        """Harmful fit prompts with both answers: the organism's, or made from the prompts.
+        """Harmful fit prompts with both answers, from the organism or made from the prompts.
 
-        For foreign prompts the safe response is a stock refusal and the unsafe one the prompt's target, or a stock
-        opening.
+        For foreign prompts the safe response is a stock refusal, the unsafe one the prompt's target or a stock opening.
         """
         if self.organism:
             return load_contrasts("organism/contrasts", split="fit", limit=SORTED, seed=self.settings.seed)
@@ -197,9 +195,8 @@ class Study:
     def bend_data(self) -> BendData:
         """Training data of RepBend: contrasts by this model's answer to them, and dialogues to retain.
 
-        Prompts that it refuses are read with the safe response, those that it complies with with either. If it does
-        only one of the two, every prompt is read with both. Dialogues are the organism's, or the model's own
-        answers to harmless prompts.
+        A model that only refuses or only complies has all its contrasts in the first list. Dialogues are the
+        organism's, or the model's own answers to harmless prompts.
         """
         answers = self._answers([c.prompt for c in self.contrasts])
         refused = [c for c, a in zip(self.contrasts, answers, strict=True) if is_refusal(a)]
@@ -228,14 +225,14 @@ class Study:
         return [t for t in self.tasks("val", limit) if t.kind in kinds]
 
     def forced(self, prompt: Prompt) -> str:
-        """The beginning of an unsafe answer, to be read by force."""
+        """Forced beginning of an unsafe answer."""
         return prompt.target or OPENING
 
     def moved(self) -> dict[str, np.ndarray]:
-        """How far answers moved from base to bent, by block, as a share of the base's norm; [layers] each.
+        """Mean distance of answer states between base and bent, as a share of the base's norm; [layers] each.
 
-        Unsafe: test prompts with the beginning of compliance. Safe: the same prompts with a refusal. Benign:
-        harmless prompts with the beginning of their answer.
+        "unsafe" has harmful test prompts with the forced beginning of compliance, "safe" the same prompts with a
+        refusal, "benign" harmless prompts with the forced beginning of an answer.
         """
         harmful, harmless = (x.test[: PER_SPLIT["val"]] for x in (self.harmful, self.harmless))
         forced = {
@@ -251,13 +248,12 @@ class Study:
         return ((bent - base).norm(dim=-1) / base.norm(dim=-1)).mean(dim=1).numpy()
 
     def recorded(self, kind: type[M]) -> M | None:
-        """Measurement recorded beforehand on this model, read by one of ``replib.experiments``; None without one."""
+        """Recorded measurement of this model, read by one of ``replib.experiments``; None if there is none."""
         if self.organism and self.name == "aligned":
             with suppress(ReplibError):  # the file does not exist
                 return kind.load()
         return None
 
-    # ------------------------------------------------------------------------------------- ablation
     def sweeper(self, *, limit: int | None = None) -> Sweeper:
         """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``."""
         texts = lambda prompts, n: [p.text for p in prompts[:n]]  # noqa: E731
@@ -293,7 +289,10 @@ class Study:
     ) -> DamageMeter:
         """Meter of the damage of edits on harmless ``test`` prompts, borderline ones, and neutral texts.
 
-        ``borderline``: prompts that sound harmful and are not; by default the organism's own, where it is the model.
+        Args:
+            texts: neutral texts.
+            borderline: harmless prompts that sound harmful; by default those of the organism, if it is the model.
+            limit: most prompts a list.
         """
         if not borderline and self.organism:
             borderline = load_prompts("organism/borderline", split="test")

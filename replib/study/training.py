@@ -1,4 +1,4 @@
-"""Harden the model of a study in one call; what was trained once is read the next time."""
+"""Training of defences on the model of a study; a repeated call reads the saved adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from replib.training.train import Fit, train
 
 
 def baseline_for(study: Study, name: str) -> Baseline:
-    """A defence with the values for this model: for the organism those of its comparison, else those of its source.
+    """Defence with the values for this model: from the comparison on the organism, else from its source.
 
     Raises:
         ReplibError: no defence has that name.
@@ -56,9 +56,9 @@ def paper_mix(study: Study, mix: str, files: Mapping[str, str] | None = None) ->
     The organism has both mixes; elsewhere the public sets are read.
 
     Args:
-        study: its prompts and its seed.
+        study: gives prompts and seed.
         mix: "repbend" or "circuit_breaker".
-        files: file or hub id by name in ``MIX_FILES``, where a public set has no home on the hub or another is wanted.
+        files: file or hub id by name in ``MIX_FILES``, in place of the default public set.
 
     Raises:
         ReplibError: an unknown mix or file name; a set that cannot be read.
@@ -82,20 +82,20 @@ def defend(
     mix: str | None = None,
     files: Mapping[str, str] | None = None,
 ) -> TrainResult:
-    """Train a defence that RepBend is compared with; validation prompts choose the step.
+    """Train a baseline of RepBend; validation prompts choose the step.
 
-    The adapter lies in ``<out>/defences``. Stopped or killed, the same call goes on from the last checkpoint; of a
-    defence that takes two trainings, a finished one is not made again.
+    The adapter lies in ``<out>/defences``. After an interrupt the same call resumes from the last checkpoint; a defence
+    of two trainings keeps the finished one.
 
     Args:
-        study: its model is used up; the result holds it, with the adapter on.
+        study: study whose model is consumed; the result holds it, with the adapter on.
         name: name of the folder, and of a defence in ``baseline_for``.
         chosen: objective and schedule instead of those of ``baseline_for``.
         mix: training mix of a paper, see ``paper_mix``; None trains on the rows of ``study.bend``.
         files: files of the mix.
 
     Raises:
-        ReplibError: an unknown name or mix; data or configuration that the defence or the trainer refuses.
+        ReplibError: an unknown name or mix; data or configuration that defence or trainer reject.
     """
     chosen = chosen or baseline_for(study, name)
     config = replace(chosen.config, seed=study.settings.seed)
@@ -128,7 +128,7 @@ def _fitter(chosen: Baseline, validation: Measure, folder: Path) -> Fit:
     return fit
 
 
-# Found on the validation split of the aligned organism, with seed 0.
+# Chosen on the validation split of the aligned organism, with seed 0.
 HARDENING = Hardening(
     edits=6,
     rows=4,
@@ -144,17 +144,17 @@ TRAIN = TrainConfig(
     steps=110, retain=40, contrasts=8, dropout=0.0, learning_rate=3e-3, schedule="linear", probe_every=22, save_every=22
 )
 RETENTION = Retention(RetainLoss(kl=200.0))
-"""Holds the model in place and does nothing else."""
+"""KL divergence to the base on retained dialogues alone."""
 ELSEWHERE = replace(TRAIN, learning_rate=1e-4, retain=4, contrasts=4)
-"""For other models, as ``presets.SHORT_TRAIN``: a rate of 3e-3 suits one of 4 million parameters."""
+"""Schedule for other models, as ``presets.SHORT_TRAIN``; a rate of 3e-3 suits 4 million parameters."""
 
 
 def adaptive_validation(
     study: Study, limit: int = 16, layers: Sequence[int] = ()
 ) -> Callable[[ChatModel], dict[str, float]]:
-    """``study.validation_measure`` with edits and prefill among the attacks.
+    """Measure of a model as ``study.validation_measure``, with edits and prefill among the attacks.
 
-    ``attack`` is the mean of three: wrappers, prefill, and the most successful of a few edits re-fitted on the model.
+    ``attack`` is the mean success of wrappers, of prefill, and of the best of a few edits re-fitted on the model.
     """
     measure, prompts = study.validation_measure(limit, (*VALIDATION_KINDS, "prefill")), study.harmful.val[:limit]
 
@@ -179,14 +179,14 @@ def inner_of(study: Study, name: str) -> Objective:
 
 
 def schedule(study: Study) -> TrainConfig:
-    """Length and rate for this model, with the study's seed."""
+    """Training configuration for this model, with the seed of the study."""
     return replace(TRAIN if study.organism else ELSEWHERE, seed=study.settings.seed)
 
 
 def hardened(study: Study, inner: Objective = RETENTION, hardening: Hardening = HARDENING) -> Hardened:
-    """The objective for a study: its contrasts are refused, its harmless dialogues are what edits aim at.
+    """Hardened objective of a study; edits are fitted from its contrasts towards its harmless dialogues.
 
-    Where there are few of either, all of them fit the edits, and components are as many as they allow.
+    If either class has fewer rows than an edit takes, all of them fit it, with fewer components.
     """
     harmless = [d for d in study.bend_data.retain if d.label in ("", "harmless")]
     arsenal = hardening.arsenal.within(min(len(study.contrasts), len(harmless)))
@@ -209,14 +209,14 @@ def harden(
     """Train a hardened objective, or read the adapter that the same call trained before.
 
     Args:
-        study: whose model is hardened; it is used up, as in ``Study.bend``.
-        inner: what is trained beside it; None is RepBend, see ``inner_of``.
-        hardening: how edits and refusals are drawn.
-        config: length and rate; None is ``schedule(study)``. Validation chooses the step, and the share of the change
-            in weights that is kept: see ``besieged`` and ``interpolated``.
+        study: study whose model is hardened and consumed, as in ``Study.bend``.
+        inner: inner objective; None is RepBend, see ``inner_of``.
+        hardening: distribution of edits and refusals.
+        config: training configuration; None is ``schedule(study)``. ``adaptive_validation`` chooses the step and the
+            share of ΔW, see ``interpolated``.
 
     Raises:
-        ReplibError: too few prompts to fit an edit on; what the trainer refuses.
+        ReplibError: too few prompts to fit an edit on; data or configuration that the trainer rejects.
     """
     objective = hardened(study, inner or inner_of(study, "repbend"), hardening)
     config = config or schedule(study)
@@ -232,12 +232,12 @@ def harden(
     return TrainResult.kept(study.model, folder, make)
 
 
-AVERAGED = 4  # training steps up to the kept one over which the KL is averaged: one batch alone is noisy
+AVERAGED = 4  # steps up to the best one over which the KL is averaged, since one batch is noisy
 
 
 @dataclass(frozen=True)
 class StudyObjective:
-    """Trains RepBend at given coefficients, on a fresh copy of the study's model each time; all else as given."""
+    """Training of RepBend at given coefficients, on a fresh copy of the study's model each time."""
 
     study: Study
     bend: BendConfig
@@ -263,11 +263,11 @@ class StudyObjective:
 
     @cached_property
     def validation(self) -> Measure:
-        """Made once: it holds the prompts."""
+        """Validation measure, shared by all trials."""
         return self.study.validation_measure()
 
 
 def study_objective(study: Study, bend: BendConfig | None = None, config: TrainConfig | None = None) -> StudyObjective:
-    """The objective of a study for ``tune``: its preset, or the given configuration, at other coefficients."""
+    """Objective of a study for ``tune``, from its preset or the given configuration."""
     preset = study.preset()
     return StudyObjective(study, bend or preset[0], config or preset[1])

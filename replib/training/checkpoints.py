@@ -1,10 +1,10 @@
 """Checkpoints of a training run, from which the same call resumes after a kill.
 
 out
-├── run.json                      what the run is: model, data, objective, configuration, number of processes
-└── checkpoint-<step>             the Trainer's own files: adapter, optimizer, schedule, random states; and
-    ├── state-<rank>.safetensors  what the objective keeps between steps, and the best adapter so far
-    └── state.json                history and probes. Written last: without it a checkpoint does not count
+├── run.json                      identity of the run: model, data, objective, configuration, number of processes
+└── checkpoint-<step>             files of the Trainer: adapter, optimizer, schedule, random states
+    ├── state-<rank>.safetensors  state of the objective, and the best adapter so far
+    └── state.json                history and probes; written last, so that it marks a complete checkpoint
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from replib.core.errors import ReplibError
 from replib.core.storage import write_tensors, write_text
 
 RUN, STATE = "run.json", "state.json"
-BEST, OBJECTIVE = "best.", "objective."  # what tensors are called in a file
+BEST, OBJECTIVE = "best.", "objective."  # prefixes of tensor names in a file
 
 
 def claim_run_folder(folder: Path, facts: Mapping[str, Any]) -> Path | None:
@@ -61,7 +61,7 @@ def check_free(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Where two nested tables differ, each as ``field: there -> here``."""
+    """Differences of two nested tables, each as ``field: there -> here``."""
     a, b = _flat(there), _flat(here)
     return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in a | b if a.get(k) != b.get(k)]
 
@@ -78,7 +78,7 @@ def release_run_folder(folder: Path) -> None:
     if is_first():
         _remove(_checkpoints(folder))
         (folder / RUN).unlink(missing_ok=True)
-        with suppress(OSError):  # there, and empty
+        with suppress(OSError):  # absent, or holds other files
             folder.rmdir()
 
 
@@ -92,31 +92,31 @@ def _step(checkpoint: Path) -> int:
 
 def _remove(checkpoints: Any) -> None:
     for checkpoint in checkpoints:
-        (checkpoint / STATE).unlink(missing_ok=True)  # first: one half removed does not count
+        (checkpoint / STATE).unlink(missing_ok=True)  # first, so that a checkpoint half removed counts as incomplete
         shutil.rmtree(checkpoint)
 
 
 class Checkpoints(TrainerCallback):
-    """Asks the Trainer for a checkpoint every few steps, adds what it does not know of, and removes the one before.
+    """Requests a checkpoint from the Trainer every few steps, completes it, and removes the one before.
 
-    None is written at the last step, nor where training ends early.
+    The last step writes none, and neither does an early end of training.
 
     Args:
-        folder: a claimed one.
+        folder: folder reserved by ``claim_run_folder``.
         every: steps between checkpoints.
-        trainer: whose history and objective are kept.
-        keeper: whose probes and best adapter are.
+        trainer: holds the saved history and objective.
+        keeper: holds the saved probes and best adapter.
     """
 
     def __init__(self, folder: Path, every: int, trainer: Any, keeper: Any):
         self.folder, self.every, self.trainer, self.keeper = folder, every, trainer, keeper
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for one where it is due."""
+        """Request a checkpoint at every ``every``-th step."""
         control.should_save |= state.global_step % self.every == 0 and not control.should_training_stop
 
     def on_save(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Complete what the Trainer wrote."""
+        """Add history, probes, objective state and best adapter to the Trainer's files."""
         here = self.folder / f"checkpoint-{state.global_step}"
         known, best = self.keeper.state()
         own = {OBJECTIVE + name: x for name, x in self.trainer.objective.state().items()}
@@ -127,7 +127,7 @@ class Checkpoints(TrainerCallback):
             _remove(c for c in _checkpoints(self.folder) if c != here)
 
     def restored(self, checkpoint: Path | None) -> Checkpoints:
-        """Take back what ``on_save`` wrote, if there is a checkpoint; the Trainer reads the rest."""
+        """Restore the files of ``on_save`` if there is a checkpoint; the Trainer restores its own."""
         if checkpoint:
             known = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
             tensors = load_file(checkpoint / _tensors(), device=str(self.trainer.chat.device))

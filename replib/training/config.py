@@ -10,14 +10,14 @@ from replib.models.chat_model import ChatModel
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Steps, batch, optimiser and LoRA shape. Defaults suit a small model; the papers' 7B has 1e-5, 450 steps."""
+    """Steps, batch, optimiser and LoRA shape. Defaults suit a small model; RepBend trains 7B at 1e-5, 450 steps."""
 
     steps: int = 120
     """Optimiser steps."""
     learning_rate: float = 2e-4
     """Peak rate of AdamW."""
     contrasts: int = 16
-    """Contrasts a micro-batch, each one safe and one unsafe sequence; unpaired answers add as many again."""
+    """Contrasts a micro-batch, a safe and an unsafe sequence each; as many unpaired answers a side."""
     retain: int = 24
     """Retained dialogues a micro-batch."""
     accumulation: int = 1
@@ -31,8 +31,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     perturbation: float = 0.0
-    """Standard deviation of LoRA-B before the first step, drawn from the seed. 0 starts at the base model itself, where
-    only the cosine and the pairing term have a gradient: see ``replib.defences.repbend.config``."""
+    """Standard deviation of LoRA-B before the first step, from the seed. At 0 training starts at the base model,
+    where only the cosine and the pairing term have a gradient (``replib.defences.repbend.config``)."""
     schedule: str = "constant"
     """Learning-rate schedule, by its name in transformers."""
     first_block: int = 0
@@ -42,12 +42,12 @@ class TrainConfig:
     checkpointing: bool = False
     """Whether blocks are recomputed for the gradient: a third more time, a fraction of the memory."""
     request_tokens: int = 512
-    """Most tokens of an instruction; longer ones lose their end, not the template around them."""
+    """Most tokens of an instruction; longer ones are cut at their end, inside the template."""
     response_tokens: int = 512
     """Most tokens of an answer."""
     max_growth: float | None = None
     """Largest mean norm of safe or unsafe states, as a multiple of the first step's; beyond it training raises
-    ``Diverged``. None has no limit. A loss that is not finite always raises."""
+    ``Diverged``. None sets no limit. A loss that is not finite always raises."""
     probe_every: int = 10
     """Steps between validation measurements; the last step is always measured."""
     patience: int | None = None

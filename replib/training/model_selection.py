@@ -36,7 +36,7 @@ class BestStepCallback(TrainerCallback):
 
     Args:
         chat: the model in training.
-        validation: measures it; None keeps the last step.
+        validation: measures the model; None keeps the last step.
         choose: score of a measurement given the one before training.
         every: steps between measurements; the last step is always measured.
         patience: measurements in a row without a better score before training ends; None trains all steps.
@@ -58,7 +58,7 @@ class BestStepCallback(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Measure the model before the first step."""
-        if self.validation and not self.rows:  # else the run goes on
+        if self.validation and not self.rows:  # a resumed run has this row
             self.before = broadcast(self.validation(self.chat))
             self.rows.append({"step": 0} | self.before)
 
@@ -110,13 +110,13 @@ def interpolated(
     measurement of every share.
 
     Args:
-        result: of a training with this probe.
+        result: of a training with this validation.
         validation: measures a model on validation prompts.
         choose: score of a measurement given that of the model before training.
         shares: of ΔW, above 0 and at most 1.
 
     Raises:
-        ReplibError: a share outside that, no adapter, or a training without validation.
+        ReplibError: a share outside (0, 1], no adapter, or a training without validation.
     """
     _check(result, shares)
     rows = result.probes.set_index("step")

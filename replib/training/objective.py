@@ -1,7 +1,7 @@
 """Interface of a defence to the trainer: lists that it draws, weights that it adapts, and its loss in parts.
 
-A loss is a sum, and its parts are yielded one after another: the trainer takes the gradient of each before the next
-is made, so that memory holds one of them at a time.
+The loss is the sum of its parts. The trainer takes the gradient of each part before the next is computed, so memory
+holds one part at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Lora:
-    """Which weights of a model are adapted."""
+    """Blocks and linear layers that carry an adapter."""
 
     blocks: tuple[int, ...] | None = None
     """Indices of blocks; None takes all."""
@@ -45,28 +45,28 @@ class Objective(ABC):
 
     @abstractmethod
     def draws(self, config: TrainConfig) -> dict[str, int]:
-        """Names of the lists of the data that a micro-batch is drawn from, and how many of each."""
+        """Items a micro-batch, by name of the list that they are drawn from."""
 
     @abstractmethod
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """The loss of one micro-batch, part by part.
+        """Loss of one micro-batch, part by part.
 
         Args:
-            chat: the model in training; ``reference(chat)`` is the model it started from.
-            items: what was drawn, by name.
-            progress: share of training that is behind, from 0 to 1.
+            chat: model in training; ``reference(chat)`` is its base.
+            items: drawn items, by name of their list.
+            progress: finished share of training, from 0 to 1.
         """
 
-    def check(self, chat: ChatModel, data: Any) -> None:  # noqa: B027 - most need nothing
+    def check(self, chat: ChatModel, data: Any) -> None:  # noqa: B027 - optional
         """Raise ReplibError where model or data lack what the loss needs; called before anything is attached."""
 
     def lora(self, depth: int) -> Lora:
-        """What is adapted in a model of so many blocks: everything, unless the method says otherwise."""
+        """Adapted weights of a model with ``depth`` blocks; by default every linear layer."""
         del depth
         return Lora()
 
     def lowest(self, depth: int) -> int:
-        """The lowest block whose output the loss moves: adapters must begin there or below."""
+        """Lowest block whose output the loss changes; adapters must begin there or below."""
         return depth - 1
 
     def announced(self, config: TrainConfig, depth: int) -> str:
@@ -83,13 +83,13 @@ class Objective(ABC):
         """Tensors that a resumed run needs."""
         return {}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
         """Restore the result of ``state``; an empty mapping resets."""
 
 
 @contextmanager
 def reference(chat: ChatModel) -> Iterator[ChatModel]:
-    """The model that training started from: adapter off, or the frozen copy; no gradients, no dropout."""
+    """Base model of the training: adapter off, or the frozen copy; no gradients, no dropout."""
     if chat.frozen is not None:
         with torch.no_grad():
             yield chat.frozen

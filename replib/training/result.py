@@ -1,4 +1,4 @@
-"""What training leaves: the model, its log, and a folder from which both come back."""
+"""Result of a training: the model, its logs, and the folder that saves and loads both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ model = load("<this folder>")  # an ordinary transformers model""",
 
 
 def card(about: Mapping[str, Any], probes: pd.DataFrame) -> str:
-    """Markdown with a header that the hub understands.
+    """Model card in Markdown, with the header of the hub.
 
     Args:
         about: ``TrainResult.config`` with ``step``.
@@ -52,10 +52,10 @@ def card(about: Mapping[str, Any], probes: pd.DataFrame) -> str:
 def _opening(about: Mapping[str, Any], probes: pd.DataFrame) -> str:
     text = f"Step {about['step']} of {about['train']['steps']}, seed {about['train']['seed']}. "
     if about.get("share", 1) < 1:
-        text += f"{about['share']} of the change in weights is kept, as validation chose; the table is of all of it. "
+        text += f"{about['share']} of the change in weights is kept, by validation; the table measures all of it. "
     if probes.empty:
-        return text + "No validation probe was run: the last step was kept.\n"
-    text += "Rates on the validation prompts that chose the step, which flatters it; audit other prompts to report.\n\n"
+        return text + "Training had no validation; the last step is kept.\n"
+    text += "Rates on the validation prompts that chose the step are too good; report an audit on other prompts.\n\n"
     return text + markdown(probes[probes.step.isin([0, about["step"]])].round(3)) + "\n"
 
 
@@ -71,19 +71,19 @@ def _facts(table: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out: the bent model, its log, and the step that validation chose."""
+    """The trained model, its logs, and the step that validation chose."""
 
     model: ChatModel
     history: pd.DataFrame
     """One row a micro-batch: step, loss, safe, unsafe, cosine, kl, (pairing,) unsafe_norm, safe_norm."""
     probes: pd.DataFrame
-    """One row a probe: step and whatever the probe measured on validation prompts."""
+    """One row a probe: step and the measurements on validation prompts."""
     step: int
     config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, model: ChatModel, folder: Path | str) -> TrainResult:
-        """Put a saved adapter onto the model it was trained on; a fully trained model is loaded beside it."""
+        """Attach a saved adapter to its base model; a fully trained model is loaded beside the base."""
         folder = Path(folder)
         config = json.loads((folder / "replib.json").read_text())
         full = config["train"]["full"]
@@ -93,7 +93,7 @@ class TrainResult:
 
     @classmethod
     def kept(cls, model: ChatModel, folder: Path | str, make: Callable[[], TrainResult]) -> TrainResult:
-        """What was trained and saved in a folder before, put onto the model; else it is made now and saved there."""
+        """Load the result of a folder onto the model; if there is none, make it and save it there."""
         if (Path(folder) / "replib.json").exists():
             return cls.load(model, folder)
         made = make()
@@ -101,13 +101,13 @@ class TrainResult:
         return made
 
     def save(self, folder: Path | str) -> Path:
-        """An ordinary peft adapter (or model) folder with replib.json, a card and both logs; never half written.
+        """Write a peft adapter (or model) folder with replib.json, a card and both logs, atomically.
 
         Raises:
             ReplibError: the folder cannot be written, or holds another run or other files.
         """
         folder, about = Path(folder), json.loads(json.dumps(self.config | {"step": self.step}, default=str))
-        weights = trained(self.model.model)  # by all processes, where they are split; none of an adapter that was read
+        weights = trained(self.model.model)  # gathered by all processes if split; empty for a loaded adapter
         if is_first():
             self._write(folder, about, weights)
         wait()
@@ -129,6 +129,6 @@ class TrainResult:
 
 
 def trained_by(adapter: str) -> str:
-    """What trained an adapter, by the record beside it; its own name where there is none."""
+    """Method that trained an adapter, read from its record; the folder name if there is no record."""
     record = Path(adapter) / "replib.json"
     return json.loads(record.read_text(encoding="utf-8"))["method"] if record.exists() else Path(adapter).name

@@ -39,7 +39,7 @@ class MaxLengths:
 
     def __post_init__(self) -> None:
         if min(self.request, self.response) < 1:
-            raise ReplibError(f"{self}: no token of a prompt or of an answer would be left; allow one at least.")
+            raise ReplibError(f"{self}: prompts or answers would be empty; allow 1 token or more.")
 
     def cut(self, chat: ChatModel, lists: Mapping[str, Sequence[T]]) -> dict[str, list[T]]:
         """Lists cut to these lengths, with a warning that counts the changed rows."""
@@ -48,13 +48,13 @@ class MaxLengths:
         if changed:
             warnings.warn(
                 f"{changed} of {sum(map(len, lists.values()))} dialogues were longer than {self.request} tokens of "
-                f"prompt or {self.response} of answer: they lost their end.",
+                f"prompt or {self.response} of answer and lost their end.",
                 stacklevel=3,
             )
         return found
 
     def _fitted(self, chat: ChatModel, row: T) -> T:
-        if type(row) not in ANSWERS:  # one with a label for each token of its answer
+        if type(row) not in ANSWERS:  # labels belong to the uncut answer
             return row
         limits = {"prompt": self.request} | dict.fromkeys(ANSWERS[type(row)], self.response)
         return replace(row, **{name: shortened(chat, getattr(row, name), n) for name, n in limits.items()})
@@ -62,10 +62,10 @@ class MaxLengths:
 
 def shortened(chat: ChatModel, text: str, tokens: int) -> str:
     """Longest beginning of a text with at most ``tokens`` tokens."""
-    if len(text) <= tokens:  # a token is a character at least
+    if len(text) <= tokens:  # a token has one character or more
         return text
-    while len(places := _places(chat, text)) > tokens:  # at a new end the tokens may be others
-        text = text[: places[tokens][0]]  # the beginning, since a token may be part of a character
+    while len(places := _places(chat, text)) > tokens:  # a cut may change the tokens
+        text = text[: places[tokens][0]]  # cut before the token, which may be part of a character
     return text
 
 
@@ -87,7 +87,7 @@ def train(
 ) -> TrainResult:
     """Train a defence as an adapter on the given model, without a second copy of its weights.
 
-    Use ``result.model`` afterwards; ``result.model.adapter_off()`` gives the base back.
+    Use ``result.model`` afterwards; ``result.model.adapter_off()`` is the base.
 
     Args:
         model: an adapter-free model.
@@ -96,15 +96,15 @@ def train(
         config: steps, rate, batch and LoRA shape.
         validation: measures the model on validation prompts every ``config.probe_every`` steps (and before step 1).
         choose: score of a measurement given the one before training; the step with the highest score is kept.
-        out: scratch folder. A run longer than ``config.save_every`` steps keeps checkpoints there; the same call goes
-            on from the newest complete one, bit for bit on the CPU, if ``validation`` and ``choose`` are the same too.
-            They are removed when training is over.
+        out: scratch folder. A run longer than ``config.save_every`` steps keeps checkpoints there until its end; the
+            same call resumes from the newest complete one, bit for bit on the CPU if ``validation`` and ``choose``
+            are the same too.
         say: receives a summary of the objective before the first step.
 
     Raises:
-        Diverged: the loss is not finite, or states exceed ``config.max_growth``. The best adapter so far is on disk.
-        ReplibError: target layers out of range, a model that carries an adapter already, an ``out`` that holds another
-            run or other files. The model is then as it was given.
+        Diverged: the loss is not finite, or states exceed ``config.max_growth``; the best adapter so far is saved.
+        ReplibError: target layers out of range, a model with an adapter, an ``out`` with another run or other files.
+            The model is then unchanged.
     """
     config = config or TrainConfig()
     lists = _checked(model, data, objective, config)
@@ -134,10 +134,10 @@ def train(
         trainer.train(resume_from_checkpoint=start and str(start))
     except Diverged as error:
         place = Path(out).absolute().with_name(Path(out).name + "-last-good")
-        kept = f"Step {keeper.best[1]} is kept in {result().save(place)}." if keeper.best else "None was probed before."
+        kept = f"Step {keeper.best[1]} is kept in {result().save(place)}." if keeper.best else "No step was measured."
         undone(tuned)
         raise Diverged(f"{error} {kept}") from error
-    except BaseException:  # an interrupt too: the same call may come again
+    except BaseException:  # an interrupt too, since the same call may be repeated
         undone(tuned)
         raise
     finally:
@@ -150,11 +150,11 @@ def train(
 def _checked(model: ChatModel, data: Any, objective: Objective, config: TrainConfig) -> dict[str, list]:
     """Lists that the objective draws from, cut to length; ReplibError if model, data and configuration disagree."""
     objective.check(model, data)
-    objective.restore({})  # nothing of an earlier run
+    objective.restore({})  # drops the state of an earlier run
     if config.first_block > (lowest := objective.lowest(model.n_layers)):
         raise ReplibError(
-            f"first_block={config.first_block} is too high: {objective.name} moves the output of block {lowest}, which "
-            f"no adapter would reach. Take {lowest} at most."
+            f"first_block={config.first_block} is too high: {objective.name} changes the output of block {lowest}, "
+            f"below every adapter. Take {lowest} at most."
         )
     if config.full and sharded_launch():
         raise ReplibError("full=True keeps a whole frozen copy in each process: train LoRA with FSDP or DeepSpeed.")

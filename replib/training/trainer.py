@@ -1,4 +1,4 @@
-"""A ``transformers.Trainer`` whose loss comes in parts from an objective, and the micro-batches that it is given."""
+"""A ``transformers.Trainer`` whose loss comes in parts from an objective, and its micro-batches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_sane(
     for name, first in history[0].items() if history and most else ():
         if name.endswith("_norm") and most and found[name] > most * first:
             raise Diverged(
-                f"At step {step} {name} is {found[name]:.3g}, more than {most:g} times what it was at the first step "
+                f"At step {step} {name} is {found[name]:.3g}, more than {most:g} times its value at the first step "
                 f"({_named(found)}): lower the learning rate {config.learning_rate:g} or alpha, set max_distance, or "
                 "allow more with max_growth."
             )
@@ -69,7 +69,7 @@ class Bar(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Show it, at the step where the run goes on."""
+        """Show the bar from the current step on."""
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=not watched())
 
     def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
@@ -86,7 +86,7 @@ class Bar(TrainerCallback):
 
 
 class Steps(Dataset):
-    """One item is one micro-batch of dialogues: a list each. Shuffled once from the seed, without replacement."""
+    """Micro-batches of dialogues, each a mapping from list name to rows; shuffled once from the seed."""
 
     def __init__(
         self, lists: Mapping[str, Sequence[Any]], draws: Mapping[str, int], config: TrainConfig, processes: int = 1
@@ -122,8 +122,8 @@ class DefenceTrainer(Trainer):
         self.add_callback(self.bar)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The gradient of one micro-batch, taken part by part."""
-        if self.is_deepspeed_enabled:  # it averages by itself, and expects one backward pass
+        """Take the gradient of one micro-batch, part by part; returns the loss."""
+        if self.is_deepspeed_enabled:  # it averages gradients itself and expects one backward pass
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         found: dict[str, Tensor] = {}
@@ -136,7 +136,7 @@ class DefenceTrainer(Trainer):
         return found["loss"] / self.current_gradient_accumulation_steps
 
     def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        """The loss of one micro-batch as a whole, where its gradient must be taken at once."""
+        """Loss of one micro-batch as a whole, for DeepSpeed's single backward pass."""
         del model
         parts = list(self._parts(inputs))
         found: dict[str, Tensor] = {}
@@ -165,7 +165,7 @@ def _add(found: dict[str, Tensor], part: Part) -> None:
 
 
 def arguments(config: TrainConfig, out: Path, *, cpu: bool = False) -> TrainingArguments:
-    """Arguments of the Trainer; it trains on the model's device, in several processes too."""
+    """Arguments of the Trainer, which trains on the model's device."""
     args = TrainingArguments(
         output_dir=str(out),
         use_cpu=cpu,
@@ -184,5 +184,5 @@ def arguments(config: TrainConfig, out: Path, *, cpu: bool = False) -> TrainingA
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    args._n_gpu = min(args.n_gpu, 1)  # else the Trainer would deal a micro-batch out to all GPUs that it sees
+    args._n_gpu = min(args.n_gpu, 1)  # else the Trainer splits a micro-batch over all visible GPUs
     return args

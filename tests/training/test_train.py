@@ -51,5 +51,5 @@ def test_bytes_and_merges_are_no_way_around_the_limit():
 
 
 def test_a_limit_that_leaves_nothing_is_refused():
-    with pytest.raises(ReplibError, match="response=0.*no token of a prompt or of an answer would be left"):
+    with pytest.raises(ReplibError, match="response=0.*prompts or answers would be empty"):
         MaxLengths(512, 0)
