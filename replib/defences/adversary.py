@@ -24,7 +24,7 @@ from replib.edits.methods import READS, SiteEdits, fit_edit, method_of
 from replib.models.chat_model import ChatModel
 
 T = TypeVar("T")
-FORCED = tuple(p for p in POSITIONS if p != "decode")  # in training every answer is read, none is written
+FORCED = tuple(p for p in POSITIONS if p != "decode")  # training reads answers and decodes none
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EditDistribution:
     reads: tuple[str, ...] = ("last_prompt",)
     """Tokens whose activations fit an edit: the last of the prompt, or the mean over a forced unsafe answer."""
     positions: tuple[str, ...] = ("last_prompt", "all_prompt", "response", "all")
-    """Tokens that it edits."""
+    """Edited tokens."""
     strength: tuple[float, float] = (0.5, 1.0)
     """Smallest and largest strength, within 0 and 1."""
     prompts: int = 48
@@ -51,15 +51,15 @@ class EditDistribution:
     def __post_init__(self) -> None:
         for name in ("methods", "ks", "reads", "positions"):
             if not getattr(self, name):
-                raise ReplibError(f"An adversary without {name} edits nothing: name one at least, or set edits=0.")
+                raise ReplibError(f"An adversary without {name} edits nothing; give one or more, or set edits=0.")
         for name, known in (("reads", READS), ("positions", FORCED)):
             for one in getattr(self, name):
                 check_choice(name, one, known)
         if other := [m for m in self.methods if method_of(m).read != "last_prompt"]:
-            raise ReplibError(f"{other[0]} is fitted on means over whole prompts: take methods that read one token.")
+            raise ReplibError(f"{other[0]} is fitted on means over whole prompts; take methods that read one token.")
         low, high = self.strength
         if not 0 <= low <= high <= 1:
-            raise ReplibError(f"strength={self.strength}: give the least and the most, both within 0 and 1.")
+            raise ReplibError(f"strength={self.strength}: give smallest and largest, both within 0 and 1.")
         if self.late < 1:
             raise ReplibError(f"late={self.late} must be 1 or more (1 = same sampling weight as other blocks).")
         if not 0 < min(self.ks) <= max(self.ks) < self.prompts:
@@ -81,7 +81,7 @@ class EditDistribution:
         return once + (self.late - 1) * [i for i in once if 3 * i >= 2 * depth]
 
     def check(self, depth: int, harmful: Sequence[Contrast], harmless: Sequence[Dialogue]) -> None:
-        """Raise ReplibError for blocks that a model of so many lacks, or too little to fit on."""
+        """Raise ReplibError for blocks outside the model, or too few prompts to fit on."""
         check_blocks(self.layers, depth)
         for name, rows in (("harmful", harmful), ("harmless", harmless)):
             if len(rows) < self.prompts:
@@ -90,7 +90,7 @@ class EditDistribution:
 
 
 class SampledEdit(NamedTuple):
-    """One edit and the tokens that it edits."""
+    """An edit and its tokens."""
 
     edits: SiteEdits
     positions: str
@@ -109,7 +109,7 @@ class Adversary:
 
     arsenal: EditDistribution
     harmful: Sequence[Contrast]
-    """Source class of the edits, with the answers that they aim at."""
+    """Source class of the edits, with unsafe answers."""
     harmless: Sequence[Dialogue]
     """Target class of the edits."""
     seed: int = 0
@@ -133,7 +133,7 @@ class Adversary:
         return torch.cat(list(stream(chat, prompts, responses=forced, positions=self.arsenal.reads)), dim=1)
 
     def draw(self, chat: ChatModel) -> SampledEdit:
-        """One edit, fitted on the activations of ``fit``.
+        """Draw an edit, fitted on the activations of ``fit``.
 
         Raises:
             ReplibError: ``fit`` was not called.
@@ -146,21 +146,21 @@ class Adversary:
         read, strength = self.pick(a.reads), a.strength[0] + self.uniform() * (a.strength[1] - a.strength[0])
         source, target = (x[layer, :, a.reads.index(read)] for x in self.fitted)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a small K that misses the mean gap is one edit of many
+            warnings.simplefilter("ignore", UserWarning)  # a small K may miss the difference in means
             edits = fit_edit(method, source, target, layer, k=k, depth=chat.n_layers)
         name = f"{method} at block {layer}, K {k}, read at {read}, strength {strength:.2f}"
         return SampledEdit({key: edit * strength for key, edit in edits.items()}, positions, name)
 
     def uniform(self) -> float:
-        """A number in [0, 1)."""
+        """Uniform sample from [0, 1)."""
         return torch.rand((), generator=self.generator).item()
 
     def pick(self, options: Sequence[T]) -> T:
-        """One of them."""
+        """Uniform choice among options."""
         return options[int(torch.randint(len(options), (), generator=self.generator))]
 
     def sample(self, rows: Sequence[T], n: int) -> list[T]:
-        """So many of them, without replacement."""
+        """Sample of ``n`` rows without replacement."""
         return [rows[i] for i in torch.randperm(len(rows), generator=self.generator)[:n].tolist()]
 
     def state(self) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Hardening: refusals are trained under random edits, and after the beginnings of unsafe answers.
+"""Hardening: training of refusals under random edits and after the beginnings of unsafe answers.
 
 L = L_inner + weight · mean −log p(token of a refusal | edits, forced beginning), nats, means over tokens
 
 After ReFAT (arXiv 2409.20089), which trains refusals under ablated refusal features, and after "safety alignment should
-be made more than just a few tokens deep" (arXiv 2406.05946), which trains them behind the first tokens of unsafe
+be made more than just a few tokens deep" (arXiv 2406.05946), which trains them after the first tokens of unsafe
 answers. The passes of the inner objective are not edited.
 """
 
@@ -52,18 +52,18 @@ class Hardening:
         check_coefficients(weight=self.weight)
         if min(self.rows, self.refit, self.prefix, self.edits + self.plain) < 1 or min(self.edits, self.plain) < 0:
             raise ReplibError(f"edits={self.edits}, plain={self.plain}, rows={self.rows}, refit={self.refit}, "
-                              f"prefix={self.prefix}: no row is hardened; give one at least of each.")  # fmt: skip
+                              f"prefix={self.prefix}: no row is hardened; give 1 or more of each.")  # fmt: skip
         if not 0 <= self.forced <= 1:
             raise ReplibError(f"forced={self.forced} is a share of rows: give a number within 0 and 1.")
 
 
 @dataclass
 class Hardened(Objective):
-    """Any objective, with hardened refusals beside it."""
+    """Loss of an inner objective plus the hardened refusals."""
 
     inner: Objective
     harmful: Sequence[Contrast]
-    """Prompts with both answers; they are refused, and edits are fitted on them."""
+    """Prompts with both answers, the source class of the edits; training refuses them."""
     harmless: Sequence[Dialogue]
     """Answered requests, the target class of the edits."""
     hardening: Hardening = field(default_factory=Hardening)
@@ -88,19 +88,19 @@ class Hardened(Objective):
             raise ReplibError(f"{bad} of {len(self.harmful)} harmful prompts lack an answer: fill or drop them.")
 
     def draws(self, config: TrainConfig) -> dict[str, int]:
-        """Those of the inner objective; refusals are drawn by the seed of this one."""
+        """Lists of the inner objective; refusals are drawn from ``harmful`` with ``seed``."""
         return self.inner.draws(config)
 
     def lora(self, depth: int) -> Lora:
-        """As the inner objective."""
+        """Adapted weights of the inner objective."""
         return self.inner.lora(depth)
 
     def lowest(self, depth: int) -> int:
-        """As the inner objective."""
+        """Lowest block of the inner objective."""
         return self.inner.lowest(depth)
 
     def announced(self, config: TrainConfig, depth: int) -> str:
-        """What the inner objective says, and what is drawn."""
+        """Summary of the inner objective and of the hardened refusals."""
         h = self.hardening
         return (f"{self.inner.announced(config, depth)} Hardening: {h.rows * (h.edits + h.plain)} refusals a "
                 f"micro-batch under {h.edits} random edits, fitted anew every {h.refit} on {h.arsenal.prompts} prompts "
@@ -113,25 +113,25 @@ class Hardened(Objective):
         return {"inner": inner, "hardening": asdict(self.hardening), "seed": self.seed} | own
 
     def state(self) -> dict[str, Tensor]:
-        """That of the inner objective and of the adversary."""
+        """State of the inner objective and of the adversary."""
         inner = {f"inner.{name}": x for name, x in self.inner.state().items()}
         return inner | self.adversary.state() | {"met": torch.tensor(self.met)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take both back."""
+        """Restore the result of ``state``."""
         inner = {name.removeprefix("inner."): x for name, x in state.items() if name.startswith("inner.")}
         self.inner.restore(inner)
         self.adversary.restore(state)
         self.met = int(state.get("met", 0))
 
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """Those of the inner objective, then the hardened refusals."""
+        """Parts of the inner objective, then the hardened refusals."""
         yield from self.inner.parts(chat, items, progress)
         loss = self._refused(chat, self._drawn(chat))
         yield Part(self.hardening.weight * loss, {"hardening": loss.detach()})
 
     def _drawn(self, chat: ChatModel) -> list[SampledEdit]:
-        """The edits of a micro-batch; what they are fitted on is read anew where it is due."""
+        """Draw the edits of a micro-batch; activations are captured again every ``refit`` micro-batches."""
         if self.hardening.edits and self.met % self.hardening.refit == 0:
             self.adversary.fit(chat)
         self.met += 1
@@ -145,23 +145,23 @@ class Hardened(Objective):
             return refusal_loss(chat, rows, heads)
 
     def _head(self) -> int:
-        """How many tokens of the unsafe answer a refusal comes after."""
+        """Tokens of the unsafe answer before a refusal, often 0."""
         forced = self.adversary.uniform() < self.hardening.forced
         return 1 + self.adversary.pick(range(self.hardening.prefix)) if forced else 0
 
 
 def refusal_loss(chat: ChatModel, rows: Sequence[Contrast], heads: Sequence[int]) -> Tensor:
-    """Mean −log p over the tokens of the safe answers, each after so many tokens of the unsafe one, nats."""
+    """Mean −log p over the tokens of the safe answers, each after ``heads`` tokens of the unsafe one, nats."""
     batch, refusal = refusals(chat, rows, heads)
     final = forward_states(chat, batch)
-    assert final is not None  # the pass went to the end
+    assert final is not None  # a pass without ``last`` returns states
     return token_losses(chat, final[:, :-1][refusal[:, 1:]], batch.input_ids[refusal]).mean()
 
 
 def refusals(chat: ChatModel, rows: Sequence[Contrast], heads: Sequence[int]) -> tuple[Batch, Tensor]:
-    """Prompts, so many tokens of each unsafe answer, and the safe one with its end; and which tokens are of the latter.
+    """Batch of prompts, ``heads`` tokens of unsafe answers and safe answers; mask ``[rows, tokens]`` of the latter.
 
-    An answer shorter than its head is taken whole. ``[rows, tokens]``
+    An unsafe answer shorter than its head enters whole; the safe one includes the end-of-sequence token.
     """
     end, ids = chat.tokenizer.eos_token or "", lambda text: chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     begun = [ids(c.unsafe_response)[:n] for c, n in zip(rows, heads, strict=True)]

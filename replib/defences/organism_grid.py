@@ -1,13 +1,13 @@
-"""What RepBend is compared with on the organism, and the values that each of them is tried at before it is compared.
+"""Hyper-parameter grids of the defences that RepBend is compared with on the organism.
 
-Published rates suit models of seven billion parameters; the organism has four million, so that every method gets a
-small grid around what its source says: a rate by what is decisive for the method. The validation split chooses among
-them, by the score that also chooses a step (``keeper.default_choice``). All train 40 steps of about 48 rows, as
-RepBend's organism preset trains 40 of 64; RMU and Circuit Breaker read their rows in part of the blocks, WHP and task
+Published rates suit models of seven billion parameters; the organism has four million. Each method therefore has a
+small grid around the values of its source: rates, and its most important hyper-parameter. The validation split chooses
+a point, by the score that also chooses a step (``model_selection.default_choice``). All train 40 steps of about 48
+rows, RepBend's organism preset 40 of 64; RMU and Circuit Breaker read their rows in part of the blocks, WHP and task
 arithmetic train twice. RepBend's own preset comes from a longer search than any grid here.
 
-Points were added for SFT, WHP and task arithmetic (rate 2e-3) and for Circuit Breaker (``relative``) when first results
-on test prompts had been seen. They could only help these rivals; the grids of the others were left as they were.
+Points were added for SFT, WHP and task arithmetic (rate 2e-3) and for Circuit Breaker (``relative``) after first
+results on test prompts. They can only favour these baselines; the other grids are unchanged.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from replib.defences.task_arithmetic import TaskArithmetic
 from replib.defences.whp import WHP
 from replib.training.config import TrainConfig
 
-ROWS, UNSAFE = 48, 16  # rows of a step, and those of them that are unsafe where others are retained
-BENIGN = 2.5  # retained answers among the safe ones, for each refusal: so many RepBend's preset reads in a step
+ROWS, UNSAFE = 48, 16  # rows of a step; unsafe ones of a step that also retains
+BENIGN = 2.5  # retained answers per refusal among the safe answers, as in a step of RepBend's preset
 
 
 class Candidate(NamedTuple):
-    """A method with what it is tried at."""
+    """A method and its grid."""
 
     title: str
-    """Its name in tables and figures."""
+    """Name in tables and figures."""
     grid: tuple[Baseline, ...] = ()
-    """What validation chooses from; () where nothing is trained."""
+    """Points that validation chooses from; () for a method without training."""
     seconds: float = 0.0
-    """What one training takes, without probes: CPU seconds of a busy core, from trials of four steps."""
+    """Cost of one training without validation: CPU seconds of a busy core, from trials of four steps."""
 
 
 def _alone(learning_rate: float, rows: int = ROWS) -> TrainConfig:
-    """For a loss on one list."""
+    """Schedule for a loss on one list."""
     return TrainConfig(
         steps=40, learning_rate=learning_rate, contrasts=rows, schedule="linear", dropout=0.0, probe_every=10,
         save_every=0,
@@ -51,7 +51,7 @@ def _alone(learning_rate: float, rows: int = ROWS) -> TrainConfig:
 
 
 def _kept(learning_rate: float, perturbation: float = 0.0) -> TrainConfig:
-    """For a loss on unsafe answers and on those to keep."""
+    """Schedule for a loss on unsafe answers and on retained ones."""
     return replace(_alone(learning_rate, UNSAFE), retain=ROWS - UNSAFE, perturbation=perturbation)
 
 
@@ -78,15 +78,15 @@ def _npo_kl() -> tuple[Baseline, ...]:
 
 
 def _rmu() -> tuple[Baseline, ...]:
-    """Steering is a length: that of the organism's states is 27. Block 2 is as deep as the source's, 6 half way."""
+    """Grid of RMU. Steering is a norm, the organism's states have 27; block 2 has the source's depth, 6 half of all."""
     points = ((60.0, 2, 3e-3), (60.0, 6, 1e-3), (60.0, 6, 3e-3), (150.0, 6, 3e-3))
     return tuple(Baseline(RMU(alpha=3.0, steering=c, layer=block), _kept(rate)) for c, block, rate in points)
 
 
 def _breaker() -> tuple[Baseline, ...]:
-    """The source's depths, and RepBend's blocks; its retain term, which here outweighs the rerouting, and relative.
+    """Grid of Circuit Breaker: the source's depths and RepBend's blocks; absolute and relative retain term.
 
-    Under Adam alpha, which weighs both terms, does next to nothing.
+    The absolute one outweighs the rerouting here. alpha scales both terms, which has almost no effect under Adam.
     """
     late = (7, 8, 9, 10, 11)
     points = (((3, 7), 1e-3, False), (late, 3e-3, False), ((3, 7), 1e-3, True), (late, 1e-3, True), (late, 3e-3, True))
@@ -97,14 +97,14 @@ def _breaker() -> tuple[Baseline, ...]:
 
 
 def _whp() -> tuple[Baseline, ...]:
-    """Both of RepBend's comparison: nothing kept, and safe answers kept."""
+    """Grid of WHP: without retain loss, and with one on safe answers, as in RepBend's comparison."""
     keeps = (RetainLoss(), RetainLoss(ce=1.0, kl=0.1, temperature=2.0, on="safe"))
     points = ((keeps[0], 1e-3), (keeps[1], 1e-3), (keeps[1], 2e-3))
     return tuple(Baseline(WHP(keep=keep), _kept(rate)) for keep, rate in points)
 
 
 def _arithmetic() -> tuple[Baseline, ...]:
-    """Six weights each; an unsafe weight of zero is SFT itself."""
+    """Grid of task arithmetic, six weights each; an unsafe weight of zero is SFT."""
     weights = TaskArithmetic(tuple((safe, unsafe) for safe in (0.5, 1.0) for unsafe in (0.1, 0.3, 1.0)))
     return tuple(Baseline(weights, _alone(rate, ROWS // 2)) for rate in (3e-4, 1e-3, 2e-3))
 
@@ -114,7 +114,7 @@ def _repbend() -> tuple[Baseline, ...]:
 
 
 def _official() -> tuple[Baseline, ...]:
-    """The authors' code: published weights, nothing held back, dropout, no schedule."""
+    """Grid of RepBend in the authors' code: published weights, no safeguards, dropout, no schedule."""
     points = (1e-4, 3e-4, 1e-3)
     config = TrainConfig(steps=40, contrasts=8, retain=24, max_grad_norm=0.0, probe_every=10, save_every=0)
     return tuple(Baseline(RepBend(BendConfig(fidelity="official")), replace(config, learning_rate=r)) for r in points)
@@ -135,7 +135,7 @@ CONTENDERS = {
     "repbend": Candidate("RepBend", _repbend(), 92),
     "repbend_official": Candidate("RepBend as published", _official(), 60),
 }
-"""By name, in the order of the table."""
+"""Candidates by name, in the order of the table."""
 CHOSEN = {
     "sft": 2,
     "dpo": 0,
@@ -149,6 +149,6 @@ CHOSEN = {
     "repbend": 0,
     "repbend_official": 1,
 }
-"""The point of each grid that validation chose; what ``--pack`` of the comparison prints."""
+"""Index of the grid point that validation chose; ``--pack`` of the comparison prints it."""
 ORGANISM = {name: CONTENDERS[name].grid[point] for name, point in CHOSEN.items()}
-"""The methods with the values for the organism, as ``replib.defences.catalogue.DEFENCES`` has those of the sources."""
+"""Methods with the values for the organism; ``replib.defences.catalogue.DEFENCES`` has those of the sources."""

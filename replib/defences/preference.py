@@ -69,7 +69,7 @@ class DPO(Objective):
         check_positive(beta=self.beta)
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """Pairs must be given."""
+        """Raise ReplibError without pairs."""
         del chat
         check_lists(self.name, data, "pairs")
 
@@ -78,7 +78,7 @@ class DPO(Objective):
         return {"pairs": config.contrasts}
 
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """One part, since both answers of a pair enter one logarithm."""
+        """Loss in one part, since both answers of a pair enter one logarithm."""
         del progress
         pairs: Sequence[Contrast] = items["pairs"]
         both = [(c.prompt, c.safe_response) for c in pairs] + [(c.prompt, c.unsafe_response) for c in pairs]
@@ -107,7 +107,7 @@ class NPO(Objective):
         check_positive(beta=self.beta)
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """Unsafe answers and the list of ``keep`` must be given."""
+        """Raise ReplibError without unsafe answers or the list of ``keep``."""
         del chat
         check_lists(self.name, data, "unsafe", *self.keep.lists)
 

@@ -32,7 +32,7 @@ def cross_entropy(chat: ChatModel, rows: Sequence[Dialogue]) -> Tensor:
 class SFT(Objective):
     """Supervised fine-tuning: L = −mean log p(token), over all answer tokens of the micro-batch, nats.
 
-    Safe answers give the plainest defence (arXiv 2504.01550, A.2: one epoch, rate 5e-5, batch 16). Unsafe answers give
+    Safe answers give the simplest defence (arXiv 2504.01550, A.2: one epoch, rate 5e-5, batch 16). Unsafe answers give
     the task vector that task arithmetic subtracts and WHP's reinforced model.
     """
 
@@ -44,7 +44,7 @@ class SFT(Objective):
         check_choice("side", self.side, ("safe", "unsafe"))
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """Answers of that side must be given."""
+        """Raise ReplibError without answers of that side."""
         del chat
         check_lists(self.name, data, self.side)
 
@@ -53,7 +53,7 @@ class SFT(Objective):
         return {self.side: config.contrasts}
 
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """One part."""
+        """Cross-entropy as one part."""
         del progress
         loss = cross_entropy(chat, items[self.side])
         yield Part(loss, {"ce": loss.detach()})
@@ -91,7 +91,7 @@ class RetainLoss:
         return {name: config.retain for name in self.lists}
 
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence]) -> Iterator[Part]:
-        """One part, or none."""
+        """Retain loss as one part; none if both weights are 0."""
         if not self.lists:
             return
         batch = dialogue_batch(chat, items[self.on])
@@ -109,16 +109,16 @@ class RetainLoss:
 
 @dataclass(frozen=True)
 class Retention(Objective):
-    """Retain loss alone, the inner objective of a defence that only adds a loss."""
+    """Retain loss alone, as inner objective of hardening."""
 
     name = "retention"
     keep: RetainLoss = RetainLoss(kl=1.0)
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """Retained answers and a weight on them must be given."""
+        """Raise ReplibError without retained answers or without a weight on them."""
         del chat
         if not self.keep.lists:
-            raise ReplibError("Retention with both weights 0 keeps nothing: give RetainLoss(kl=1).")
+            raise ReplibError("Retention with both weights 0 has no loss; give RetainLoss(kl=1).")
         check_lists(self.name, data, *self.keep.lists)
 
     def draws(self, config: TrainConfig) -> dict[str, int]:
@@ -126,6 +126,6 @@ class Retention(Objective):
         return self.keep.draws(config)
 
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """One part."""
+        """Retain loss as one part."""
         del progress
         yield from self.keep.parts(chat, items)

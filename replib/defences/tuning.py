@@ -1,4 +1,4 @@
-"""Search for RepBend's alpha, beta and gamma: several objectives, resumable, answered by a Pareto front."""
+"""Resumable multi-objective search for RepBend's alpha, beta and gamma, with its Pareto front."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 MINIMISE = ("attack_success", "kl")
-"""What a good bend lowers: share of attacks complied with, and KL(base ‖ bent) on harmless text in nats."""
+"""Minimised objectives: share of attacks complied with, and KL(base ‖ bent) on harmless text in nats."""
 MAXIMISE = ("harmless_compliance",)
-"""What a good bend keeps high: share of harmless requests answered."""
+"""Maximised objective: share of harmless requests answered."""
 RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"alpha": (0.05, 1.0), "beta": (0.01, 1.0), "gamma": (0.1, 100.0)}
 )
-"""Searched range of each coefficient, uniform in its logarithm; coefficients have the paper's meaning."""
+"""Searched range of each coefficient, uniform in its logarithm; coefficients are those of the paper."""
 Objective = Callable[..., Mapping[str, float]]
 """Train and measure once: called with `alpha=, beta=, gamma=`, it returns a finite number for every name in
-`MINIMISE` and `MAXIMISE`; further numbers are kept beside them."""
+`MINIMISE` and `MAXIMISE`; further numbers are stored too."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """All finished trials, one a row, and those of them that no other trial beats."""
+    """Finished trials, one a row, and their Pareto front."""
 
     table: pd.DataFrame
     front: pd.DataFrame
@@ -54,14 +54,14 @@ def tune(
 ) -> Tuning:
     """Run trials until `storage`, an Optuna journal file, holds `trials` finished ones; then return them all.
 
-    A training that diverges (`Diverged`) is recorded as pruned: it counts as finished, and the search goes on.
+    A training that diverges (`Diverged`) is recorded as pruned and counts as finished; the search goes on.
 
     Each trial is on disk before the next begins, and trial n depends on `seed + n` and the finished trials
     alone: a search that was stopped (Ctrl-C, an error in the objective) and run again equals an unbroken one.
 
     Raises:
-        ReplibError: optuna is absent, `storage` cannot be written or holds another search, a range has no
-            logarithm, or the objective leaves a number out or returns one that is not finite.
+        ReplibError: optuna is absent, `storage` cannot be written or holds another search, a range is not positive
+            and finite, or the objective omits a number or returns one that is not finite.
     """
     study = _open_study(Path(storage), seed, ranges)
     finished = len(_finished(study))
@@ -118,7 +118,7 @@ def _remember(study: optuna.Study, settings: Mapping[str, object], path: Path) -
 def _run_trial(
     study: optuna.Study, objective: Objective, *, seed: int, ranges: Mapping[str, tuple[float, float]]
 ) -> None:
-    """One ask, one call, one tell; a trial that ends badly is closed as failed and its error goes on."""
+    """Ask for a trial, run it and tell its result; a failed trial is closed and its error raised."""
     optuna = need_optuna()
     study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=False)
     trial = study.ask()
@@ -129,7 +129,7 @@ def _run_trial(
         trial.set_user_attr("diverged", str(error))
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         return
-    except BaseException:  # KeyboardInterrupt too: the journal must not keep a trial that runs for ever
+    except BaseException:  # KeyboardInterrupt too, else the journal keeps a running trial
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         raise
     for name in measured.keys() - {*MINIMISE, *MAXIMISE}:
@@ -144,8 +144,8 @@ def _values(measured: Mapping[str, float]) -> list[float]:
     values = [float(measured[name]) for name in (*MINIMISE, *MAXIMISE)]
     if not all(map(math.isfinite, values)):
         raise ReplibError(
-            f"the objective returned {dict(measured)}; for a run that diverged raise replib.core.errors.Diverged: "
-            "it is then recorded as pruned."
+            f"the objective returned {dict(measured)}; raise replib.core.errors.Diverged for a diverged run, "
+            "which is then recorded as pruned."
         )
     return values
 
@@ -156,13 +156,13 @@ def _check_ranges(ranges: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _finished(study: optuna.Study) -> Sequence[optuna.trial.FrozenTrial]:
-    """Complete and pruned ones, in their order."""
+    """Complete and pruned trials, in order."""
     state = need_optuna().trial.TrialState
     return study.get_trials(deepcopy=False, states=[state.COMPLETE, state.PRUNED])
 
 
 def _table(study: optuna.Study) -> pd.DataFrame:
-    """One row a finished trial, in their order: coefficients, objectives, further numbers."""
+    """Table of complete trials, one a row: coefficients, objectives, further numbers."""
     names = (*MINIMISE, *MAXIMISE)
     rows = [
         {"trial": number, **trial.params, **dict(zip(names, trial.values, strict=True)), **trial.user_attrs}
@@ -173,7 +173,7 @@ def _table(study: optuna.Study) -> pd.DataFrame:
 
 
 def need_optuna() -> Any:
-    """Optuna, or ReplibError where it is absent."""
+    """Import optuna; ReplibError if it is absent."""
     try:
         import optuna
         import optuna.storages.journal
@@ -183,7 +183,7 @@ def need_optuna() -> Any:
 
 
 def ranges_around(bend: BendConfig, factor: float = 10.0) -> dict[str, tuple[float, float]]:
-    """From a ``factor`` below to a ``factor`` above a configuration; the default range where it has a zero."""
+    """Ranges from a configuration divided by ``factor`` to multiplied by it; the default range for a zero."""
     values = {name: getattr(bend, name) for name in RANGES}
     return {name: (x / factor, x * factor) if x else RANGES[name] for name, x in values.items()}
 

@@ -1,10 +1,10 @@
-"""WHP, Eldan & Russinovich 2023 (arXiv 2310.02238): unsafe answers are relabelled with generic tokens.
+"""WHP, Eldan & Russinovich 2023 (arXiv 2310.02238): training on unsafe answers with generic labels.
 
 The caller gives the trainer as ``fit(model, data, objective)``, for example::
 
     fit = lambda model, data, objective: train(model, data, objective, config=config)
 
-Adapters are attached to the given model and detached again; its weights are never copied.
+Adapters are attached to the given model and detached again, without a copy of its weights.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def generic_logits(
 ) -> Float[Tensor, "tokens vocab"]:
     """Logits of a model without the forgotten data, Eldan & Russinovich 2023 (arXiv 2310.02238), §2.
 
-    v_generic = v_base − α ReLU(v_reinforced − v_base). Training on the forgotten data raised some logits; these are
-    lowered, the others stay.
+    v_generic = v_base − α ReLU(v_reinforced − v_base). Logits that training on the forgotten data
+    raised are lowered, the others stay.
     """
     return base - alpha * (reinforced - base).relu()
 
@@ -64,7 +64,7 @@ class WHP(Objective):
     keep: RetainLoss = RetainLoss()
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """Unsafe answers must be labelled, and the list of ``keep`` given."""
+        """Raise ReplibError for unsafe answers without labels, or a missing list of ``keep``."""
         del chat
         check_lists(self.name, data, "unsafe", *self.keep.lists)
         if bare := sum(not isinstance(d, LabelledDialogue) for d in data.unsafe):
@@ -85,8 +85,8 @@ class WHP(Objective):
         states = answer_states(chat, dialogue_batch(chat, rows))
         labels = torch.tensor([token for row in rows for token in row.labels], device=states.device)
         if len(labels) != len(states):
-            raise ReplibError(f"{len(states)} answer tokens have {len(labels)} labels: they were made with another "
-                              "tokenizer. Make them again with whp.relabelled.")  # fmt: skip
+            raise ReplibError(f"{len(states)} answer tokens have {len(labels)} labels, made with another tokenizer. "
+                              "Make them again with whp.relabelled.")  # fmt: skip
         loss = token_losses(chat, states, labels).mean()
         return Part(loss, {"generic": loss.detach()})
 
@@ -115,7 +115,7 @@ def _labelled(reinforced: ChatModel, rows: Sequence[Dialogue], alpha: float) -> 
     batch = dialogue_batch(reinforced, rows)
     with reference(reinforced) as base:
         plain = answer_states(base, batch)
-    size = chunk_size(reinforced)  # no adapter touches the unembedding, so both share it
+    size = chunk_size(reinforced)  # shared, since no adapter changes the unembedding
     pairs = zip(answer_states(reinforced, batch).split(size), plain.split(size), strict=True)
     labels = [generic_logits(*map(reinforced.logits, pair), alpha=alpha).argmax(dim=-1) for pair in pairs]
     each = torch.cat(labels).cpu().split(batch.response_mask.sum(dim=1).tolist())

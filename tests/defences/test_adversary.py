@@ -134,7 +134,7 @@ def test_late_blocks_count_as_often_as_they_are_told_to():
         ({"reads": ("prompt",)}, "reads='prompt' is unknown"),
         ({"strength": (-0.1, 1.0)}, "within 0 and 1"),
         ({"strength": (0.5, 1.5)}, "within 0 and 1"),
-        ({"strength": (0.9, 0.5)}, "the least and the most"),
+        ({"strength": (0.9, 0.5)}, "give smallest and largest"),
         ({"ks": (1, 48)}, "cannot fit K"),
         ({"ks": (0,)}, "cannot fit K"),
         ({"late": 0}, "late=0 must be 1 or more"),

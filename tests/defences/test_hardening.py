@@ -209,7 +209,7 @@ def test_what_is_missing_is_named_before_anything_is_attached(folder):
         train(model, KEPT, Hardened(Retention(), lacking, HARMLESS, SMALL))
     with pytest.raises(ReplibError, match="SFT trains on `safe`"):
         train(model, KEPT, hardened(SFT()))
-    with pytest.raises(ReplibError, match="keeps nothing"):
+    with pytest.raises(ReplibError, match="Retention with both weights 0 has no loss"):
         train(model, KEPT, hardened(Retention(RetainLoss())))
     with pytest.raises(ReplibError, match="outside the model's blocks"):
         train(model, KEPT, hardened(hardening=Hardening(arsenal=EditDistribution(layers=(7,), ks=(1,), prompts=6))))

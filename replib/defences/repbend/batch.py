@@ -1,4 +1,4 @@
-"""What one pass over a batch leaves for RepBend's terms: which tokens of which rows each of them is taken on."""
+"""Micro-batches of RepBend: rows, token masks of the terms, and the states that a pass reads at them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from replib.models.hooks import Hook
 from replib.models.tokens import Batch
 
 SAFE, UNSAFE, RETAIN, TURNED, KEPT = range(5)
-TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # terms over pairs of rows, and their rows
+TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # masks of terms that compare rows
 Mask = Bool[Tensor, "rows tokens"]
 States = Float[Tensor, "_layers _tokens dim"] | None
 
@@ -32,11 +32,11 @@ def collate(
     *,
     ended: bool = True,
 ) -> tuple[Batch, Tensor]:
-    """One padded batch of refusals, benign dialogues and unsafe answers, and the group of each row.
+    """Padded batch of refusals, benign dialogues and unsafe answers, and the group of each row.
 
-    TURNED rows are refusals of prompts that the model complies with: their answers are kept, their decision is not.
-    KEPT rows are unpaired safe answers to prompts that are not harmful: kept as refusals are, and never gathered on.
-    ``ended``: each answer with an end-of-sequence token.
+    TURNED rows are refusals of prompts that the base model complies with; only their answer tokens enter the safe term.
+    KEPT rows are unpaired safe answers to harmless prompts; they enter the safe term and are never an anchor.
+    ``ended`` adds an end-of-sequence token to each answer.
     """
     rows = (
         [(SAFE, c.prompt, c.safe_response) for c in contrasts]
@@ -53,7 +53,7 @@ def collate(
 
 
 def masks(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> dict[str, Mask]:
-    """For each field of a ``Reading`` the tokens that it is read on."""
+    """Mask of the tokens of each field of a ``Reading``."""
     last = _last_prompt(batch)
     unsafe, refusals = _rows(groups, UNSAFE), _rows(groups, _partners(groups))
     kept = _rows(groups, SAFE, TURNED, KEPT, *([RETAIN] if config.scope.retained else []))
@@ -70,7 +70,7 @@ def masks(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> dic
 
 
 def _tokens(batch: Batch, mode: str, rows: Bool[Tensor, "rows 1"]) -> Mask:
-    """The tokens of a loss mode; ``rows`` are those among which the shortest answer is looked for."""
+    """Tokens of a loss mode; the shortest answer is taken among ``rows``."""
     read = batch.attention_mask.bool()
     if mode == "request_last":
         return _last_prompt(batch)
@@ -87,13 +87,13 @@ def _last_prompt(batch: Batch) -> Mask:
 
 
 def _from(batch: Batch, start: Int[Tensor, " rows"], count: int) -> Mask:
-    """So many tokens of each row from a column on."""
+    """Mask of ``count`` tokens of each row from column ``start``."""
     columns = torch.arange(batch.input_ids.shape[1], device=start.device)
     return (columns >= start[:, None]) & (columns < start[:, None] + count)
 
 
 def _shortest(batch: Batch, rows: Bool[Tensor, "rows 1"]) -> int:
-    """Tokens of the shortest answer among some rows, at least 1 and PAIRED at most."""
+    """Length of the shortest answer among ``rows``, within 1 and PAIRED."""
     return max(1, min(PAIRED, int(batch.response_mask.sum(dim=1)[rows[:, 0]].min())))
 
 
@@ -102,12 +102,12 @@ def _rows(groups: Int[Tensor, " rows"], *which: int) -> Bool[Tensor, "rows 1"]:
 
 
 def _partners(groups: Int[Tensor, " rows"]) -> int:
-    """The group whose i-th row is the refusal of the i-th unsafe row's prompt."""
+    """Group whose i-th row refuses the prompt of the i-th unsafe row."""
     return TURNED if TURNED in groups else SAFE
 
 
 def _predicting(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> Mask:
-    """Tokens whose next token the KL is taken on."""
+    """Tokens whose next-token distribution enters the KL."""
     kept = _rows(groups, RETAIN, *((SAFE, TURNED, KEPT) if config.scope.kl_rows == "safe" else ()))
     if config.scope.kl_tokens == "all":
         return batch.attention_mask.bool() & kept
@@ -118,35 +118,34 @@ def _predicting(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of a micro-batch, and the tokens of them that each term is taken on."""
+    """Rows of a micro-batch and the token mask of each term."""
 
     batch: Batch
     groups: Int[Tensor, " rows"]
     masks: dict[str, Mask]
-    """By field of ``Reading``, ``final`` among them."""
+    """Masks by field of ``Reading``."""
 
     @classmethod
     def of(cls, chat: ChatModel, items: Mapping[str, Sequence], config: BendConfig) -> Plan:
-        """The plan of a micro-batch of contrasts and dialogues, see ``collate``."""
+        """Plan of a micro-batch of contrasts and dialogues, see ``collate``."""
         batch, groups = collate(chat, **items, ended=config.scope.ended)
         return cls(batch, groups, masks(batch, groups, config))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> Plan:
-        """Some of its rows, without the padding that only other rows need."""
+        """Plan of some rows, without the padding that only other rows need."""
         width = int(self.batch.attention_mask[index].sum(dim=1).max())
         start = self.batch.input_ids.shape[1] - width
         cut = {name: mask[index, start:] for name, mask in self.masks.items()}
         return Plan(self.batch.rows(index).columns(start, None), self.groups[index], cut)
 
     def count(self, name: str) -> int:
-        """Tokens of a term."""
+        """Number of tokens of a term."""
         return int(self.masks[name].sum())
 
     def parts(self, tokens: int) -> Iterator[Plan]:
-        """First the rows that some term compares with each other, in their order; then the others.
+        """Parts of the plan: first all rows of the terms that compare rows, in order, then the others.
 
-        The others are sorted by length and cut so that no part is longer than ``tokens``, padding included, if it has
-        more than one row.
+        The others are sorted by length; a part has at most ``tokens`` tokens, padding included, or a single row.
         """
         together = torch.stack([m.any(dim=1) for name, m in self.masks.items() if name in TOGETHER]).any(dim=0)
         yield self.rows(together.nonzero()[:, 0])
@@ -160,7 +159,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one pass leaves for the terms; None where the rows have nothing of it."""
+    """States of one pass for the terms; None for a field without tokens in these rows."""
 
     safe: States = None
     """[blocks, tokens, dim] of refusals and benign answers; [target blocks, ...] with ``alpha_mode`` "target"."""
@@ -173,15 +172,15 @@ class Reading:
     paired_unsafe: States = None
     """[target blocks, tokens, dim] of unsafe answers, from the last prompt token on; with eta alone."""
     paired_safe: States = None
-    """The same of the refusals of the same prompts, token by token."""
+    """[target blocks, tokens, dim] of the refusals of the same prompts, token by token."""
     final: Tensor | None = None
-    """[tokens, dim] that left the final norm, of the tokens whose next token the KL covers."""
+    """[tokens, dim] after the final norm, of the tokens whose next-token distribution enters the KL."""
 
 
 def read(chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig) -> Reading:
-    """One forward pass, keeping only what the terms need, and going no further up than they do."""
+    """Run one forward pass up to the highest block of the terms, and keep only their states."""
     wanted = {name: mask for name, mask in plan.masks.items() if mask.any()}
-    normed = config.scope.hidden_states and config.site == "resid_post"  # the last layer is behind the final norm
+    normed = config.scope.hidden_states and config.site == "resid_post"  # the last layer follows the final norm
     depth = {name: _depth(name, chat.n_layers, layers, config) for name in wanted if name != "final"}
     seen: dict[int, Tensor] = {}
     read_at = sorted({i for kept in depth.values() for i in kept} - ({chat.n_layers - 1} if normed else set()))
@@ -195,12 +194,12 @@ def read(chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig)
 
 
 def _depth(name: str, depth: int, layers: Sequence[int], config: BendConfig) -> Sequence[int]:
-    """The layers on which a term is taken."""
+    """Layers of a term."""
     return range(depth) if name == "safe" and config.alpha_mode == "all" else layers
 
 
 def _keep(seen: dict[int, Tensor], layer: int) -> Hook:
-    """Whole states: nothing may be computed on them inside a block, which may be computed anew for the gradient."""
+    """Hook that keeps whole states; a checkpointed block runs its hooks again, so they compute nothing."""
 
     def hook(hidden: Tensor) -> None:
         seen[layer] = hidden

@@ -8,11 +8,11 @@ of unsafe prompts. Norms are per token and not squared, as in the authors' code,
 distance is a mean over layers and tokens, the cosine one over layers and pairs.
 
 **Start.** With LoRA-B = 0 bent and base are equal, and the gradients of all distances and of the KL are zero. Only the
-cosine and the pairing term have a gradient there, so beta > 0 decides the first step. With beta = eta = 0 the first
+cosine and the pairing term have a gradient, so beta > 0 decides the first step. With beta = eta = 0 the first
 step follows rounding noise; ``TrainConfig.perturbation`` avoids that.
 
-**Fidelity.** Algorithm 1 leaves choices open; the paper's text and the authors' code make different ones. ``Scope`` has
-a field for each, ``BendConfig.fidelity`` names a whole set of them.
+**Fidelity.** Algorithm 1 leaves choices open; the paper's text and the authors' code choose differently. ``Scope`` has
+a field for each, ``BendConfig.fidelity`` names a set of them.
 
 | choice (field of ``Scope``) | replib | official code | paper |
 |---|---|---|---|
@@ -40,8 +40,8 @@ class Scope:
     """Rows, tokens, layers and averages of the terms; defaults are replib's own."""
 
     hidden_states: bool = False
-    """Whether layers are transformers' ``hidden_states``: the last one follows the final norm, and the embeddings,
-    which never move, are one more layer in the mean of the safe term. At the site resid_post only."""
+    """Whether layers are transformers' ``hidden_states``: the last one follows the final norm, and the constant
+    embeddings count as a layer in the mean of the safe term. At the site resid_post only."""
     until: float = 0.95
     """Relative depth at which default target blocks end; they begin at 0.6."""
     adapted: str = "all"
@@ -53,11 +53,11 @@ class Scope:
     gathered: str = "unsafe"
     """Rows of A_u: "unsafe", or "harmful": refused prompts too. Each prompt of a batch counts once."""
     queue: int = 0
-    """Rows of earlier steps that stay in A_u, as constants; 0 compares within the micro-batch.
+    """Rows of earlier steps in A_u, as constants; 0 compares within the micro-batch.
 
-    In Algorithm 1 A_u grows without limit; here the oldest rows leave."""
+    In Algorithm 1 A_u grows without limit; here the oldest rows are dropped."""
     kl_rows: str = "retain"
-    """Rows of the KL: "retain", or "safe": all of p_s, refusals too, as Algorithm 1 has it."""
+    """Rows of the KL: "retain", or "safe": all of p_s, refusals too, as in Algorithm 1."""
     kl_tokens: str = "answers"
     """Predicted tokens of the KL: "answers", or "all" (user turns too)."""
     kl_reduction: str = "token"
@@ -70,8 +70,8 @@ class Scope:
         check_choice("kl_tokens", self.kl_tokens, ("answers", "all"))
         check_choice("kl_reduction", self.kl_reduction, ("token", "sequence"))
         if self.queue < 0 or not 0.6 < self.until <= 1:
-            raise ReplibError(f"queue={self.queue}, until={self.until}: the queue holds no less than 0 rows, and "
-                              "target blocks end after 60 % of the depth, at 1 at most.")  # fmt: skip
+            raise ReplibError(f"queue={self.queue}, until={self.until}: give queue=0 or more, and until above 0.6 and "
+                              "at most 1.")  # fmt: skip
 
 
 REPLIB = Scope()
@@ -84,15 +84,15 @@ PAPER = Scope(
 FIDELITIES = {"replib": REPLIB, "official": OFFICIAL, "paper": PAPER}
 LOSS_MODES = ("request_last", "request_all", "request_response", "response_all", "response_one", "response_R")
 BEND_SITES = ("resid_post", "resid_mid", "attn_in", "mlp_in")
-PAIRED = 20  # tokens at most that response_R and the pairing term compare
+PAIRED = 20  # most tokens of response_R and of the pairing term
 
 
 @dataclass(frozen=True)
 class BendConfig:
-    """Coefficients in the paper's meaning, and the states of each term. Safeguards are off by default."""
+    """Coefficients as in the paper, and the states of each term. Safeguards are off by default."""
 
     alpha: float = 0.5
-    """Weight of the distance of unsafe answers from the base, which is maximised."""
+    """Weight of the maximised distance of unsafe answers from the base."""
     beta: float = 0.1
     """Weight of the cosine term that gathers unsafe prompts; it also breaks the stationary start of LoRA."""
     gamma: float = 0.3
@@ -106,11 +106,11 @@ class BendConfig:
     """"constant", or "ramps" as in Circuit Breakers: p goes from 0 to 1/2 during training, the safe term and the KL are
     multiplied by p, the others by 1 - p."""
     target_layers: tuple[int, ...] = ()
-    """Blocks whose outputs are pushed and gathered; () means a share of the depth (60-95 %, see ``Scope.until``)."""
+    """Blocks of the unsafe and the cosine term; () is a share of the depth (60-95 %, see ``Scope.until``)."""
     fidelity: str = "replib"
     """Set of choices: "replib", "official" or "paper"; see the table above."""
     custom: Scope | None = None
-    """Scope instead of the one of ``fidelity``."""
+    """Scope in place of that of ``fidelity``."""
     loss_mode: str = "response_all"
     """Tokens of both distances. request_last: the last token of the prompt; request_all: the prompt with its template;
     request_response: everything; response_all: the answer; response_one: its first token; response_R: its first R
@@ -121,20 +121,20 @@ class BendConfig:
     alpha_mode: str = "all"
     """Layers of the safe term: "all", or "target"."""
     site: str = "resid_post"
-    """Where in a block: resid_post (its output), resid_mid (after attention), attn_in or mlp_in (behind the norm before
+    """Place in a block: resid_post (its output), resid_mid (after attention), attn_in or mlp_in (after the norm before
     attention or MLP). The paper found little difference."""
     max_distance: float | None = None
-    """Hinge: unsafe distances beyond this, as a multiple of the base model's norm, earn nothing more.
+    """Hinge: unsafe distances beyond this, as a multiple of the base model's norm, have no gradient.
 
     Without it the objective has no lower bound."""
     relative: bool = False
     """Whether distances are divided by the base model's norm, so that late layers count no more than early ones."""
     directional: bool = False
-    """Whether unsafe states are brought to the base's norm before the distance is taken.
+    """Whether unsafe states are scaled to the base's norm before the distance.
 
-    The next block's RMSNorm divides the norm away: pushing by growth alone changes no answer."""
+    The next block's RMSNorm removes the norm, so growth alone changes no answer."""
     decision: bool = False
-    """Whether distances are also taken at the last prompt token, where the first word of the answer is decided."""
+    """Whether distances also cover the last prompt token, which predicts the first token of the answer."""
     anchored: bool = False
     """Whether unsafe prompts are gathered on the refused ones; False is the paper's cosine between all of them.
 
@@ -153,12 +153,12 @@ class BendConfig:
         check_choice("site", self.site, BEND_SITES)
         if self.anchored and self.scope.gathered == "harmful":
             raise ReplibError(
-                "anchored gathers unsafe prompts on refused ones: it needs a scope with gathered='unsafe'."
+                "anchored gathers unsafe prompts on refused ones; it needs a scope with gathered='unsafe'."
             )
 
     @property
     def scope(self) -> Scope:
-        """Rows, tokens, layers and averages: ``custom``, or what ``fidelity`` stands for."""
+        """Rows, tokens, layers and averages: ``custom``, or the scope of ``fidelity``."""
         return self.custom or FIDELITIES[self.fidelity]
 
     @property
@@ -167,7 +167,7 @@ class BendConfig:
         return bool(self.beta or self.eta)
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """The target blocks of a model with ``depth`` blocks."""
+        """Target blocks of a model with ``depth`` blocks."""
         layers = self.target_layers or tuple(range(round(0.6 * depth), round(self.scope.until * depth)))
         if bad := [i for i in layers if not 0 <= i < depth]:
             raise ReplibError(f"Target layer {bad[0]} is outside the model's blocks 0 to {depth - 1}.")
@@ -175,7 +175,7 @@ class BendConfig:
 
 
 def announced(bend: BendConfig, config: TrainConfig, depth: int) -> str:
-    """Target blocks and safeguards that are not in the paper, as text."""
+    """Summary of target blocks, and of safeguards beyond the paper."""
     layers = bend.layers(depth)
     chosen = "as given" if bend.target_layers else f"by relative depth, 60 to {bend.scope.until:.0%}"
     guards = [
@@ -191,7 +191,7 @@ def announced(bend: BendConfig, config: TrainConfig, depth: int) -> str:
 
 
 def warn_of_the_start(bend: BendConfig, config: TrainConfig) -> None:
-    """Warn where no term has a gradient at LoRA's start; see ``replib.defences.repbend.config``."""
+    """Warn if no term has a gradient at LoRA's start; see ``replib.defences.repbend.config``."""
     if not bend.escapes and not config.perturbation:
         warnings.warn(
             "beta and eta are 0: at LoRA's start no term has a gradient, so the first step follows rounding noise and "

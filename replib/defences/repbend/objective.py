@@ -1,7 +1,7 @@
-"""RepBend as the trainer sees it: a micro-batch in parts, each read with and without the adapter.
+"""RepBend as a training objective: a micro-batch in parts, each read with and without the adapter.
 
-Distances and the KL are means over tokens, so each part adds its share of them. Only the cosine and the pairing term
-compare rows with each other; their rows form the first part.
+Distances and the KL are means over tokens, so each part adds its share. Only the cosine and the pairing term compare
+rows; their rows form the first part.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from replib.training.objective import Lora, Objective, Part, reference
 
 @dataclass(frozen=True)
 class References:
-    """Readings of the model that training started from."""
+    """Readings of the base model of the training."""
 
     folder: Path | None = None
-    """Where they are kept; None computes each one when it is needed.
+    """Folder that stores readings; None computes each one anew.
 
-    A reading takes layers x tokens x dim numbers: worth its room where several runs see the same micro-batches, as in
-    a search over coefficients with one seed."""
+    A reading has layers x tokens x dim numbers. Storage pays if several runs have the same micro-batches, as in a
+    search over coefficients with one seed."""
 
     def read(self, chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig) -> Reading:
-        """The reading of a part: the kept one, or a new one that is kept at once."""
+        """Reading of a part, from the folder if it is there; a new one is stored."""
         if self.folder is None:
             return _read(chat, plan, layers, config)
         file = self.folder / f"{_key(chat, plan, layers, config)}.safetensors"
@@ -56,7 +56,7 @@ def _read(chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig
 
 
 def _key(chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig) -> str:
-    """What a reading depends on: the base model, the tokens, which of them are read, and on which layers."""
+    """Hash of the base model, the tokens, their masks and the layers."""
     batch = plan.batch
     tensors = [batch.input_ids, batch.attention_mask, *plan.masks.values()]
     hashes = [hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest() for x in tensors]
@@ -67,21 +67,21 @@ def _key(chat: ChatModel, plan: Plan, layers: Sequence[int], config: BendConfig)
 
 @dataclass
 class RepBend(Objective):
-    """The loss of arXiv 2504.01550, Algorithm 1, with its queue."""
+    """Loss of RepBend (arXiv 2504.01550, Algorithm 1), with its queue."""
 
     config: BendConfig = field(default_factory=BendConfig)
     references: References = field(default_factory=References)
-    """Where the base model's states are kept, if they are."""
+    """Stored readings of the base model."""
     tokens: int | None = None
-    """Tokens of a part at most, padding included; None: 1024 on the CPU, 2048 elsewhere."""
+    """Most tokens of a part, padding included; None is 1024 on the CPU, 2048 elsewhere."""
     queue: Tensor | None = field(default=None, repr=False)
     name: ClassVar[str] = "RepBend"
 
     def check(self, chat: ChatModel, data: Any) -> None:
-        """Raise ReplibError for layers outside the model, and for unpaired answers where pairs are compared."""
+        """Raise ReplibError for layers outside the model, and for unpaired answers with the pairing term."""
         self.config.layers(chat.n_layers)
         if self.config.eta and (data.safe or data.unsafe):
-            raise ReplibError("The pairing term takes contrasts alone: leave out the unpaired answers, or set eta=0.")
+            raise ReplibError("The pairing term takes contrasts only; leave out the unpaired answers, or set eta=0.")
 
     def draws(self, config: TrainConfig) -> dict[str, int]:
         """Contrasts, dialogues, contrasts that the model complies with, and unpaired answers."""
@@ -89,36 +89,36 @@ class RepBend(Objective):
         return {"contrasts": n, "retain": config.retain, "complied": n, "safe": n, "unsafe": n}
 
     def lora(self, depth: int) -> Lora:
-        """Every block, or those up to the one after the last target block."""
+        """Adapters in every block, or up to the block after the last target block."""
         if self.config.scope.adapted == "all":
             return Lora()
         return Lora(tuple(range(min(depth, max(self.config.layers(depth)) + 2))))
 
     def lowest(self, depth: int) -> int:
-        """The first target block."""
+        """First target block."""
         return min(self.config.layers(depth))
 
     def announced(self, config: TrainConfig, depth: int) -> str:
-        """Target blocks and safeguards; warns where LoRA's start has no gradient."""
+        """Summary of target blocks and safeguards; warns if LoRA's start has no gradient."""
         warn_of_the_start(self.config, config)
         return announced(self.config, config, depth)
 
     def about(self, depth: int) -> dict[str, Any]:
-        """The configuration with its scope and target layers."""
+        """Configuration with its scope and target layers."""
         layers = self.config.layers(depth)
         own = {"target_layers": layers, "scope": asdict(self.config.scope), "tokens": self.tokens}
         return asdict(self.config) | own
 
     def state(self) -> dict[str, Tensor]:
-        """The queue of A_u."""
+        """Queue of A_u."""
         return {} if self.queue is None else {"queue": self.queue}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take the queue back."""
+        """Restore the queue."""
         self.queue = state.get("queue")
 
     def parts(self, chat: ChatModel, items: Mapping[str, Sequence], progress: float) -> Iterator[Part]:
-        """Algorithm 1, line 13, on one micro-batch."""
+        """Loss of Algorithm 1, line 13, on one micro-batch."""
         plan, layers = Plan.of(chat, items, self.config), self.config.layers(chat.n_layers)
         for part in plan.parts(self.tokens or (1024 if chat.device.type == "cpu" else 2048)):
             with cache_frozen_blocks(chat):
@@ -129,10 +129,10 @@ class RepBend(Objective):
             yield Part(bend_loss(terms, self.config, progress), gauges)
             if bent.last is not None:
                 self.queue = remembered(self.queue, bent.last, self.config.scope.queue)
-            del base, bent, terms, gauges  # before the next part takes its room
+            del base, bent, terms, gauges  # frees their memory before the next part
 
     def _terms(self, chat: ChatModel, bent: Reading, base: Reading, plan: Plan) -> BendTerms:
-        """What a part adds to each term of the micro-batch."""
+        """Share of a part in each term of the micro-batch."""
         c = self.config
         hinge: dict[str, Any] = {"max_distance": c.max_distance, "directional": c.directional}
         found: dict[str, Tensor] = {}
@@ -157,13 +157,13 @@ class RepBend(Objective):
         if not self.config.anchored:
             return mean_cosine(last)
         if base.last is None or base.refused is None:
-            raise ReplibError("anchored gathers unsafe prompts on refused ones: this micro-batch has none of them.")
+            raise ReplibError("anchored gathers unsafe prompts on refused ones: this micro-batch has none, add some.")
         centre = torch.cat([base.last, base.refused], dim=1).mean(dim=1, keepdim=True)
         return anchored_cosine(last, base.refused, centre)
 
 
 def _norms(states: Mapping[str, Tensor | None], plan: Plan) -> dict[str, Tensor]:
-    """A part's share of the mean norm of states, as a gauge of growth."""
+    """Share of a part in the mean norm of states, logged to detect growth."""
     return {
         f"{name}_norm": x.detach().float().norm(dim=-1).mean() * (x.shape[1] / plan.count(name))
         for name, x in states.items()
@@ -172,6 +172,6 @@ def _norms(states: Mapping[str, Tensor | None], plan: Plan) -> dict[str, Tensor]
 
 
 def _counted(config: BendConfig, depth: int) -> float:
-    """Layers that move among those in the mean of the safe term: hidden states count the embeddings."""
+    """Factor of the safe term for the embeddings, which hidden states count as one more layer."""
     counted = config.scope.hidden_states and config.site == "resid_post" and config.alpha_mode == "all"
     return depth / (depth + 1) if counted else 1.0

@@ -1,4 +1,4 @@
-"""Named hyper-parameters of RepBend: the published ones (arXiv 2504.01550, Appendix A.4), and those of this suite.
+"""Presets of RepBend: published hyper-parameters (arXiv 2504.01550, Appendix A.4), and those of this suite.
 
 | | llama3-8b | mistral-7b | gemma2-2b | qwen2.5-14b | organism | short |
 |---|---|---|---|---|---|---|
@@ -8,10 +8,10 @@
 | target blocks | 19-29 of 32 | 19-29 of 32 | unknown | unknown | 7-11 of 12 | 60-95 % |
 | fidelity | official | official | official | official | replib | replib |
 
-Where a value is unknown, ``published`` says None, that of Llama-3 is taken (for layers, its relative depth), and
-``fitted`` says so. The published step has 4 micro-batches of 4 examples, each of 5 sequences: two safe, two unsafe and
-one retained: four contrasts, four unpaired safe and unsafe answers each and four dialogues, as `mixtures.repbend_mix`
-gives them. Without unpaired answers the contrasts are all there is.
+An unknown value is None in ``published``; the value of Llama-3 stands in (for layers, its relative depth), and
+``fitted`` notes it. The published step has 4 micro-batches of 4 examples, each of 5 sequences (two safe, two unsafe,
+one retained). Here a micro-batch is four contrasts, four unpaired safe and four unpaired unsafe answers, and four
+dialogues, from ``mixtures.repbend_mix``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from replib.core.errors import ReplibError
 from replib.defences.repbend.config import BendConfig, Scope
 from replib.training.config import TrainConfig
 
-# Found on the validation split of the aligned organism.
+# Chosen on the validation split of the aligned organism.
 ORGANISM_BEND = BendConfig(
     alpha=0.08,
     beta=30.0,
@@ -40,8 +40,7 @@ ORGANISM_TRAIN = TrainConfig(
     steps=40, contrasts=8, retain=40, dropout=0.0, learning_rate=1e-3, schedule="linear", probe_every=8
 )
 SHORT_TRAIN = TrainConfig(steps=30, contrasts=4, retain=4, learning_rate=1e-4, probe_every=15)
-# A micro-batch is four of each group of `mixtures.repbend_mix`: pairs, unpaired safe and unsafe answers, dialogues.
-# Clipping is none in the shipped configuration, as far as it can be read: it was not run.
+# The official configuration, which was read and not run, clips no gradients.
 PUBLISHED_TRAIN = TrainConfig(
     steps=450, learning_rate=1e-5, contrasts=4, retain=4, accumulation=4, max_grad_norm=0.0, probe_every=50
 )
@@ -55,19 +54,19 @@ class Fitted(NamedTuple):
     bend: BendConfig
     train: TrainConfig
     notes: list[str]
-    """What is not as published, as sentences."""
+    """Sentences on values that differ from the published ones."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Coefficients and schedule, and what of them is not published."""
+    """Coefficients and schedule, and the names of unpublished values."""
 
     bend: BendConfig
     train: TrainConfig
     depth: int | None = None
-    """Blocks of the model that it was published for; None fits any."""
+    """Number of blocks of the published model; None fits any."""
     unknown: tuple[str, ...] = ()
-    """Names of values that are not published: stand-ins are taken."""
+    """Names of unpublished values, which have stand-ins."""
 
     @property
     def published(self) -> dict[str, Any]:
@@ -77,11 +76,11 @@ class Preset:
         return {name: None if name in self.unknown else found[name] for name in names}
 
     def fitted(self, depth: int) -> Fitted:
-        """The preset for a model with ``depth`` blocks, and what is to be said about it."""
+        """Preset for a model with ``depth`` blocks, with notes."""
         notes = [self._stand_in(name, depth) for name in self.unknown]
         if self.depth not in (None, depth) and "target_layers" not in self.unknown:
-            notes.append(f"The target blocks are published for {self.depth} blocks, this model has {depth}: "
-                         "the same relative depth is taken.")  # fmt: skip
+            notes.append(f"The target blocks are published for {self.depth} blocks, this model has {depth}; "
+                         "they keep their relative depth.")  # fmt: skip
         elsewhere = "target_layers" in self.unknown or self.depth not in (None, depth)
         return Fitted(replace(self.bend, target_layers=()) if elsewhere else self.bend, self.train, notes)
 
@@ -103,10 +102,10 @@ PRESETS = {
 
 
 def preset_named(name: str) -> Preset:
-    """The preset of a name.
+    """Preset by name.
 
     Raises:
-        ReplibError: there is none; the message lists them.
+        ReplibError: no preset has that name; the message lists all.
     """
     if name not in PRESETS:
         raise ReplibError(f"There is no preset {name!r}: use one of {', '.join(PRESETS)}.")
