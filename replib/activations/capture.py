@@ -44,16 +44,16 @@ def capture(
         model: the model to read; inside ``model.adapter_off()`` its base is read.
         prompts: instructions, as text; the chat template is applied here.
         config: sites, blocks, tokens and batch size; default ``CaptureConfig()``.
-        responses: text that follows each prompt.
-        labels: one a prompt, stored with the result.
+        responses: one text per prompt, read after it.
+        labels: one per prompt, stored with the result.
         changes: single fields of the configuration, for example ``layers=[5]``.
 
     Returns:
-        Vectors on the CPU, in the order of the prompts; ``prompt`` holds the prompt of each where some are left out.
+        Vectors on the CPU, in the order of the prompts; ``prompt`` indexes the prompt of each if some are left out.
 
     Raises:
         ReplibError: layer, site, position or option unknown, no prompts, an empty span, an answer that ends before the
-            wanted token (unless left out), non-finite activations, a prompt that alone does not fit into memory.
+            wanted token (unless left out), non-finite activations, a single prompt that exceeds the memory.
     """
     config = CaptureConfig.of(config, changes)
     return _captured(model, prompts, config, responses, labels)[0][config.sites[0]]
@@ -62,7 +62,7 @@ def capture(
 def capture_sites(
     model: ChatModel, prompts: Sequence[str], sites: Sequence[str], **options: Any
 ) -> dict[str, Activations]:
-    """Activations at several sites from one pass; options are those of ``capture``."""
+    """Activations at several sites from one pass; same options as ``capture``."""
     responses, labels = options.pop("responses", None), options.pop("labels", ())
     return _captured(model, prompts, CaptureConfig.of(None, options | {"site": sites}), responses, labels)[0]
 
@@ -76,9 +76,9 @@ def capture_pair(
     labels: Sequence[str] = (),
     **changes: Any,
 ) -> tuple[Activations, Activations]:
-    """Activations with the adapter on and with it off, (bent, base): the same batches in the same order.
+    """Activations with the adapter on and off, (bent, base), from the same batches in the same order.
 
-    Arguments are those of ``capture``; with ``max_new_tokens`` both read what the bent model writes.
+    Same arguments as ``capture``; with ``max_new_tokens`` both read the answers of the bent model.
 
     Raises:
         ReplibError: as ``capture``; the model carries no adapter, or one merged into its weights.
@@ -131,9 +131,9 @@ def capture_to(
     Args:
         model: as in ``capture``.
         prompts: as in ``capture``.
-        folder: receives the shards; `Activations.load` reads them.
-        shard: prompts in a file, and in memory at a time.
-        part: (i, n): only every n-th shard from the i-th on, for process i of n; `finish_capture` joins them.
+        folder: destination of the shards, for `Activations.load`.
+        shard: number of prompts per file, and in memory at a time.
+        part: (i, n): process i of n writes every n-th shard from the i-th on; `finish_capture` joins them.
         config, responses, labels, changes: as in ``capture``; ``site`` may be several.
 
     Raises:
@@ -142,7 +142,7 @@ def capture_to(
     config = CaptureConfig.of(config, changes)
     ask = Request.of(model, config)
     reader, shards = Reader(model, ask, config.batch_size), Shards(Path(folder), _recipe(model, ask, shard))
-    there = _on_disk(shards, prompts, responses, shard)  # of all parts: none is added to another capture
+    there = _on_disk(shards, prompts, responses, shard)  # every shard, so no part extends another capture
     wanted = list(enumerate(_windows(prompts, responses, shard)))
     for number, (texts, answers) in progress(wanted[part[0] :: part[1]], "shards"):
         if not there[number]:
@@ -164,13 +164,13 @@ def finish_capture(
     shard: int = SHARD,
     **changes: Any,
 ) -> Path:
-    """Join the shards that several processes wrote with the same arguments; raises ReplibError if one is missing."""
+    """Join shards written by several processes with the same arguments; raises ReplibError if one is missing."""
     ask = Request.of(model, CaptureConfig.of(config, changes))
     shards = Shards(Path(folder), _recipe(model, ask, shard))
     there = _on_disk(shards, prompts, responses, shard)
     if not all(there):
         missing = shards.path(there.index(False))
-        raise ReplibError(f"{missing} is missing: run the capture again, it makes what is missing.")
+        raise ReplibError(f"{missing} is missing: run the capture again to write the missing shards.")
     return shards.finish(ask.layers, ask.named_positions, ask.sites, provenance(model, ask, prompts, responses), labels)
 
 
@@ -210,7 +210,7 @@ def packed(
 ) -> dict[str, Activations]:
     """Activations by site, made of the tensors of a reader."""
     if labels and len(labels) != int(about["n"]):
-        raise ReplibError(f"{about['n']} prompts, but {len(labels)} labels: give one label a prompt.")
+        raise ReplibError(f"{about['n']} prompts, but {len(labels)} labels: give one label per prompt.")
     rest = (about, tuple(labels), owner if ask.owned else None)
     by_site = zip(ask.sites, _shaped(values, ask), strict=True)
     return {site: Activations(v, ask.layers, ask.named_positions, site, *rest) for site, v in by_site}

@@ -43,7 +43,7 @@ class Request:
 
     @classmethod
     def of(cls, model: ChatModel, config: CaptureConfig) -> Request:
-        """The request of a configuration to this model; raises ReplibError for a block that it does not have."""
+        """Request of a configuration for this model; raises ReplibError for a block that the model lacks."""
         return cls(
             config.sites,
             tuple(check_layers(model, range(model.n_layers) if config.layers is None else config.layers)),

@@ -47,8 +47,8 @@ def trace_capture(
     Args:
         model: as for ``capture``; for NDIF an `outline` is enough.
         prompts: as for ``capture``.
-        remote: False traces here; True runs on NDIF, and only the wanted positions travel back; "local" packs
-            the request as for NDIF and runs it here on freshly loaded weights, to try it before sending it.
+        remote: False traces in this process; True runs on NDIF and returns the wanted positions alone; "local"
+            packs the request as for NDIF and runs it here on freshly loaded weights, as a rehearsal.
         config, responses, labels, changes: as for ``capture``; the default batch is 16 prompts.
 
     Raises:

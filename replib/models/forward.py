@@ -157,7 +157,7 @@ def answer_states(chat: ChatModel, batch: Batch) -> Float[Tensor, "answered dim"
 def token_losses(
     chat: ChatModel, states: Float[Tensor, "answered dim"], tokens: Int[Tensor, " answered"]
 ) -> Float[Tensor, " answered"]:
-    """−log p of each token, nats. Logits are computed in chunks, and several chunks anew for the gradient."""
+    """−log p of each token, nats. Logits are computed in chunks; several chunks are recomputed for the gradient."""
 
     def losses(s: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(chat.logits(s), t, reduction="none")
