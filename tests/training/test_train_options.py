@@ -87,7 +87,7 @@ def test_lower_blocks_are_restored_after_an_error(tmp_path):
 @pytest.mark.parametrize(("objective", "lowest"), [(RepBend(BEND), 1), (baseline("rmu").objective, 0)])
 def test_adapters_above_what_the_loss_moves_are_refused(objective, lowest, tmp_path):
     data = DATA if isinstance(objective, RepBend) else _rows()
-    with pytest.raises(ReplibError, match=f"first_block=2 is too high: .* moves the output of block {lowest}"):
+    with pytest.raises(ReplibError, match=f"first_block=2 is too high: .* changes the output of block {lowest}"):
         train(load(tiny.save_model(tmp_path)), data, objective, config=replace(SMALL, first_block=2), **QUIET)
 
 
