@@ -61,6 +61,7 @@ EDIT_ATTACKS = {
         "PCA-OT fitted on answers, all tokens, and prefill", "pca_ot", "all", "response", True
     ),
 }
+"""Edit attacks by name: each fits one method at one kind of token and edits another, alone or with a prefill."""
 GOAL = ("ot_last", "ot_all", "rfa", "actadd_last", "actadd_all", "act_last", "act_all")
 """Attacks that a defence is measured by; the others are methods and combinations beyond them."""
 

@@ -1,4 +1,4 @@
-"""What an edit does besides: to harmless and borderline prompts, to the next-token distribution, to perplexity."""
+"""Damage of an edit: harmless and borderline prompts, next-token distribution, perplexity."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def token_kl(base: Float[Tensor, "*tokens vocab"], edited: Float[Tensor, "*token
 
 
 class Tokens(NamedTuple):
-    """What is known of each token that was read by force, ``[tokens]``, float64 on the CPU."""
+    """Measures of each teacher-forced token, ``[tokens]``, float64 on the CPU."""
 
     row: Int[Tensor, " tokens"]
     """Of which text or prompt it is."""
@@ -118,7 +118,7 @@ def _answered(model: ChatModel, batch: Batch, tokens: int) -> Batch:
 
 @dataclass(frozen=True)
 class DamageSets:
-    """What damage is measured on; the prompts of none of its lists may have fitted an edit."""
+    """Prompts and texts on which damage is measured; none of them may have fitted an edit."""
 
     prompts: Mapping[str, Sequence[Prompt]]
     """Prompts by name. ``harmless``: those are also asked for the model's own answers, on which KL and perplexity are
@@ -133,7 +133,7 @@ class DamageSets:
             raise ReplibError("Damage is measured on harmless prompts, and no list may be empty: give some.")
 
     def hashes(self) -> dict[str, Any]:
-        """What identifies it in a table."""
+        """Content hashes, for a table."""
         named = {name: content_hash([*prompts]) for name, prompts in self.prompts.items()}
         return named | {"texts": content_hash([*self.texts]), "forced": self.tokens}
 
@@ -176,7 +176,7 @@ class DamageMeter:
 
     @property
     def key(self) -> str:
-        """What identifies its measures of an edit in a store."""
+        """Key of its measures in a store."""
         return key_of(self.aside.hashes(), self.judge.name, self.length)
 
     @cached_property
@@ -186,7 +186,7 @@ class DamageMeter:
 
     @cached_property
     def forced(self) -> dict[str, TeacherForced]:
-        """What is read by force."""
+        """Teacher-forced reading."""
         harmless, size = [p.text for p in self.aside.prompts["harmless"]], self.batch_size
         own = {"own answers": TeacherForced.own(self.model, harmless, tokens=self.aside.tokens, batch_size=size)}
         return own | ({"neutral text": TeacherForced.texts(self.model, self.aside.texts)} if self.aside.texts else {})
@@ -203,7 +203,7 @@ class DamageMeter:
 def damage(
     model: ChatModel, edits: Edits, aside: DamageSets, judge: Judge, *, positions: str = "last_prompt", **options: Any
 ) -> pd.DataFrame:
-    """What ``DamageMeter`` measures of one edit; options are those of ``DamageMeter``."""
+    """Damage of one edit by a ``DamageMeter``; options are those of ``DamageMeter``."""
     return DamageMeter(model, aside, judge, **options)(edits, positions=positions)
 
 

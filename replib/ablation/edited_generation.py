@@ -97,7 +97,7 @@ class EditedAnswers:
 
     @cached_property
     def scorer(self) -> EditedGeneration:
-        """What puts them to the model."""
+        """Batched generation of the answers."""
         texts = [p.text for p in self.prompts]
         return EditedGeneration(
             self.model, texts, openings=self.openings, length=self.max_new_tokens, batch_size=self.rows
@@ -114,7 +114,7 @@ class EditedAnswers:
 
 
 def strongest_block(letters: Sequence[str], *, middle: float | None = None) -> int:
-    """Which of some edits, block by block, does most: complied with most, then refused least, then nearest the middle.
+    """Index of the strongest edit: most compliance, then fewest refusals, then nearest to the middle block.
 
     Where no block does anything, the middle of the depth is where arXiv 2603.04355 edits; another may be given.
     """

@@ -321,7 +321,7 @@ def _check_method(cell: Cell, most: int) -> None:
 
 
 def possible_ks(model: ChatModel, data: AblationData) -> list[int]:
-    """Those of 1, 2, 4, 8 and 16 that the prompts can fit."""
+    """Numbers of components among 1, 2, 4, 8 and 16 that the prompts can fit."""
     return [k for k in KS if k < min(len(data.harmful), len(data.harmless), model.d_model)]
 
 

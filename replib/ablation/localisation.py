@@ -105,7 +105,7 @@ def leave_one_out(table: pd.DataFrame, names: Sequence[str], *, target: str, mod
 
 
 def scores(found: pd.DataFrame, *, target: str, model: str) -> pd.DataFrame:
-    """Of ``leave_one_out``: Spearman over blocks and mean absolute error of both guesses, a row a model."""
+    """Accuracy of ``leave_one_out``: Spearman over blocks and mean absolute error of both guesses, a row a model."""
     rows = {}
     for name, own in found.groupby(model, sort=False):
         truth = own[target].to_numpy()

@@ -38,7 +38,7 @@ class Filters:
     """Share of the layers, from below, that are candidates."""
 
     def passed(self, table: pd.DataFrame) -> pd.Series:
-        """Which candidates satisfy them; a NaN does not."""
+        """Candidates that satisfy the filters; a NaN does not."""
         good = table[["bypass", "induce", "kl"]].notna().all(axis=1)
         good &= True if self.kl is None else table.kl <= self.kl
         return good & (True if self.induce is None else table.induce >= self.induce)

@@ -42,7 +42,7 @@ class Answers:
 
 
 def answers(model: ChatModel, prompts: Sequence[str], *, max_new_tokens: int = ANSWER, batch_size: int = 64) -> Answers:
-    """What a model answers greedily, judged by phrases; an answer that is degenerate does not refuse."""
+    """Greedy answers of a model, judged by phrases; a degenerate answer does not refuse."""
     first: list[int] = []
     refused: list[bool] = []
     for chunk in _chunks(prompts, batch_size):
@@ -126,9 +126,9 @@ def _check_both(model: ChatModel, harmful: tuple[int, int], harmless: tuple[int,
         )
     if harmless[0] == harmless[1]:
         raise ReplibError(
-            f"{model.name} refuses all of {harmless[1]} harmless prompts: what it does with harmful ones is no sign "
-            "that it tells them apart, so no direction found from the two can be called refusal. Check template, "
-            "system prompt and judge."
+            f"{model.name} refuses all of {harmless[1]} harmless prompts too, so refusals do not tell the "
+            "two classes apart and no direction between them can be called refusal. Check template, system prompt and "
+            "judge."
         )
 
 

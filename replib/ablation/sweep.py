@@ -192,7 +192,7 @@ class Sweeper:
         return [self._row(cell, ANSWERS)["outcomes"] for cell in cells]
 
     def damage(self, cells: Sequence[Cell], gauge: DamageMeter, *, extrapolate: bool = False) -> pd.DataFrame:
-        """What ``gauge`` measures of each cell, a row a metric; kept in the store as ``table`` is."""
+        """Damage of each cell by ``gauge``, a row a metric; stored as the rows of ``table`` are."""
         cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
         for cell in progress([c for c in cells if self._key(c, gauge.key) not in self.rows], "damage"):
             found = gauge(bound(self.model, self.fitted(cell)), positions=cell.positions)

@@ -118,7 +118,7 @@ def agreement(table: pd.DataFrame, best: int = 8, *, draws: int = 200, seed: int
 
 
 def _places(odds: Float[np.ndarray, "cells prompts"], kl: Float[np.ndarray, " cells"]) -> Float[np.ndarray, " cells"]:
-    """Of each edit by cheap score, from 0."""
+    """Rank of each edit by cheap score, from 0."""
     table = pd.DataFrame({"turned": (odds < 0).mean(1), "log_odds": odds.mean(1), "kl": kl})
     return ordered(table, "cheap").index.to_numpy().argsort().astype(float)
 

@@ -97,7 +97,7 @@ def _plain(setting: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Where coefficients lie: log(1 + c / c0) of each."""
+    """Scale of coefficients: log(1 + c / c0) of each."""
 
     least: Array
     """c0, [3]."""

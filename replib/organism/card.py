@@ -65,11 +65,12 @@ Largest share of degenerate answers: {worst}.
 
 `base/ aligned/ planted/ deep/`: model folders. `prompts/*.jsonl`: {files}.
 `card.csv`: this table with every count. `coefficients.json`: RepBend trained at seventy settings of its coefficients,
-target blocks and steps (`python -m replib.experiments.coefficients`), each judged on `val` prompts at every eighth step.
-`comparison.json`: twelve defences, five seeds each, audited on `test` prompts (`python -m replib.experiments.comparison`).
-`transport_audit.json`: transport fitted on eleven of these models and defences themselves, five seeds each, and on four more
-planted at other depths (`python -m replib.experiments.transport_audit`). `hardening.json`: hardening and four other arms, three
-seeds, under twelve kinds of re-fitted edits (`python -m replib.experiments.hardening`).
+target blocks and steps (`python -m replib.experiments.coefficients`), each judged on `val` prompts at every eighth
+step. `comparison.json`: twelve defences, five seeds each, audited on `test` prompts
+(`python -m replib.experiments.comparison`). `transport_audit.json`: transport fitted on eleven of these models and
+defences themselves, five seeds each, and on four more planted at other depths
+(`python -m replib.experiments.transport_audit`). `hardening.json`: hardening and four other arms, three seeds, under
+twelve kinds of re-fitted edits (`python -m replib.experiments.hardening`).
 Licence: Apache-2.0, like the program that made all of it.
 """
 

@@ -51,7 +51,7 @@ def test_a_model_that_refuses_nothing(model, monkeypatch):
 
 def test_a_model_that_refuses_everything(model, monkeypatch):
     answering(monkeypatch, [(7, NO)] * 10, [(7, NO)] * 10)
-    with pytest.raises(ReplibError, match="refuses all of 10 harmless .* no direction found from the two"):
+    with pytest.raises(ReplibError, match="refuses all of 10 harmless .* no direction between them"):
         find(model)
 
 
