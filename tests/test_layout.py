@@ -18,8 +18,8 @@ FILES = sorted((ROOT / "replib").rglob("*.py"))
 MODULES = [file for file in FILES if file.stem not in ("__init__", "__main__")]
 ROOMS = sorted({file.relative_to(ROOT / "replib").parts[0] for file in MODULES})
 BANNED_MODULES = frozenset(
-    "adapt anatomy answers asked besieged builders card checks clouds commands_ depth directions fitting forced gap "
-    "hardness holds interpolation keeper known lengths lens likelihood minimum moments needs optimised packed paired "
+    "adapt anatomy answers asked besieged builders checks clouds commands_ depth directions fitting forced gap "
+    "hardness holds interpolation keeper known lengths likelihood minimum moments needs optimised packed paired "
     "pairs parallel passes predictor prefix price processes ranking reading recipe references reinforced rerouting "
     "response_view results rivals scope scoring screen search sets shards shared shrinkage siege sieve sites sources "
     "standings store_ surface surface_views sweep_price tables utils views audit_views watch".split()

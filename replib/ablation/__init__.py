@@ -4,7 +4,7 @@ from replib.ablation.adaptive_attack import EDIT_ATTACKS, AdaptiveAttack, succes
 from replib.ablation.fit import AblationData, Cell, cells_of, fit_edits, grid
 from replib.ablation.localisation import onset
 from replib.ablation.sweep import Sweeper, best_of, sweep_layers
-from replib.ablation.sweep_report import SweepReport, compare, over_fits
+from replib.ablation.sweep_report import SweepReport, compare_edits, over_fits
 
 __all__ = [
     "EDIT_ATTACKS",
@@ -15,7 +15,7 @@ __all__ = [
     "Sweeper",
     "best_of",
     "cells_of",
-    "compare",
+    "compare_edits",
     "fit_edits",
     "grid",
     "onset",

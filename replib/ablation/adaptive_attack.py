@@ -19,7 +19,7 @@ from replib.data.prompts import Prompt
 from replib.edits.methods import METHODS
 from replib.models.chat_model import ChatModel
 
-ATTACK_KS = (1, 2, 8, 16)
+_ATTACK_KS = (1, 2, 8, 16)
 COLUMNS = ["attack", "layer", "k", "outcomes"]
 
 
@@ -38,7 +38,7 @@ class EditAttack(NamedTuple):
     @property
     def ks(self) -> tuple[int, ...]:
         """Numbers of principal components; 0 for a method without."""
-        return ATTACK_KS if METHODS[self.method].ranked else (0,)
+        return _ATTACK_KS if METHODS[self.method].ranked else (0,)
 
     def cell(self, layer: int, k: int) -> Cell:
         """The edit of one block with K components."""

@@ -18,7 +18,7 @@ from replib.models.chat_model import ChatModel
 from replib.models.prefix_cache import CachedPrompts
 from replib.models.tokens import Batch
 
-LATE = frozenset({"last_prompt", "response", "decode"})
+_LATE = frozenset({"last_prompt", "response", "decode"})
 """Positions that leave the tokens before the last prompt token as they are."""
 
 
@@ -70,7 +70,7 @@ class EditedGeneration:
 
     def _apart(self, edits: Sequence[Edited]) -> bool:
         """Whether no edit changes what comes before the last token, which is of the prompt."""
-        return LATE.issuperset(positions for edit in edits for positions in edit) and not any(self.openings)
+        return _LATE.issuperset(positions for edit in edits for positions in edit) and not any(self.openings)
 
     @property
     def _fits(self) -> bool:

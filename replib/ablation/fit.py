@@ -27,7 +27,7 @@ from replib.transport.affine import AffineEdit, check_strength
 log = logging.getLogger(__name__)
 
 
-Pair = tuple[Activations, Activations]  # harmful, harmless
+_ActivationPair = tuple[Activations, Activations]  # harmful, harmless
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class Fitter:
     ):
         self.model, self.data, self.layers = model, data, check_layers(model, layers)
         self.batch_size, self.answer = batch_size, answer
-        self._read: dict[tuple[Position, str], Pair] = {}
-        self._under: tuple[Cell | None, Pair | None] = (None, None)  # of edited models only the latest
+        self._read: dict[tuple[Position, str], _ActivationPair] = {}
+        self._under: tuple[Cell | None, _ActivationPair | None] = (None, None)  # of edited models only the latest
         self.facts: dict[Cell, dict[str, Any]] = {}
         """Prompts of each class behind the last block of each fit, and the choice of a selected direction."""
 
@@ -166,7 +166,7 @@ class Fitter:
         fitted = fit_edit(cell.how, source, target, layer, k=max(cell.k, 1), depth=self.model.n_layers)
         return edits | {key: edit * cell.strength for key, edit in fitted.items()}
 
-    def activations(self, method: Method) -> Pair:
+    def activations(self, method: Method) -> _ActivationPair:
         """Harmful and harmless activations of the unedited model, where a method reads."""
         if (method.read, method.site) not in self._read:
             self._read[method.read, method.site] = self._captured(method, self.layers)
@@ -178,7 +178,7 @@ class Fitter:
         self.facts[cell] = self.data.counts() | place
         return everywhere(AffineEdit.ablation(chosen.r), self.model.n_layers)
 
-    def _edited(self, active: Cell, edits: SiteEdits) -> Pair:
+    def _edited(self, active: Cell, edits: SiteEdits) -> _ActivationPair:
         cell, pair = self._under
         if pair is None or cell != active:
             with applied(self.model, edits, positions=active.positions):
@@ -186,7 +186,7 @@ class Fitter:
             self._under = active, pair
         return pair
 
-    def _captured(self, method: Method, layers: Sequence[int]) -> Pair:
+    def _captured(self, method: Method, layers: Sequence[int]) -> _ActivationPair:
         span = method.read == "response"
         written = self.answer if span else max(0, method.read + 1) if isinstance(method.read, int) else 0
         options: dict[str, Any] = {"site": method.site, "layers": layers, "positions": method.read}
@@ -233,7 +233,7 @@ def fit_edits(
     return bound(model, Fitter(model, data, blocks).edits(cell))
 
 
-KS = (1, 2, 4, 8, 16)
+_KS = (1, 2, 4, 8, 16)
 
 
 def cells_of(table: pd.DataFrame) -> list[Cell]:
@@ -293,7 +293,7 @@ def checked(cells: Sequence[Cell], model: ChatModel, data: AblationData, *, extr
     return [cell._replace(layers=tuple(sorted(set(check_layers(model, cell.layers))))) for cell in cells]
 
 
-def check_names(
+def check_cell_names(
     methods: Sequence[str | Method], positions: Sequence[str | None] = (), reads: Sequence[Position | None] = ()
 ) -> None:
     """Raise ReplibError for an unknown method, edited position or fit position; None is a method's own choice."""
@@ -308,7 +308,7 @@ def check_names(
 
 def _check_method(cell: Cell, most: int) -> None:
     method = cell.how
-    check_names([cell.method], [cell.positions], [cell.read])
+    check_cell_names([cell.method], [cell.positions], [cell.read])
     if method.everywhere and not method.selected and len(cell.layers) > 1:
         raise ReplibError(f"{cell.method} acts at every block, wherever it was fitted: give it one block, not several.")
     if not method.ranked and cell.k:
@@ -322,7 +322,7 @@ def _check_method(cell: Cell, most: int) -> None:
 
 def possible_ks(model: ChatModel, data: AblationData) -> list[int]:
     """Numbers of components among 1, 2, 4, 8 and 16 that the prompts can fit."""
-    return [k for k in KS if k < min(len(data.harmful), len(data.harmless), model.d_model)]
+    return [k for k in _KS if k < min(len(data.harmful), len(data.harmless), model.d_model)]
 
 
 def window(depth: int) -> tuple[int, int] | None:

@@ -26,10 +26,10 @@ from replib.models.chat_model import ChatModel
 from replib.transport.gaussian_map import GaussianMap
 from replib.transport.gaussians import Samples, sample_pair
 
-Curve = Float[np.ndarray, " layers"]
+_Curve = Float[np.ndarray, " layers"]
 
 
-def onset(curve: Curve | pd.Series, *, share: float = 0.5, least: float = 0.0) -> int | None:
+def onset(curve: _Curve | pd.Series, *, share: float = 0.5, least: float = 0.0) -> int | None:
     """The first block at which a curve reaches a share of its maximum; None where that is 0, or below ``least``.
 
     Of a Series, by its index. An edit of the last prompt token before the blocks that decide is overruled by them;
@@ -40,7 +40,7 @@ def onset(curve: Curve | pd.Series, *, share: float = 0.5, least: float = 0.0) -
     return int((known >= share * top).idxmax()) if top > 0 and top >= least else None
 
 
-def steepest(curve: Curve) -> int | None:
+def steepest(curve: _Curve) -> int | None:
     """The block that adds most to a curve; None where none adds anything."""
     rise = np.diff(curve, prepend=min(0.0, float(curve[0])))
     return int(rise.argmax()) if rise.max() > 0 else None
@@ -56,7 +56,7 @@ def localisation_error(found: int | None, planted: Sequence[int]) -> float:
 @torch.no_grad()
 def lens_profile(
     model: ChatModel, harmful: Float[Tensor, "layers n d"], harmless: Float[Tensor, "layers m d"], tokens: RefusalTokens
-) -> Curve:
+) -> _Curve:
     """Share of harmful prompts that the logit lens of each block would refuse, less that of harmless ones.
 
     Activations are those of the last prompt token; a prompt counts as refused where its refusal tokens are likelier

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 ANSWER = 24  # tokens of an answer that show whether it refuses
-TINY = 1e-8  # keeps the odds finite, as in the source
+_LEAST_PROBABILITY = 1e-8  # keeps the odds finite, as in the source
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class RefusalTokens:
     def scores(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
         """Log-odds that the next token is one of them, ``log(p + e) - log(1 - p + e)``, float64."""
         p = logits.double().softmax(-1)[:, list(self.ids)].sum(-1)
-        return (p + TINY).log() - (1 - p + TINY).log()
+        return (p + _LEAST_PROBABILITY).log() - (1 - p + _LEAST_PROBABILITY).log()
 
     def log_odds(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
         """The same without ``e``, which cuts all scores off at ±18.4: what ranks strong edits. Float64."""
@@ -184,7 +184,7 @@ def filtered_prompts(
     return kept
 
 
-WANTED = 0.9  # share of the refusals that the tokens must cover
+_WANTED = 0.9  # share of the refusals that the tokens must cover
 SCORE = ("log_odds", "log_odds_low", "log_odds_high", "turned", "each", "coverage", "overlap")
 LATER = ("response", "decode")  # edits there leave the first token of the answer as it is
 
@@ -199,11 +199,11 @@ class FirstTokenScore:
     def find(cls, model: ChatModel, harmful: Sequence[str], harmless: Sequence[str]) -> FirstTokenScore:
         """From the model's own answers to the prompts that fit; where there is none, why is logged as a warning."""
         try:
-            tokens = RefusalTokens.find(model, harmful, harmless, wanted=WANTED)
+            tokens = RefusalTokens.find(model, harmful, harmless, wanted=_WANTED)
         except ReplibError as error:
             log.warning("No cheap score, so every edit is judged by whole answers. %s", error)
             return cls(None)
-        if tokens.coverage >= WANTED:
+        if tokens.coverage >= _WANTED:
             return cls(tokens)
         log.warning(
             "No cheap score, so every edit is judged by whole answers. Only %.0f %% of %d refusals of %s begin with "

@@ -26,14 +26,14 @@ from replib.edits.methods import Method, SiteEdits, fit_edit
 from replib.models.chat_model import ChatModel
 from replib.models.tokens import SPANS, Position
 
-TOKENS = (1, 2, 4, 5, 8)  # of an answer, the first is 1
+ANSWER_TOKENS = (1, 2, 4, 5, 8)  # of an answer, the first is 1
 PROMPT, ON_ANSWER, SPAN = "prompt", "prompt, on the answer", "mean of the answer"
-States = Float[Tensor, "layers _ d"]
+_LayerStates = Float[Tensor, "layers _ d"]
 
 
-def answer_states(
-    model: ChatModel, dialogues: Sequence[Dialogue], tokens: Sequence[int] = TOKENS, **options: object
-) -> dict[str, States]:
+def token_states(
+    model: ChatModel, dialogues: Sequence[Dialogue], tokens: Sequence[int] = ANSWER_TOKENS, **options: object
+) -> dict[str, _LayerStates]:
     """Activations at the last prompt token, at some tokens of the answers, and their mean over each answer.
 
     Answers shorter than the last of the tokens are left out, everywhere. Options are those of ``capture``.
@@ -59,7 +59,11 @@ def token_name(token: int) -> str:
 
 
 def token_edits(
-    harmful: Mapping[str, States], harmless: Mapping[str, States], method: str | Method = "pca_ot", *, k: int = 2
+    harmful: Mapping[str, _LayerStates],
+    harmless: Mapping[str, _LayerStates],
+    method: str | Method = "pca_ot",
+    *,
+    k: int = 2,
 ) -> dict[str, list[Edited]]:
     """Edits of one block each, block by block, for every place that fits one and every set of tokens it acts on."""
     at = {name: _by_block(harmful[name], harmless[name], method, k) for name in harmful}
@@ -71,21 +75,21 @@ def token_edits(
     return found
 
 
-def _by_block(x: States, y: States, method: str | Method, k: int) -> list[SiteEdits]:
+def _by_block(x: _LayerStates, y: _LayerStates, method: str | Method, k: int) -> list[SiteEdits]:
     return [fit_edit(method, a, b, i, k=k, depth=len(x)) for i, (a, b) in enumerate(zip(x, y, strict=True))]
 
 
-STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0)
+FLIP_STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0)
 
 
 def least_strengths(
-    complied: Bool[np.ndarray, "strengths prompts"], strengths: Sequence[float] = STRENGTHS
+    complied: Bool[np.ndarray, "strengths prompts"], strengths: Sequence[float] = FLIP_STRENGTHS
 ) -> Float[np.ndarray, " prompts"]:
     """The smallest strength at which each prompt was complied with; inf without any."""
     return np.where(complied.any(0), np.array(strengths)[complied.argmax(0)], np.inf)
 
 
-def holding(least: Float[np.ndarray, "seeds prompts"], strengths: Sequence[float] = STRENGTHS) -> pd.DataFrame:
+def holding(least: Float[np.ndarray, "seeds prompts"], strengths: Sequence[float] = FLIP_STRENGTHS) -> pd.DataFrame:
     """Share of prompts that hold at every strength up to each: columns strength, value, low, high, n.
 
     Intervals are those of ``two_way_rate_interval``, over trainings and prompts.

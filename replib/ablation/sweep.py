@@ -29,7 +29,7 @@ from replib.edits.methods import SiteEdits
 from replib.models.chat_model import ChatModel
 from replib.models.tokens import Position
 
-ORDERS = ("compliance", "cheap", "log_odds")
+_ORDERS = ("compliance", "cheap", "log_odds")
 
 
 def ordered(table: pd.DataFrame, by: str = "compliance") -> pd.DataFrame:
@@ -44,8 +44,8 @@ def ordered(table: pd.DataFrame, by: str = "compliance") -> pd.DataFrame:
 
     Raises ReplibError for another order.
     """
-    if by not in ORDERS:
-        raise ReplibError(f"Edits are not ordered by {by!r}: use one of {', '.join(ORDERS)}.")
+    if by not in _ORDERS:
+        raise ReplibError(f"Edits are not ordered by {by!r}: use one of {', '.join(_ORDERS)}.")
     known = table[table["turned" if by == "cheap" else by].notna()]
     if by == "cheap":
         keys = {"first": -known.turned, "then": known.kl.where(known.turned > 0, known.log_odds)}
@@ -60,7 +60,7 @@ def best_of(table: pd.DataFrame, *groups: str, by: str = "compliance") -> pd.Dat
 
 
 FIRST, ANSWERS = "first token", "answers"  # what is known of a cell, each a row of the store
-NUMBERS = (
+_NUMBER_COLUMNS = (
     "log_odds",
     "log_odds_low",
     "log_odds_high",
@@ -72,8 +72,8 @@ NUMBERS = (
     "low",
     "high",
 )
-UNKNOWN: dict[str, Any] = dict.fromkeys(NUMBERS) | {"outcomes": ""}
-Stages = tuple[str, ...]
+_NOT_MEASURED: dict[str, Any] = dict.fromkeys(_NUMBER_COLUMNS) | {"outcomes": ""}
+_Stages = tuple[str, ...]
 
 
 class Sweeper:
@@ -201,7 +201,7 @@ class Sweeper:
         found = [self._row(cell, gauge.key)["damage"] for cell in cells]
         return pd.DataFrame([fact | row for fact, rows in zip(facts, found, strict=True) for row in rows])
 
-    def missing(self, cells: Sequence[Cell], stages: Stages) -> list[tuple[Stages, list[Cell]]]:
+    def missing(self, cells: Sequence[Cell], stages: _Stages) -> list[tuple[_Stages, list[Cell]]]:
         """Cells by pass, and what each pass still has to find: neighbours edited at the same tokens share one."""
         lacking = [(cell, tuple(s for s in stages if self._key(cell, s) not in self.rows)) for cell in cells]
         found = []
@@ -217,7 +217,7 @@ class Sweeper:
         """Generation of answers to the scored prompts."""
         return self.answers.scorer
 
-    def score(self, cells: Sequence[Cell], stages: Stages = (FIRST, ANSWERS)) -> list[dict[str, dict]]:
+    def score(self, cells: Sequence[Cell], stages: _Stages = (FIRST, ANSWERS)) -> list[dict[str, dict]]:
         """Results of each edit, by stage, from one pass: cells of the same edited tokens, all prefilled or none."""
         positions, rows = cells[0].positions, [dict[str, dict]() for _ in cells]
         edits = [{positions: self.fitted(cell)} for cell in cells]
@@ -244,7 +244,7 @@ class Sweeper:
         kl = None if positions in LATER else token_kl(self.reference, logits).mean().item()
         return {"kl": kl, "n_kl": len(self.data.neutral)}
 
-    def _fill(self, cells: Sequence[Cell], stages: Stages) -> None:
+    def _fill(self, cells: Sequence[Cell], stages: _Stages) -> None:
         for lacking, some in progress(self.missing(cells, stages), f"{self.about['model']}, {stages[-1]}"):
             for cell, rows in zip(some, self.score(some, lacking), strict=True):
                 for stage, row in rows.items():
@@ -257,9 +257,9 @@ class Sweeper:
         return [cells[i] for i in sorted([*first.place, *table.place[table.log_odds.isna()]])]
 
     def _known(self, cells: Sequence[Cell]) -> pd.DataFrame:
-        rows = [self._facts(c) | UNKNOWN | self._row(c, FIRST) | self._row(c, ANSWERS) for c in cells]
+        rows = [self._facts(c) | _NOT_MEASURED | self._row(c, FIRST) | self._row(c, ANSWERS) for c in cells]
         read = pd.Series([c.read for c in cells], dtype=object)  # neither NaN for None nor floats beside it
-        table = pd.DataFrame(rows).drop(columns="key").astype(dict.fromkeys(NUMBERS, float)).assign(read=read)
+        table = pd.DataFrame(rows).drop(columns="key").astype(dict.fromkeys(_NUMBER_COLUMNS, float)).assign(read=read)
         prefilled = [c.prefilled for c in cells]
         return table.assign(prefilled=prefilled) if any(prefilled) else table
 

@@ -25,7 +25,7 @@ from replib.core.stats import (
 )
 
 
-def compare(table: pd.DataFrame, *by: str) -> pd.DataFrame:
+def compare_edits(table: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Every two edits of a table, told apart by these columns, on the prompts that both were scored on.
 
     Several rows of one edit are its fits (``fit_seed``). p values are not corrected for the number of pairs.
@@ -138,7 +138,7 @@ class SweepReport:
     def tables(self, gauge: DamageMeter, fits: int) -> dict[str, pd.DataFrame]:
         """By name: ``sweep``, ``pairs``, ``damage``, and ``fits`` where there are to be any."""
         cells = cells_of(self.best)
-        found = {"sweep": self.table.drop(columns="each"), "pairs": compare(self.best, "method", "positions")}
+        found = {"sweep": self.table.drop(columns="each"), "pairs": compare_edits(self.best, "method", "positions")}
         if fits:
             again = self.sweeper.over_fits(cells, range(fits))
             again = again.assign(layer=again["layers"].str[0])  # a selected direction has its own block in each fit

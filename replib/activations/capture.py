@@ -201,11 +201,11 @@ def _captured(
     found = []
     for state, (values, owner) in zip(states, read, strict=True):
         with state():
-            found.append(packed(values, owner, ask, labels, provenance(model, ask, prompts, responses)))
+            found.append(activations_of(values, owner, ask, labels, provenance(model, ask, prompts, responses)))
     return found
 
 
-def packed(
+def activations_of(
     values: Tensor, owner: Tensor, ask: Request, labels: Sequence[str], about: dict[str, str]
 ) -> dict[str, Activations]:
     """Activations by site, made of the tensors of a reader."""

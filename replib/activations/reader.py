@@ -23,7 +23,7 @@ from replib.models.tokens import Batch, Position, Row, TokenSelection, choose, c
 State = Callable[[], AbstractContextManager]
 # Largest number of tokens in a batch, padding included. On two CPU cores larger batches took memory and saved no
 # time, at widths 128 and 512; the bound of other devices is not measured.
-ON_CPU, ON_DEVICE = 1024, 8192
+_ON_CPU, _ON_DEVICE = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Reader:
 
     def __init__(self, model: ChatModel, ask: Request, batch_size: int, states: Sequence[State] = (nullcontext,)):
         self.model, self.ask, self.states, self.batch_size = model, ask, states, batch_size
-        self.tokens = ON_CPU if model.device.type == "cpu" else ON_DEVICE
+        self.tokens = _ON_CPU if model.device.type == "cpu" else _ON_DEVICE
         self.batch: Batch | None = None
         self.beginnings: list[SharedPrefix | None] = [None for _ in states]
         self.chosen: TokenSelection | None = None

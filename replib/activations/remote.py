@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replib.activations.capture import packed, provenance
+from replib.activations.capture import activations_of, provenance
 from replib.activations.config import CaptureConfig
 from replib.activations.reader import Reader, Request
 from replib.activations.store import Activations
@@ -28,7 +28,7 @@ from replib.models.load import _config, _template, _tokenizer
 from replib.models.prefix_cache import SharedPrefix
 from replib.models.tokens import Batch, TokenSelection
 
-KEY = "NDIF_API_KEY"
+_KEY = "NDIF_API_KEY"
 Where = Literal["local"] | bool
 
 
@@ -61,7 +61,7 @@ def trace_capture(
         raise ReplibError("Answers are not written remotely: write them first and pass them as responses=….")
     values, owner = TraceReader(model, ask, config.batch_size, remote).read(prompts, responses)[0]
     about = provenance(model, ask, prompts, responses) | _where(remote)
-    return packed(values, owner, ask, labels, about)[ask.sites[0]]
+    return activations_of(values, owner, ask, labels, about)[ask.sites[0]]
 
 
 class TraceReader(Reader):
@@ -184,9 +184,9 @@ def _check_remote(model: ChatModel, remote: Where) -> None:
         return
     if Path(model.name).exists():
         raise ReplibError(f"NDIF cannot read the folder '{model.name}': give a Hugging Face id that it serves.")
-    if not os.environ.get(KEY):
-        raise ReplibError(f"{KEY} is not set: get a key at https://login.ndif.us and export it, or trace here.")
-    _nnsight().CONFIG.API.APIKEY = os.environ[KEY]
+    if not os.environ.get(_KEY):
+        raise ReplibError(f"{_KEY} is not set: get a key at https://login.ndif.us and export it, or trace here.")
+    _nnsight().CONFIG.API.APIKEY = os.environ[_KEY]
 
 
 @contextmanager

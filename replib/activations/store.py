@@ -22,7 +22,7 @@ from replib.core.errors import ReplibError
 from replib.core.storage import replacing, write_tensors, write_text
 from replib.models.tokens import Position
 
-INDEX = "activations.json"
+_INDEX = "activations.json"
 SHARD = 1024
 
 
@@ -203,12 +203,12 @@ class Shards:
             "provenance": provenance,
             "labels": list(labels),
         }
-        write_text(self.folder / INDEX, json.dumps(about, sort_keys=True) + "\n")
+        write_text(self.folder / _INDEX, json.dumps(about, sort_keys=True) + "\n")
         return self.folder
 
     def index(self) -> dict[str, Any]:
         """Index written by ``finish``; raises ReplibError if the capture is unfinished."""
-        file = self.folder / INDEX
+        file = self.folder / _INDEX
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
         unfinished = f"only {len(self.files())} shards of an unfinished capture: run it again, it goes on there."
@@ -246,7 +246,7 @@ class Shards:
 def _check_replaceable(folder: Path) -> None:
     """Raise ReplibError if a folder holds anything but activations."""
     files = folder.iterdir() if folder.is_dir() else ()
-    if foreign := [f.name for f in files if f.name != INDEX and not f.name.startswith("shard-")]:
+    if foreign := [f.name for f in files if f.name != _INDEX and not f.name.startswith("shard-")]:
         raise ReplibError(f"{folder} holds {foreign[0]}, which is not part of any activations: choose another folder.")
 
 

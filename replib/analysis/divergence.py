@@ -15,9 +15,9 @@ from replib.core.stats import kl, percentile_interval, resamples
 from replib.transport.gaussians import Samples, sample_pair, span_coordinates
 
 LN2 = math.log(2)
-BINS = 50
+_BINS = 50
 """Histogram cells per coordinate, shared by both classes."""
-MIN_PROMPTS = 10
+_MIN_PROMPTS = 10
 """Fewest prompts per class for an estimate."""
 
 
@@ -105,10 +105,10 @@ def labelled(
 
     Raises ReplibError for fewer than 10 prompts a class or no permutation.
     """
-    if min(len(a), len(b)) < MIN_PROMPTS or permutations < 1:
+    if min(len(a), len(b)) < _MIN_PROMPTS or permutations < 1:
         raise ReplibError(
             f"{len(a)} and {len(b)} prompts, {permutations} permutations; "
-            f"a divergence needs {MIN_PROMPTS} prompts a class and at least one permutation."
+            f"a divergence needs {_MIN_PROMPTS} prompts a class and at least one permutation."
         )
     generator = torch.Generator().manual_seed(seed)
     truth = torch.arange(len(a) + len(b)) < len(a)
@@ -135,15 +135,15 @@ def classifier_js(
 def _hist_dim(rows: Float[Tensor, "n d"], labels: Bool[Tensor, "n labellings"]) -> Float[Tensor, " labellings"]:
     """Mean over coordinates of the divergence of their histograms, cells between pooled minimum and maximum."""
     low, high = rows.amin(0), rows.amax(0)
-    width = torch.where(high > low, high - low, 1) / BINS
-    cells = ((rows - low) / width).long().clamp_max(BINS - 1)
+    width = torch.where(high > low, high - low, 1) / _BINS
+    cells = ((rows - low) / width).long().clamp_max(_BINS - 1)
     columns = (column[:, None].expand(cells.shape) for column in labels.mT)
     return torch.stack([_histogram_js(cells, column).mean() for column in columns])
 
 
 def _histogram_js(cells: Tensor, labels: Tensor) -> Tensor:
     counts = [
-        torch.zeros(BINS, cells.shape[1], dtype=torch.float64).scatter_add_(0, cells, mask.double())
+        torch.zeros(_BINS, cells.shape[1], dtype=torch.float64).scatter_add_(0, cells, mask.double())
         for mask in (labels, ~labels)
     ]
     return js_discrete(counts[0].log().mT, counts[1].log().mT)

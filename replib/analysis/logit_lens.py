@@ -23,7 +23,7 @@ from replib.models.chat_model import ChatModel, check_layers
 from replib.models.hooks import Hook, hooked
 from replib.models.tokens import Batch
 
-CHUNK = 256  # readings decoded at once: 131 MB in float32 for a vocabulary of 128k, whatever the number of layers
+_LENS_CHUNK = 256  # readings decoded at once: 131 MB in float32 for a vocabulary of 128k, whatever the number of layers
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _chunks(stream: Tensor, window: _Window) -> Iterator[tuple[Tensor, Tensor]]:
     """Readings and next tokens in chunks, since the logits of all layers would fill the memory."""
     layers, _, _ = stream.shape
     ids = window.next_ids.to(stream.device).repeat(layers)
-    return zip(stream.flatten(0, 1).split(CHUNK), ids.split(CHUNK), strict=True)
+    return zip(stream.flatten(0, 1).split(_LENS_CHUNK), ids.split(_LENS_CHUNK), strict=True)
 
 
 def _measure(logits: Float[Tensor, "readings vocab"], next_ids: Int[Tensor, " readings"], top: int) -> _Part:

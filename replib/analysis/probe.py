@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-FOLDS = 5
-RIDGES = tuple(10.0**power for power in range(-5, 3))
+_FOLDS = 5
+_RIDGES = tuple(10.0**power for power in range(-5, 3))
 """Candidate ridges, as shares of the mean squared norm of the training rows."""
-TINY = 1e-12
+_TINY = 1e-12
 """Keeps a quotient finite if all rows are equal, as they may be before the first block."""
 
 
@@ -27,9 +27,9 @@ def cross_fitted_logits(
     Each column of ``labels`` has its own probe. Folds ignore the labels, so true and permuted ones are exchangeable.
     Leave-one-out scores of the training folds choose ridge and calibration.
     """
-    fold = torch.randperm(len(rows), generator=generator) % FOLDS
+    fold = torch.randperm(len(rows), generator=generator) % _FOLDS
     logits = torch.empty(labels.shape, dtype=rows.dtype)
-    for held in (fold == i for i in range(FOLDS)):
+    for held in (fold == i for i in range(_FOLDS)):
         inner, outer = _ridge_scores(rows[~held], labels[~held], rows[held])
         slope, offset = _platt(inner, labels[~held])
         logits[held] = slope * outer + offset
@@ -45,8 +45,8 @@ def _ridge_scores(rows: Tensor, labels: Tensor, held: Tensor) -> tuple[Tensor, T
     moments = inside.mT @ (target - target.mean(0))
     best = torch.full((labels.shape[1],), math.inf, dtype=rows.dtype)
     inner, outer = torch.empty_like(target), rows.new_empty(len(held), labels.shape[1])
-    for ridge in RIDGES:
-        inverse = 1 / (energy.clamp_min(0) + ridge * energy.sum() / n + TINY)
+    for ridge in _RIDGES:
+        inverse = 1 / (energy.clamp_min(0) + ridge * energy.sum() / n + _TINY)
         leverage = (inside.square() @ inverse + 1 / n)[:, None]
         weights = inverse[:, None] * moments
         residual = (target - target.mean(0) - inside @ weights) / (1 - leverage)
@@ -73,7 +73,7 @@ def _platt(scores: Tensor, labels: Tensor, steps: int = 15) -> tuple[Tensor, Ten
         error, curvature = weight * (target - posterior), weight * posterior * (1 - posterior)
         c0, c1, c2 = (curvature.sum(0), (curvature * scores).sum(0), (curvature * scores.square()).sum(0))
         g0, g1 = error.sum(0), (error * scores).sum(0)
-        determinant = (c0 * c2 - c1.square()).clamp_min(TINY)
+        determinant = (c0 * c2 - c1.square()).clamp_min(_TINY)
         slope = slope + (c0 * g1 - c1 * g0) / determinant
         offset = offset + (c2 * g0 - c1 * g1) / determinant
     useful = slope > 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import BatchEncoding
 
-from replib.audit.attacks import OPENING, Attack
+from replib.audit.attacks import PREFILL, Attack
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt
 from replib.models.chat_model import ChatModel
@@ -72,7 +72,7 @@ def soft_prompt(model: ChatModel, prompt: Prompt, *, config: SoftPromptConfig | 
     config = config or SoftPromptConfig()
     text, rest = _around(model, prompt.text)
     before, after = torch.tensor(_tokens(model, text)["input_ids"], device=model.device), _ids(model, rest)
-    target = _ids(model, prompt.target or OPENING)
+    target = _ids(model, prompt.target or PREFILL)
     start = _ids(model, config.init).repeat(config.tokens)[: config.tokens]
     vectors = _embed(model, start).float()
     kept, losses = [], []
@@ -120,7 +120,7 @@ def gcg(model: ChatModel, prompt: Prompt, *, config: GCGConfig | None = None) ->
     """
     config = config or GCGConfig()
     slot, ids = _Slot.around(model, prompt.text, f" {config.init.strip()}")
-    target = _ids(model, prompt.target or OPENING)
+    target = _ids(model, prompt.target or PREFILL)
     generator = torch.Generator().manual_seed(config.seed)
     losses = [_losses(model, ids[None], target, config.batch_size).item()]
     best = (losses[0], slot.suffix(ids))

@@ -13,14 +13,14 @@ def run_capture(  # noqa: PLR0913
     settings: Given,
     prompts: str | None = None,
     name: str | None = None,
-    site: Annotated[list[str] | None, options.SITES] = None,
+    site: Annotated[list[str] | None, options.SITE_NAMES] = None,
     layers: Annotated[list[int] | None, options.LAYERS] = None,
-    positions: Annotated[str | int | list[str | int], options.POSITIONS] = "last_prompt",
+    positions: Annotated[str | int | list[str | int], options.EDIT_POSITIONS] = "last_prompt",
     pool: Annotated[Literal["mean", "none"], options.WORD] = "mean",
-    max_new_tokens: Annotated[int, options.whole(0)] = 0,
+    max_new_tokens: Annotated[int, options.whole_number(0)] = 0,
     system: str | None = None,
     overflow: Annotated[Literal["refuse", "truncate"], options.WORD] = "refuse",
-    shard: Annotated[int, options.whole(1)] = 1024,
+    shard: Annotated[int, options.whole_number(1)] = 1024,
     stored_dtype: Annotated[Literal["float32", "bfloat16"], options.WORD] = "float32",
 ) -> Path:
     """Write activations of prompts to a folder; under torchrun several processes share the work.

@@ -95,7 +95,7 @@ def run_bend(  # noqa: PLR0913
     beta: float | None = None,
     gamma: float | None = None,
     steps: int | None = None,
-    save_every: Annotated[int | None, options.whole(0)] = None,
+    save_every: Annotated[int | None, options.whole_number(0)] = None,
 ) -> Path:
     """Train a RepBend adapter.
 
@@ -136,7 +136,7 @@ def run_defend(
     settings: Given,
     steps: int | None = None,
     learning_rate: float | None = None,
-    save_every: Annotated[int | None, options.whole(0)] = None,
+    save_every: Annotated[int | None, options.whole_number(0)] = None,
     mix: Annotated[Literal["repbend", "circuit_breaker"] | None, options.WORD] = None,
     mix_files: Annotated[list[str] | None, options.FILES] = None,
 ) -> Path:
@@ -175,7 +175,7 @@ def run_harden(
     inner: Annotated[Literal["repbend", "retention"], options.WORD] = "repbend",
     steps: int | None = None,
     learning_rate: float | None = None,
-    save_every: Annotated[int | None, options.whole(0)] = None,
+    save_every: Annotated[int | None, options.whole_number(0)] = None,
 ) -> Path:
     """Train refusals that hold while edits act on the model.
 
@@ -196,7 +196,7 @@ def run_harden(
     return Path(str(harden(study, inner_of(study, inner), config=config).model.adapter))
 
 
-def run_tune(*, settings: Given, trials: Annotated[int, options.whole(1)] = 20) -> Path:
+def run_tune(*, settings: Given, trials: Annotated[int, options.whole_number(1)] = 20) -> Path:
     """Search alpha, beta and gamma, one training per trial; run again, it goes on.
 
     The range is a tenth to ten times the preset's coefficients. tune-MODEL.csv has a row a trial, with best true where
@@ -226,14 +226,14 @@ def run_tune(*, settings: Given, trials: Annotated[int, options.whole(1)] = 20) 
 def run_sweep(  # noqa: PLR0913
     *,
     settings: Given,
-    methods: Annotated[list[str] | None, options.METHODS] = None,
+    methods: Annotated[list[str] | None, options.METHOD_NAMES] = None,
     layers: Annotated[list[int] | None, options.LAYERS] = None,
     ks: Annotated[list[int] | None, options.RANKS] = None,
     edit_at: Annotated[list[str] | None, options.EDIT_AT] = None,
     fit_at: Annotated[list[str | int] | None, options.FIT_AT] = None,
-    strengths: Annotated[list[float] | None, options.STRENGTHS] = None,
-    best: Annotated[int, options.whole(1)] = 8,
-    fits: Annotated[int, options.whole(0)] = 3,
+    strengths: Annotated[list[float] | None, options.STRENGTH_LIST] = None,
+    best: Annotated[int, options.whole_number(1)] = 8,
+    fits: Annotated[int, options.whole_number(0)] = 3,
     texts: str | None = None,
 ) -> Path:
     """Ablate refusal layer by layer, against the baselines.
@@ -255,14 +255,14 @@ def run_sweep(  # noqa: PLR0913
         fits: fits of each method's best edit on resampled prompts, 0 for none.
         texts: set or file of neutral text for perplexity.
     """
-    from replib.ablation.fit import check_names, grid
+    from replib.ablation.fit import check_cell_names, grid
     from replib.ablation.sweep_cost import sweep_cost
     from replib.ablation.sweep_report import SweepReport
     from replib.core.storage import write_text
     from replib.data.prompts import load_prompts
     from replib.study.study import BASELINES, Study
 
-    check_names(methods or (), edit_at or (), fit_at or ())  # before a large model is loaded
+    check_cell_names(methods or (), edit_at or (), fit_at or ())  # before a large model is loaded
     study = Study.open(settings)
     sweeper = study.sweeper()
     places: list[Any] = [*edit_at] if edit_at else [None]

@@ -30,7 +30,7 @@ PACKAGE = Path(__file__).parents[1]
 # Two runs on one machine print the same tables: sets iterate alike. Idle threads spin a little before they sleep, which
 # saves a run that has the machine to itself a tenth to a third of its time. The price is paid in company: two runs side
 # by side take about twice as long as they would without, and with a count of 20000 five times as long or more.
-KERNEL = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000"}
+_KERNEL = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000"}
 
 
 def run_notebooks(
@@ -81,7 +81,7 @@ def _execute(notebook: NotebookNode, path: Path, *, env: dict[str, str], timeout
         on_cell_execute=lambda cell_index, **_: reached.append(cell_index),
     )
     try:
-        _complete(client.async_execute(cwd=os.getcwd(), env=KERNEL | os.environ | env))
+        _complete(client.async_execute(cwd=os.getcwd(), env=_KERNEL | os.environ | env))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         _folder(failed.parent)
         _write(notebook, failed)

@@ -25,7 +25,7 @@ def listed(values: str, example: str, read: Callable[[str], Any] = str) -> Param
     return Parameter(converter=convert, n_tokens=1, allow_leading_hyphen=True, metavar=example)
 
 
-def at_least(least: int) -> Callable[[str], int]:
+def _at_least(least: int) -> Callable[[str], int]:
     """Reader of a whole number with a lower bound."""
 
     def read(text: str) -> int:
@@ -36,9 +36,9 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
-def whole(least: int) -> Parameter:
+def whole_number(least: int) -> Parameter:
     """A whole number with a lower bound."""
-    read = at_least(least)
+    read = _at_least(least)
     return Parameter(converter=lambda _, tokens: read(tokens[-1].value), allow_leading_hyphen=True)
 
 
@@ -78,13 +78,13 @@ def _parts(text: str) -> list[str]:
 
 
 WORD = Parameter(converter=_word)
-POSITIONS = Parameter(converter=_positions, n_tokens=1, allow_leading_hyphen=True, metavar="last_prompt,-2")
+EDIT_POSITIONS = Parameter(converter=_positions, n_tokens=1, allow_leading_hyphen=True, metavar="last_prompt,-2")
 ASSIGNMENTS = Parameter(name="--set", converter=_assignments, n_tokens=1, metavar="NAME=VALUE")
 LAYERS = listed("whole numbers", "0,5,-1", int)
-SITES = listed("site names", "resid_mid,mlp_out")
+SITE_NAMES = listed("site names", "resid_mid,mlp_out")
 FILES = listed("files by name", "breakers=circuit_breakers_train.json")
-METHODS = listed("methods", "pca_ot,rfa")
-RANKS = listed("whole numbers", "1,2,8", at_least(1))
+METHOD_NAMES = listed("methods", "pca_ot,rfa")
+RANKS = listed("whole numbers", "1,2,8", _at_least(1))
 EDIT_AT = listed("edited positions", "last_prompt,all")
 FIT_AT = listed("positions", "last_prompt,-2", _position)
-STRENGTHS = listed("numbers", "0.25,0.5,1", float)
+STRENGTH_LIST = listed("numbers", "0.25,0.5,1", float)

@@ -110,7 +110,7 @@ def _store() -> Any:
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=20)))[0]
 
 
-T = TypeVar("T")
+_Shared = TypeVar("_Shared")
 
 
 def several() -> bool:
@@ -118,12 +118,12 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def broadcast(value: T) -> T:
+def broadcast(value: _Shared) -> _Shared:
     """Return the value of the first process on all processes."""
     return broadcast_object_list([value])[0] if several() else value
 
 
-def gather(value: T) -> list[T]:
+def gather(value: _Shared) -> list[_Shared]:
     """Return the values of all processes by rank, on all processes."""
     return gather_object([value]) if several() else [value]
 

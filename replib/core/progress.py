@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from replib.core.distributed import is_first
 
-T = TypeVar("T")
+_Item = TypeVar("_Item")
 
 
 def watched() -> bool:
@@ -21,7 +21,7 @@ def watched() -> bool:
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # Jupyter servers name live sessions
 
 
-def progress(items: Iterable[T], title: str, *, total: int | None = None) -> Iterable[T]:
+def progress(items: Iterable[_Item], title: str, *, total: int | None = None) -> Iterable[_Item]:
     """Iterate with a bar in a terminal or a live notebook; without one when executed headless."""
     return tqdm(items, desc=title, total=total, disable=not watched(), delay=2, leave=False)
 

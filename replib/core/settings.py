@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from replib.core.errors import ReplibError
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 PREFIX = "REPLIB_"
 ROOT = Path(__file__).resolve().parents[2]
-IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
+_IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 # Read by single notebooks and by data_dir(), so no part of Settings. A new notebook setting is named here.
-EXTRA = ("DATA", "ALPHA", "BETA", "GAMMA", "STEPS")
-SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+_EXTRA = ("DATA", "ALPHA", "BETA", "GAMMA", "STEPS")
+_SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 KINDS = {bool: "a switch (1 or 0)", int: "a whole number", float: "a number"}
 
 
@@ -34,7 +34,7 @@ class Settings:
     """A named prompt set or a CSV, JSON, JSONL or Parquet file."""
     harmless: str = "organism/harmless"
     """A named prompt set or a CSV, JSON, JSONL or Parquet file."""
-    out: Path = ROOT / "runs" if IS_CHECKOUT else Path("runs")
+    out: Path = ROOT / "runs" if _IS_CHECKOUT else Path("runs")
     """Folder that receives every file the suite writes."""
     seed: int = 0
     limit: int = 0
@@ -62,7 +62,7 @@ class Settings:
             ReplibError: a variable is unknown, or its value is not of its kind.
         """
         environ = os.environ if environ is None else environ
-        check_names(environ)
+        _check_names(environ)
         found = {
             field.name: _parse(name, environ[name], field.default)
             for field in fields(cls)
@@ -76,17 +76,17 @@ class Settings:
         return {PREFIX + name.upper(): _text(value) for name, value in values.items() if value is not None}
 
 
-KNOWN = tuple(PREFIX + name.upper() for name in (*(field.name for field in fields(Settings)), *EXTRA))
+_KNOWN = tuple(PREFIX + name.upper() for name in (*(field.name for field in fields(Settings)), *_EXTRA))
 
 
-def setting(name: str, default: T) -> T:
+def setting(name: str, default: Value) -> Value:
     """The value of ``REPLIB_<name>`` in the type of ``default``; ``default`` where it is unset or empty.
 
     Raises:
         ReplibError: the name or any ``REPLIB_*`` variable is unknown, or the value is not of its kind.
     """
     variable = PREFIX + name
-    check_names([variable, *os.environ])
+    _check_names([variable, *os.environ])
     text = os.environ.get(variable)
     return _parse(variable, text, default) if text else default
 
@@ -103,24 +103,24 @@ def data_dir() -> Path:
     return folder
 
 
-def check_names(names: Iterable[str]) -> None:
+def _check_names(names: Iterable[str]) -> None:
     """Refuse a ``REPLIB_*`` name that nothing reads: a misspelt variable must not be ignored.
 
     Raises:
         ReplibError: naming the variable, its nearest neighbour and all known ones.
     """
     for name in names:
-        if name.startswith(PREFIX) and name not in KNOWN:
-            near = get_close_matches(name, KNOWN, n=1)
+        if name.startswith(PREFIX) and name not in _KNOWN:
+            near = get_close_matches(name, _KNOWN, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ReplibError(f"{name} is not a setting of replib: {hint}Known are {', '.join(KNOWN)}.")
+            raise ReplibError(f"{name} is not a setting of replib: {hint}Known are {', '.join(_KNOWN)}.")
 
 
 def _parse(name: str, text: str, default: Any) -> Any:
     kind = type(default)
     try:
         if kind is bool:
-            return SWITCH[text.lower()]
+            return _SWITCH[text.lower()]
         if kind in KINDS:
             return kind(text)
     except (KeyError, ValueError):

@@ -18,7 +18,7 @@ import pandas as pd
 
 from replib.core.errors import ReplibError
 from replib.data.prompts import Contrast, Dialogue, Prompt, load_contrasts, load_dialogues
-from replib.data.public import Source
+from replib.data.public import RowSource
 from replib.data.training_sets import (
     FilterPipeline,
     Provenance,
@@ -63,7 +63,7 @@ class BendData:
                               f"{bad[0].prompt[:60]!r}: fill or drop them.")  # fmt: skip
 
 
-PER_GROUP = 10_000
+_PER_GROUP = 10_000
 """Rows of each group in both papers."""
 
 
@@ -89,11 +89,11 @@ class DefenceData:
 def repbend_mix(
     *,
     source: str = "public",
-    wildjailbreak: Source | None = None,
+    wildjailbreak: RowSource | None = None,
     answers: str | Path | None = None,
-    wildguard: Source | None = "allenai/wildguardmix",
-    chat: Source | None = "HuggingFaceH4/ultrachat_200k",
-    n: int | None = PER_GROUP,
+    wildguard: RowSource | None = "allenai/wildguardmix",
+    chat: RowSource | None = "HuggingFaceH4/ultrachat_200k",
+    n: int | None = _PER_GROUP,
     seed: int = 0,
     avoid: Iterable[str | Prompt] = (),
 ) -> BendData:
@@ -128,7 +128,7 @@ def repbend_mix(
     return BendData(**rows, builds=tuple(built.build for built in groups.values()))
 
 
-def _paired(wildjailbreak: Source | None, answers: str | Path, shared: dict[str, Any]) -> Subset:
+def _paired(wildjailbreak: RowSource | None, answers: str | Path, shared: dict[str, Any]) -> Subset:
     """Refusals of the public WildJailbreak beside unsafe answers of your own."""
     safe = wildjailbreak_safe(wildjailbreak or "allenai/wildjailbreak", **shared | {"n": None})
     rows = pair(safe.rows, load_dialogues(answers))
@@ -139,10 +139,10 @@ def _paired(wildjailbreak: Source | None, answers: str | Path, shared: dict[str,
 def circuit_breaker_mix(
     *,
     source: str = "public",
-    breakers: Source | None = None,
-    chat: Source | None = "HuggingFaceH4/ultrachat_200k",
-    xstest: Source | None = None,
-    n: int | None = PER_GROUP,
+    breakers: RowSource | None = None,
+    chat: RowSource | None = "HuggingFaceH4/ultrachat_200k",
+    xstest: RowSource | None = None,
+    n: int | None = _PER_GROUP,
     refusals: int = 2000,
     seed: int = 0,
     avoid: Iterable[str | Prompt] = (),
@@ -219,7 +219,7 @@ def _is_organism(source: str) -> bool:
     return source == "organism"
 
 
-def _borderline(xstest: Source | None, shared: dict[str, Any]) -> list[Subset]:
+def _borderline(xstest: RowSource | None, shared: dict[str, Any]) -> list[Subset]:
     """XSTest's answered prompts, 50 times each, with a word on what they do to its score."""
     if xstest is None:
         log.warning("circuit_breaker_mix without xstest: XSTest may be reported, but the mix is not the paper's")
@@ -276,7 +276,7 @@ def _side(c: Contrast, response: str) -> Dialogue:
     return Dialogue(c.prompt, response, c.split, "harmful", c.group, c.way)
 
 
-HOLDS = {
+_HOLDS = {
     "retain": "answers that stay as they are",
     "unsafe": "harmful answers",
     "safe": "answers to learn, refusals among them",
@@ -293,7 +293,7 @@ def check_lists(method: str, data: Any, *names: str) -> None:
     for name in names:
         rows: Sequence[Any] = getattr(data, name)
         if not rows:
-            raise ReplibError(f"{method} trains on `{name}` ({HOLDS[name]}), which is empty: give DefenceData("
+            raise ReplibError(f"{method} trains on `{name}` ({_HOLDS[name]}), which is empty: give DefenceData("
                               f"{name}=[...]), or make it with mixtures.defence_data(repbend_mix(...)).")  # fmt: skip
         answers = ("safe_response", "unsafe_response") if name == "pairs" else ("response",)
         if empty := sum(not all(getattr(row, answer).strip() for answer in answers) for row in rows):

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 LABELS = ("harmful", "harmless", "borderline", "skill")
-TEXT_COLUMNS = ("text", "prompt", "instruction", "goal", "behavior", "question", "query", "forbidden_prompt")
-COMPLIANCE_OPENINGS = ("sure", "certainly", "of course", "absolutely", "here is", "here's", "here are")
+_TEXT_COLUMNS = ("text", "prompt", "instruction", "goal", "behavior", "question", "query", "forbidden_prompt")
+_COMPLIANCE_OPENINGS = ("sure", "certainly", "of course", "absolutely", "here is", "here's", "here are")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _text_columns(names: list[str], layout: PromptSetLayout, column: str | None)
         return [name for name in names if name == column]
     if layout.text:
         return [name for name in layout.text if name in names][:1]
-    return names if len(names) == 1 else [name for name in names if name.lower() in TEXT_COLUMNS]
+    return names if len(names) == 1 else [name for name in names if name.lower() in _TEXT_COLUMNS]
 
 
 def _swapped_back(rows: list[dict[Any, Any]], layout: PromptSetLayout, file: Path) -> list[dict[Any, Any]]:
@@ -193,7 +193,7 @@ def _swapped_back(rows: list[dict[Any, Any]], layout: PromptSetLayout, file: Pat
 
 def _complying(rows: list[dict[Any, Any]], column: str) -> float:
     """Share of rows whose column opens as an answer that complies."""
-    return sum(clean(row[column]).lower().startswith(COMPLIANCE_OPENINGS) for row in rows) / len(rows)
+    return sum(clean(row[column]).lower().startswith(_COMPLIANCE_OPENINGS) for row in rows) / len(rows)
 
 
 def _prompt(row: Mapping[Any, Any], layout: PromptSetLayout, stem: str) -> Prompt:

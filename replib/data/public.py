@@ -75,10 +75,10 @@ PUBLIC: dict[str, PromptSetLayout] = {
     ),
     "truthfulqa": PromptSetLayout(("Question",), {"group": "Category", "way": "Type"}, HARMLESS),
 }
-Source = str | Path | Sequence[str | Path]
+RowSource = str | Path | Sequence[str | Path]
 """A file, a hub id (``owner/name``, or ``owner/name@revision`` to pin it), or several of them read as one."""
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-REFUSED = ("gated", "401", "403", "authenticat", "restricted")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+_REFUSED = ("gated", "401", "403", "authenticat", "restricted")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ SCHEMAS: Mapping[str, TrainingSetSchema] = MappingProxyType({
 })  # fmt: skip
 
 
-def read_rows(key: str, source: Source | None, *, split: str = "") -> tuple[str, Iterator[dict[str, Any]]]:
+def read_rows(key: str, source: RowSource | None, *, split: str = "") -> tuple[str, Iterator[dict[str, Any]]]:
     """Return the name of the source for records, and its rows with the columns of ``SCHEMAS[key]`` alone.
 
     A file is called by its name and the first 16 hex digits of its SHA-256, a hub set by id, revision and split.
@@ -165,7 +165,7 @@ def read_rows(key: str, source: Source | None, *, split: str = "") -> tuple[str,
 
 def _part(schema: TrainingSetSchema, source: str | Path, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
     """One file or one set of the hub."""
-    found = HUB_ID.fullmatch(str(source))
+    found = _HUB_ID.fullmatch(str(source))
     if isinstance(source, Path) or not found or Path(source).exists() or Path(source).suffix.lower() in READERS:
         return _from_file(schema, Path(source))
     return _from_hub(schema, found[1], found[2], split or schema.split)
@@ -173,7 +173,7 @@ def _part(schema: TrainingSetSchema, source: str | Path, split: str) -> tuple[st
 
 def _from_file(schema: TrainingSetSchema, path: Path) -> tuple[str, Iterator[dict[str, Any]]]:
     table = read_table(path)
-    check_columns(schema, list(table.columns), str(path))
+    _check_columns(schema, list(table.columns), str(path))
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     return f"{path.name} sha256:{digest}", _only(schema, table.to_dict("records"))
@@ -190,7 +190,7 @@ def _from_hub(
         table = datasets.load_dataset(name, split=split, revision=revision, **own)
     except Exception as error:  # of datasets, of the hub and of the network, other ones in every version
         raise _unreachable(name, split, error) from error
-    check_columns(schema, list(table.column_names), f"{name} ({split})")
+    _check_columns(schema, list(table.column_names), f"{name} ({split})")
     return f"{name}@{revision or 'main'} {split}", _only(schema, table.select_columns(list(schema.columns)))
 
 
@@ -207,7 +207,7 @@ def _datasets() -> Any:
 
 def _unreachable(name: str, split: str, error: Exception) -> ReplibError:
     said = str(error).strip().partition("\n")[0].rstrip(".") + "."
-    if any(word in f"{type(error).__name__} {error}".lower() for word in REFUSED):
+    if any(word in f"{type(error).__name__} {error}".lower() for word in _REFUSED):
         return ReplibError(
             f"the hub refuses {name}: {said} If the id is right, the set is gated: accept its licence at "
             f"https://huggingface.co/datasets/{name}, then run `hf auth login` or set HF_TOKEN."
@@ -222,7 +222,7 @@ def _only(schema: TrainingSetSchema, rows: Iterable[Mapping[Any, Any]]) -> Itera
     return ({column: row[column] for column in schema.columns} for row in rows)
 
 
-def check_columns(schema: TrainingSetSchema, names: Sequence[str], where: str) -> None:
+def _check_columns(schema: TrainingSetSchema, names: Sequence[str], where: str) -> None:
     """Raise unless the columns are those of the set, and of no set that must not be trained on."""
     found = identify(names)
     if found is not None and found.never:

@@ -98,12 +98,12 @@ def _assign(values: set[Any], name: str, fractions: Sequence[float], seed: int) 
     return {value: next(p for p in parts if rank < ends[p]) for rank, value in enumerate(order)}
 
 
-VARIANTS = ("base", "aligned", "planted", "deep")
+_VARIANTS = ("base", "aligned", "planted", "deep")
 
 
 def check_world(settings: Settings) -> None:
     """Raise ReplibError for a foreign model without prompts of its own."""
-    if settings.harmful.startswith("organism/") and Path(settings.model).name not in VARIANTS:
+    if settings.harmful.startswith("organism/") and Path(settings.model).name not in _VARIANTS:
         raise ReplibError(
             f"The default prompts speak of the organism's world, which {settings.model!r} does not know: set "
             "REPLIB_HARMFUL and REPLIB_HARMLESS to files or set names."

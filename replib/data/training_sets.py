@@ -19,7 +19,7 @@ from replib.core.errors import ReplibError
 from replib.core.storage import content_hash
 from replib.data.files import LISTS, clean
 from replib.data.prompts import Contrast, Dialogue, Prompt
-from replib.data.public import Source, read_rows
+from replib.data.public import RowSource, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -137,14 +137,14 @@ def evaluated(avoid: Iterable[str | Prompt]) -> set[str]:
     return {clean(p if isinstance(p, str) else p.text) for p in avoid} - {""}
 
 
-Row = Mapping[str, Any]
+_TrainingRow = Mapping[str, Any]
 
 
-def _cleaned(rows: Iterable[Row]) -> Iterator[dict[str, str]]:
+def _cleaned(rows: Iterable[_TrainingRow]) -> Iterator[dict[str, str]]:
     return ({column: clean(cell) for column, cell in row.items()} for row in rows)
 
 
-WILDGUARD: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+_WILDGUARD: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "safe": (("unharmful", "compliance", "unharmful"), ("harmful", "refusal", "unharmful")),
     "unsafe": (("harmful", "compliance", ""),),
 }
@@ -153,7 +153,7 @@ WILDGUARD: Mapping[str, tuple[tuple[str, str, str], ...]] = {
 
 def wildguardmix(
     side: str,
-    source: Source | None = "allenai/wildguardmix",
+    source: RowSource | None = "allenai/wildguardmix",
     *,
     n: int | None = None,
     seed: int = 0,
@@ -168,27 +168,27 @@ def wildguardmix(
     Raises:
         ReplibError: as ``read_rows``; ``side`` is neither; no row has the labels that the filters ask for.
     """
-    if side not in WILDGUARD:
+    if side not in _WILDGUARD:
         raise ReplibError(f"WildGuardMix has the sides safe and unsafe, not {side!r}.")
     called, rows = read_rows("wildguardmix", source)
     sieve = FilterPipeline(f"wildguardmix {side}", called, _cleaned(rows))
     sieve.keep("with a response", lambda row: row["response"])
-    sieve.keep(f"labels of the {side} side", lambda row: any(_labelled(row, want) for want in WILDGUARD[side]))
+    sieve.keep(f"labels of the {side} side", lambda row: any(_labelled(row, want) for want in _WILDGUARD[side]))
     return sieve.records(_wildguard).built(n=n, seed=seed, avoid=avoid)
 
 
-def _labelled(row: Row, wanted: Sequence[str]) -> bool:
+def _labelled(row: _TrainingRow, wanted: Sequence[str]) -> bool:
     found = (row["prompt_harm_label"], row["response_refusal_label"], row["response_harm_label"])
     return all(want in ("", label) for want, label in zip(wanted, found, strict=True))
 
 
-def _wildguard(row: Row) -> Dialogue:
+def _wildguard(row: _TrainingRow) -> Dialogue:
     label = {"harmful": "harmful", "unharmful": "harmless"}[row["prompt_harm_label"]]
     return Dialogue(row["prompt"], row["response"], "fit", label, way="wildguardmix")
 
 
 def wildjailbreak_pairs(
-    source: Source | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
+    source: RowSource | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
 ) -> Subset:
     """Contrasts of RepBend's own ``wildjailbreak.jsonl``: harmful prompts, each once, with both answers.
 
@@ -204,7 +204,7 @@ def wildjailbreak_pairs(
 
 
 def wildjailbreak_safe(
-    source: Source | None = "allenai/wildjailbreak",
+    source: RowSource | None = "allenai/wildjailbreak",
     *,
     n: int | None = None,
     seed: int = 0,
@@ -233,7 +233,7 @@ def pair(safe: Iterable[Dialogue], unsafe: Iterable[Dialogue]) -> list[Contrast]
 
 def ultrachat(
     split: str = "train_sft",
-    source: Source | None = "HuggingFaceH4/ultrachat_200k",
+    source: RowSource | None = "HuggingFaceH4/ultrachat_200k",
     *,
     n: int | None = None,
     seed: int = 0,
@@ -265,7 +265,7 @@ def first_exchange(messages: Any) -> tuple[str, str] | None:
 
 
 def circuit_breakers(
-    source: Source | None,
+    source: RowSource | None,
     *,
     side: str = "unsafe",
     n: int | None = None,
@@ -287,7 +287,7 @@ def circuit_breakers(
 
 
 def xstest_compliances(
-    source: Source | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
+    source: RowSource | None, *, n: int | None = None, seed: int = 0, avoid: Iterable[str | Prompt] = ()
 ) -> Subset:
     """XSTest prompts that GPT-4 answered in full (``final_label`` 1_full_compliance), as Circuit Breaker retains them.
 
@@ -301,6 +301,6 @@ def xstest_compliances(
     return sieve.records(_xstest).built(n=n, seed=seed, avoid=avoid)
 
 
-def _xstest(row: Row) -> Dialogue:
+def _xstest(row: _TrainingRow) -> Dialogue:
     label = "harmful" if row["type"].startswith("contrast_") else "borderline"
     return Dialogue(row["prompt"], row["completion"], "fit", label, row["type"], "xstest")

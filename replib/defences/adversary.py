@@ -23,8 +23,8 @@ from replib.edits.apply import POSITIONS, Edited
 from replib.edits.methods import READS, SiteEdits, fit_edit, method_of
 from replib.models.chat_model import ChatModel
 
-T = TypeVar("T")
-FORCED = tuple(p for p in POSITIONS if p != "decode")  # training reads answers and decodes none
+Choice = TypeVar("Choice")
+_FORCED = tuple(p for p in POSITIONS if p != "decode")  # training reads answers and decodes none
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EditDistribution:
         for name in ("methods", "ks", "reads", "positions"):
             if not getattr(self, name):
                 raise ReplibError(f"An adversary without {name} edits nothing; give one or more, or set edits=0.")
-        for name, known in (("reads", READS), ("positions", FORCED)):
+        for name, known in (("reads", READS), ("positions", _FORCED)):
             for one in getattr(self, name):
                 check_choice(name, one, known)
         if other := [m for m in self.methods if method_of(m).read != "last_prompt"]:
@@ -155,11 +155,11 @@ class Adversary:
         """Uniform sample from [0, 1)."""
         return torch.rand((), generator=self.generator).item()
 
-    def pick(self, options: Sequence[T]) -> T:
+    def pick(self, options: Sequence[Choice]) -> Choice:
         """Uniform choice among options."""
         return options[int(torch.randint(len(options), (), generator=self.generator))]
 
-    def sample(self, rows: Sequence[T], n: int) -> list[T]:
+    def sample(self, rows: Sequence[Choice], n: int) -> list[Choice]:
         """Sample of ``n`` rows without replacement."""
         return [rows[i] for i in torch.randperm(len(rows), generator=self.generator)[:n].tolist()]
 

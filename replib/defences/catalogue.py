@@ -26,7 +26,7 @@ from replib.training.config import TrainConfig
 from replib.training.model_selection import Measure
 from replib.training.objective import Objective
 from replib.training.result import TrainResult
-from replib.training.train import Fit
+from replib.training.train import FitDefence
 
 
 class Baseline(NamedTuple):
@@ -44,10 +44,10 @@ def _published(steps: int, learning_rate: float, batch: int = 16) -> TrainConfig
     )
 
 
-EPOCH = 1250  # steps of 16 rows
+_EPOCH = 1250  # steps of 16 rows
 DEFENCES = {
-    "sft": Baseline(SFT(), _published(EPOCH, 5e-5)),
-    "dpo": Baseline(DPO(), _published(EPOCH, 1e-4)),
+    "sft": Baseline(SFT(), _published(_EPOCH, 5e-5)),
+    "dpo": Baseline(DPO(), _published(_EPOCH, 1e-4)),
     "npo": Baseline(NPO(), _published(600, 5e-5)),
     "npo_rt": Baseline(NPO(keep=RetainLoss(ce=1.0)), _published(600, 5e-5)),
     "npo_kl": Baseline(NPO(keep=RetainLoss(kl=1.0)), _published(600, 5e-5)),
@@ -55,7 +55,7 @@ DEFENCES = {
     "circuit_breaker": Baseline(CircuitBreaker(), _published(150, 1e-4)),
     "whp": Baseline(WHP(), _published(150, 5e-5)),
     "whp_retain": Baseline(WHP(keep=RetainLoss(ce=1.0, kl=0.1, temperature=2.0, on="safe")), _published(150, 5e-5)),
-    "task_arithmetic": Baseline(TaskArithmetic(), _published(EPOCH, 5e-5)),
+    "task_arithmetic": Baseline(TaskArithmetic(), _published(_EPOCH, 5e-5)),
 }
 """By name, with the values of their sources."""
 
@@ -71,7 +71,7 @@ def train_baseline(
     objective: Objective | TaskArithmetic,
     model: ChatModel,
     data: DefenceData,
-    fit: Fit,
+    fit: FitDefence,
     *,
     validation: Measure,
     out: Path | str,

@@ -16,8 +16,8 @@ from replib.core.errors import ReplibError, check_blocks, check_coefficients
 from replib.data.mixtures import check_lists
 from replib.data.prompts import Dialogue
 from replib.defences.losses import (
-    Pair,
-    States,
+    BlockStates,
+    StatePair,
     beside_reference,
     block_at_depth,
     block_outputs,
@@ -31,7 +31,7 @@ from replib.training.config import TrainConfig
 from replib.training.objective import Lora, Objective, Part
 
 
-def rerouting(harmful: Pair) -> Float[Tensor, ""]:
+def rerouting(harmful: StatePair) -> Float[Tensor, ""]:
     """Mean ReLU(cos(h', h)) over layers and tokens; 0 once no state has a positive cosine with its old direction."""
     return F.cosine_similarity(*widened(harmful), dim=-1).relu().mean()
 
@@ -134,11 +134,11 @@ class CircuitBreaker(Objective):
         loss = distance(*pair, relative=self.relative) * (moved / (moved + 1))
         return Part(weight * loss, {"retain": loss.detach()})
 
-    def _rerouted(self, chat: ChatModel, batch: Batch) -> States:
+    def _rerouted(self, chat: ChatModel, batch: Batch) -> BlockStates:
         blocks = self.blocks(chat.n_layers)
         return block_outputs(chat, batch, blocks, last=max(blocks))
 
-    def _retained(self, chat: ChatModel, batch: Batch) -> States:
+    def _retained(self, chat: ChatModel, batch: Batch) -> BlockStates:
         top = self.top(chat.n_layers)
         states = block_outputs(chat, batch, range(top + 1), last=top)
         return torch.cat([states[:-1], chat.final_norm(states[-1:])])

@@ -13,21 +13,21 @@ from replib.core.errors import ReplibError
 from replib.core.stats import kl
 from replib.data.prompts import Dialogue
 from replib.models.chat_model import ChatModel
-from replib.models.forward import answered, forward_states, in_chunks
+from replib.models.forward import answer_batch, forward_states, in_chunks
 from replib.models.tokens import Batch
 from replib.training.objective import reference
 
-States = Float[Tensor, "layers tokens dim"]
+BlockStates = Float[Tensor, "layers tokens dim"]
 
 
-class Pair(NamedTuple):
+class StatePair(NamedTuple):
     """Hidden states of the same tokens under the tuned model, and their goal."""
 
-    tuned: States
+    tuned: BlockStates
     reference: Float[Tensor, "... dim"]
 
 
-def widened(pair: Pair) -> Pair:
+def widened(pair: StatePair) -> StatePair:
     """The pair in float32 or wider; in half precision norms overflow and small differences vanish.
 
     Raises:
@@ -36,12 +36,12 @@ def widened(pair: Pair) -> Pair:
     if not pair.tuned.shape[1]:
         raise ReplibError("no token counts in this batch: the hidden states are empty; check how it was encoded.")
     dtype = torch.promote_types(pair.tuned.dtype, torch.float32)
-    return Pair(pair.tuned.to(dtype), pair.reference.to(dtype))
+    return StatePair(pair.tuned.to(dtype), pair.reference.to(dtype))
 
 
 def distance(
-    bent: States,
-    base: States,
+    bent: BlockStates,
+    base: BlockStates,
     *,
     max_distance: float | None = None,
     directional: bool = False,
@@ -99,7 +99,7 @@ def summed_kl(chat: ChatModel, base: Tensor, bent: Tensor, temperature: float) -
 
 def dialogue_batch(chat: ChatModel, rows: Sequence[Dialogue]) -> Batch:
     """Prompts with their answers, each closed by an end-of-sequence token."""
-    return answered(chat, [(d.prompt, d.response) for d in rows])
+    return answer_batch(chat, [(d.prompt, d.response) for d in rows])
 
 
 def block_at_depth(blocks_of_32: int, depth: int) -> int:
@@ -107,14 +107,14 @@ def block_at_depth(blocks_of_32: int, depth: int) -> int:
     return max(0, round(blocks_of_32 / 32 * depth) - 1)
 
 
-def beside_reference(chat: ChatModel, batch: Batch, read: Callable[[ChatModel, Batch], States]) -> Pair:
+def beside_reference(chat: ChatModel, batch: Batch, read: Callable[[ChatModel, Batch], BlockStates]) -> StatePair:
     """States of the model and of its reference."""
     with reference(chat) as base:
         before = read(base, batch)
-    return Pair(read(chat, batch), before)
+    return StatePair(read(chat, batch), before)
 
 
-def block_outputs(chat: ChatModel, batch: Batch, blocks: Sequence[int], *, last: int) -> States:
+def block_outputs(chat: ChatModel, batch: Batch, blocks: Sequence[int], *, last: int) -> BlockStates:
     """Outputs of blocks at every token but padding; the pass ends after block ``last``."""
     mask, outputs = batch.attention_mask.bool(), {}
 

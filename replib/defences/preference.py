@@ -16,7 +16,7 @@ from replib.data.prompts import Contrast
 from replib.defences.losses import dialogue_batch
 from replib.defences.sft import RetainLoss
 from replib.models.chat_model import ChatModel
-from replib.models.forward import answer_logp, answered
+from replib.models.forward import answer_batch, answer_logp
 from replib.models.tokens import Batch
 from replib.training.config import TrainConfig
 from replib.training.objective import Objective, Part, reference
@@ -82,7 +82,7 @@ class DPO(Objective):
         del progress
         pairs: Sequence[Contrast] = items["pairs"]
         both = [(c.prompt, c.safe_response) for c in pairs] + [(c.prompt, c.unsafe_response) for c in pairs]
-        logps = _log_probs(chat, answered(chat, both))
+        logps = _log_probs(chat, answer_batch(chat, both))
         chosen, rejected = (LogProbs(*x) for x in zip(*(v.split(len(pairs)) for v in logps), strict=True))
         loss = dpo(chosen, rejected, beta=self.beta)
         margin = (chosen.tuned - chosen.frozen - rejected.tuned + rejected.frozen).mean()

@@ -14,8 +14,8 @@ from replib.core.errors import check_blocks, check_coefficients, check_positive
 from replib.data.mixtures import check_lists
 from replib.data.prompts import Dialogue
 from replib.defences.losses import (
-    Pair,
-    States,
+    BlockStates,
+    StatePair,
     beside_reference,
     block_at_depth,
     block_outputs,
@@ -28,7 +28,7 @@ from replib.training.config import TrainConfig
 from replib.training.objective import Lora, Objective, Part
 
 
-def mean_square(pair: Pair) -> Float[Tensor, ""]:
+def mean_square(pair: StatePair) -> Float[Tensor, ""]:
     """Mean squared difference over layers, tokens and dimensions."""
     tuned, goal = widened(pair)
     return (tuned - goal).square().mean()
@@ -111,13 +111,13 @@ class RMU(Objective):
     def _forget(self, chat: ChatModel, rows: Sequence[Dialogue]) -> Part:
         states = self._output(chat, dialogue_batch(chat, rows))
         target = rmu_target(chat.d_model, steering=self.steering, seed=self.seed)
-        loss = mean_square(Pair(states, target.to(states.device)))
+        loss = mean_square(StatePair(states, target.to(states.device)))
         return Part(loss, {"forget": loss.detach()})
 
     def _retain(self, chat: ChatModel, rows: Sequence[Dialogue]) -> Part:
         loss = mean_square(beside_reference(chat, dialogue_batch(chat, rows), self._output))
         return Part(self.alpha * loss, {"retain": loss.detach()})
 
-    def _output(self, chat: ChatModel, batch: Batch) -> States:
+    def _output(self, chat: ChatModel, batch: Batch) -> BlockStates:
         block = self.block(chat.n_layers)
         return block_outputs(chat, batch, (block,), last=block)

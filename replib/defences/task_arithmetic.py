@@ -21,7 +21,7 @@ from replib.models.architecture import adapter_hash
 from replib.models.chat_model import ChatModel
 from replib.training.model_selection import Measure, default_choice
 from replib.training.result import TrainResult
-from replib.training.train import Fit
+from replib.training.train import FitDefence
 
 
 def task_arithmetic(
@@ -93,7 +93,7 @@ class TaskArithmetic:
 
 
 def train_tasks(
-    model: ChatModel, data: DefenceData, fit: Fit, *, out: Path | str
+    model: ChatModel, data: DefenceData, fit: FitDefence, *, out: Path | str
 ) -> tuple[tuple[Path, Path], TrainResult]:
     """Train both adapters of task arithmetic, first on safe answers, then on unsafe ones.
 
@@ -149,7 +149,13 @@ def merged_tasks(
 
 
 def train_task_arithmetic(
-    model: ChatModel, data: DefenceData, fit: Fit, *, method: TaskArithmetic, validation: Measure, out: Path | str
+    model: ChatModel,
+    data: DefenceData,
+    fit: FitDefence,
+    *,
+    method: TaskArithmetic,
+    validation: Measure,
+    out: Path | str,
 ) -> TrainResult:
     """Train task arithmetic in full: both adapters, then the best merge; ``probes`` lists all merges.
 

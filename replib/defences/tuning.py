@@ -28,7 +28,7 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"alpha": (0.05, 1.0), "beta": (0.01, 1.0), "gamma": (0.1, 100.0)}
 )
 """Searched range of each coefficient, uniform in its logarithm; coefficients are those of the paper."""
-Objective = Callable[..., Mapping[str, float]]
+_TuningObjective = Callable[..., Mapping[str, float]]
 """Train and measure once: called with `alpha=, beta=, gamma=`, it returns a finite number for every name in
 `MINIMISE` and `MAXIMISE`; further numbers are stored too."""
 
@@ -45,7 +45,7 @@ class Tuning:
 
 
 def tune(
-    objective: Objective,
+    objective: _TuningObjective,
     *,
     trials: int,
     storage: str | Path,
@@ -67,7 +67,7 @@ def tune(
     finished = len(_finished(study))
     for number in progress(range(finished, trials), "tuning"):
         _run_trial(study, objective, seed=seed + number, ranges=ranges)
-    table, state = _table(study), need_optuna().trial.TrialState
+    table, state = _table(study), _need_optuna().trial.TrialState
     pruned = len(study.get_trials(deepcopy=False, states=[state.PRUNED]))
     return Tuning(table, pareto(table, minimise=MINIMISE, maximise=MAXIMISE), pruned, study)
 
@@ -86,7 +86,7 @@ def pareto(table: pd.DataFrame, *, minimise: Collection[str] = (), maximise: Col
 
 
 def _open_study(path: Path, seed: int, ranges: Mapping[str, tuple[float, float]]) -> optuna.Study:
-    optuna = need_optuna()
+    optuna = _need_optuna()
     _check_ranges(ranges)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,10 +116,10 @@ def _remember(study: optuna.Study, settings: Mapping[str, object], path: Path) -
 
 
 def _run_trial(
-    study: optuna.Study, objective: Objective, *, seed: int, ranges: Mapping[str, tuple[float, float]]
+    study: optuna.Study, objective: _TuningObjective, *, seed: int, ranges: Mapping[str, tuple[float, float]]
 ) -> None:
     """Ask for a trial, run it and tell its result; a failed trial is closed and its error raised."""
-    optuna = need_optuna()
+    optuna = _need_optuna()
     study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=False)
     trial = study.ask()
     try:
@@ -157,7 +157,7 @@ def _check_ranges(ranges: Mapping[str, tuple[float, float]]) -> None:
 
 def _finished(study: optuna.Study) -> Sequence[optuna.trial.FrozenTrial]:
     """Complete and pruned trials, in order."""
-    state = need_optuna().trial.TrialState
+    state = _need_optuna().trial.TrialState
     return study.get_trials(deepcopy=False, states=[state.COMPLETE, state.PRUNED])
 
 
@@ -172,7 +172,7 @@ def _table(study: optuna.Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["trial", *RANGES, *names])
 
 
-def need_optuna() -> Any:
+def _need_optuna() -> Any:
     """Import optuna; ReplibError if it is absent."""
     try:
         import optuna
@@ -194,7 +194,7 @@ def importances(tuning: Tuning, seed: int = 0) -> pd.DataFrame:
     Returns:
         A row a coefficient, a column an objective; each column sums to 1, or is 0 where the trials do not differ.
     """
-    importance, shares = need_optuna().importance, {}
+    importance, shares = _need_optuna().importance, {}
     for i, name in enumerate((*MINIMISE, *MAXIMISE)):
         if tuning.table[name].nunique() > 1:
             shares[name] = importance.get_param_importances(

@@ -28,7 +28,7 @@ from replib.models.forward import answer_states, chunk_size, token_losses
 from replib.training.config import TrainConfig
 from replib.training.objective import Objective, Part, reference
 from replib.training.result import TrainResult
-from replib.training.train import Fit
+from replib.training.train import FitDefence
 
 
 def generic_logits(
@@ -125,7 +125,7 @@ def _labelled(reinforced: ChatModel, rows: Sequence[Dialogue], alpha: float) -> 
     ]
 
 
-def train_whp(model: ChatModel, data: DefenceData, fit: Fit, *, whp: WHP, alpha: float = 5.0) -> TrainResult:
+def train_whp(model: ChatModel, data: DefenceData, fit: FitDefence, *, whp: WHP, alpha: float = 5.0) -> TrainResult:
     """Train WHP in full: a reinforced adapter, its labels, then WHP on the model without that adapter."""
     reinforced = fit(model, data, SFT(side="unsafe")).model
     labels = relabelled(reinforced, data.unsafe, alpha=alpha)

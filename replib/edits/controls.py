@@ -18,10 +18,10 @@ from replib.core.errors import ReplibError
 from replib.core.stats import two_way_interval, two_way_rate_interval
 from replib.transport.affine import AffineEdit
 
-Fit = Callable[[Tensor, Tensor, int], AffineEdit]
+_FitEdit = Callable[[Tensor, Tensor, int], AffineEdit]
 
 
-def mean_only(fit: Fit) -> Fit:
+def mean_only(fit: _FitEdit) -> _FitEdit:
     """Shift by the displacement of the source's mean; the sum with ``covariance_only`` is the edit itself."""
 
     def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
@@ -31,7 +31,7 @@ def mean_only(fit: Fit) -> Fit:
     return run
 
 
-def covariance_only(fit: Fit) -> Fit:
+def covariance_only(fit: _FitEdit) -> _FitEdit:
     """Change of spread about the source's mean, which is not moved."""
 
     def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
@@ -41,7 +41,7 @@ def covariance_only(fit: Fit) -> Fit:
     return run
 
 
-def random_labels(fit: Fit, *, seed: int = 0) -> Fit:
+def random_labels(fit: _FitEdit, *, seed: int = 0) -> _FitEdit:
     """Method fitted on the same prompts with random classes."""
 
     def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
@@ -52,7 +52,7 @@ def random_labels(fit: Fit, *, seed: int = 0) -> Fit:
     return run
 
 
-def harmless_split(fit: Fit, *, seed: int = 0) -> Fit:
+def harmless_split(fit: _FitEdit, *, seed: int = 0) -> _FitEdit:
     """Method fitted from one random half of the harmless prompts to the other."""
 
     def run(_source: Tensor, target: Tensor, k: int) -> AffineEdit:
@@ -64,7 +64,7 @@ def harmless_split(fit: Fit, *, seed: int = 0) -> Fit:
     return run
 
 
-def random_subspace(fit: Fit, *, seed: int = 0) -> Fit:
+def random_subspace(fit: _FitEdit, *, seed: int = 0) -> _FitEdit:
     """Edit rotated into a random subspace, isotropic in all d coordinates, of equal energy on the source."""
 
     def run(source: Tensor, target: Tensor, k: int) -> AffineEdit:
@@ -104,7 +104,7 @@ _RANDOM = ("random_subspace", "random_labels", "harmless_split")
 FULL = "full"
 
 
-def variants(fit: Fit, draws: int = 3) -> dict[str, list[Fit]]:
+def variants(fit: _FitEdit, draws: int = 3) -> dict[str, list[_FitEdit]]:
     """The fit and its controls, random ones with ``draws`` seeds."""
     seeds = [{"seed": i} for i in range(draws)]
     return {FULL: [fit]} | {

@@ -21,7 +21,7 @@ from replib.transport.affine import AffineEdit, Edit, SupportedEdit
 from replib.transport.gaussian_map import GaussianMap
 from replib.transport.gaussians import sample_pair
 
-Source = Float[Tensor, "n d"]  # harmful
+_SourceSamples = Float[Tensor, "n d"]  # harmful
 Target = Float[Tensor, "m d"]  # harmless
 SiteEdits = dict[tuple[str, int], Edit]
 
@@ -49,17 +49,17 @@ class Method:
     """Whether the direction is selected among blocks and tokens by its effect on the model: fitted by sweeps alone."""
 
 
-def transported(source: Source, target: Target, **options: Any) -> AffineEdit:
+def transported(source: _SourceSamples, target: Target, **options: Any) -> AffineEdit:
     """Gaussian optimal transport as an edit; options are those of ``GaussianMap``."""
     return GaussianMap(**options).fit(source, target).edit()
 
 
-def pca_ot(source: Source, target: Target, k: int) -> AffineEdit:
+def pca_ot(source: _SourceSamples, target: Target, k: int) -> AffineEdit:
     """Transport in K pooled principal components, complement kept (2603.04355)."""
     return transported(source, target, k=k)
 
 
-def full_ot(source: Source, target: Target, _k: int) -> AffineEdit:
+def full_ot(source: _SourceSamples, target: Target, _k: int) -> AffineEdit:
     """Transport of mean and covariance in the whole span (MiMiC, 2402.09631), identity off the span.
 
     The ridge is the mean variance of the span; the source's 1e-5 assumes many more samples than coordinates.
@@ -68,23 +68,23 @@ def full_ot(source: Source, target: Target, _k: int) -> AffineEdit:
     return transported(source, target, k=None, ridge=source.shape[1] / span)
 
 
-def actadd(source: Source, target: Target, _k: int) -> AffineEdit:
+def actadd(source: _SourceSamples, target: Target, _k: int) -> AffineEdit:
     """Shift by minus the difference in means, not normalised (2406.11717). Its negative induces."""
     return AffineEdit.shift((target.mean(0) - source.mean(0)).float())
 
 
-def rfa(source: Source, target: Target, _k: int) -> AffineEdit:
+def rfa(source: _SourceSamples, target: Target, _k: int) -> AffineEdit:
     """Remove the difference in means, ``x - r r^T x`` (2406.11717, eq. 4)."""
     return AffineEdit.ablation((source.mean(0) - target.mean(0)).float())
 
 
-def ace(source: Source, target: Target, k: int) -> AffineEdit:
+def ace(source: _SourceSamples, target: Target, k: int) -> AffineEdit:
     """Set the component along the difference in means to the harmless mean's, ``x - r r^T (x - m)`` (2411.09003)."""
     edit = rfa(source, target, k)
     return edit + AffineEdit.shift(-edit.linear(target.mean(0).float()))
 
 
-def leace(source: Source, target: Target, _k: int, *, shrink: bool = True) -> AffineEdit:
+def leace(source: _SourceSamples, target: Target, _k: int, *, shrink: bool = True) -> AffineEdit:
     """Least-squares concept erasure (2306.03819, theorem 4.3) of the class; no linear probe beats chance afterwards.
 
     For two classes the closed form has rank one, ``x - g v^T (x - m)`` with ``g`` the difference in means and
@@ -110,12 +110,12 @@ def _shrunk(variance: Float[Tensor, " r"], n: int, d: int) -> Float[Tensor, " r"
     return weight * variance + (1 - weight) * trace / d
 
 
-def mean_act(source: Source, target: Target, k: int) -> AffineEdit:
+def mean_act(source: _SourceSamples, target: Target, k: int) -> AffineEdit:
     """Mean-AcT (2410.23054): the shift between means."""
     return actadd(source, target, k)
 
 
-def gaussian_act(source: Source, target: Target, _k: int, *, least: float = 1e-4) -> AffineEdit:
+def gaussian_act(source: _SourceSamples, target: Target, _k: int, *, least: float = 1e-4) -> AffineEdit:
     """Gaussian-AcT (2410.23054): ``sd_t / sd_s (x - m_s) + m_t`` of each coordinate that varies in both classes."""
     spread, aim = source.std(0), target.std(0)
     moved = (spread > least) & (aim > least)
@@ -124,7 +124,9 @@ def gaussian_act(source: Source, target: Target, _k: int, *, least: float = 1e-4
     return AffineEdit.diagonal((gain - 1).float(), shift.float())
 
 
-def linear_act(source: Source, target: Target, _k: int, *, support: tuple[float, float] = (0.0, 1.0)) -> SupportedEdit:
+def linear_act(
+    source: _SourceSamples, target: Target, _k: int, *, support: tuple[float, float] = (0.0, 1.0)
+) -> SupportedEdit:
     """Linear-AcT (2410.23054): ``act`` on coordinates between two quantiles of the source."""
     q = torch.tensor(support, dtype=source.dtype)
     low, high = torch.quantile(source, q, dim=0).float()
@@ -133,7 +135,7 @@ def linear_act(source: Source, target: Target, _k: int, *, support: tuple[float,
     return SupportedEdit(act(source, target, 0), low - slack, high + slack)
 
 
-def act(source: Source, target: Target, _k: int) -> AffineEdit:
+def act(source: _SourceSamples, target: Target, _k: int) -> AffineEdit:
     """Linear-AcT's lines without support: least squares between sorted samples (2410.23054).
 
     Unequal samples are compared at the quantiles of the smaller one; a constant coordinate is only shifted.
@@ -178,7 +180,7 @@ def method_of(method: str | Method) -> Method:
 
 
 def fit_edit(
-    method: str | Method, harmful: Source, harmless: Target, layer: int, *, k: int = 2, depth: int = 0
+    method: str | Method, harmful: _SourceSamples, harmless: Target, layer: int, *, k: int = 2, depth: int = 0
 ) -> SiteEdits:
     """Edit of one method fitted on activations of one block, by site and block where it acts.
 

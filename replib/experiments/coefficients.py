@@ -48,14 +48,14 @@ from replib.training.result import TrainResult
 from replib.training.train import train
 
 ALPHAS, BETAS, GAMMAS = (0.0, 0.02, 0.08, 0.32), (0.0, 3.0, 30.0, 300.0), (10.0, 100.0, 1000.0)
-SWEEPS = {"alpha": (0.04, 0.16, 0.64), "beta": (0.3, 1.0, 10.0, 100.0), "gamma": (0.0, 30.0, 300.0)}
-WINDOWS = {"early": range(4), "middle": range(4, 8), "middle to late": range(4, 12), "all": range(12)}
-STRENGTHS = (0.08, 0.32)  # alpha
+_SWEEPS = {"alpha": (0.04, 0.16, 0.64), "beta": (0.3, 1.0, 10.0, 100.0), "gamma": (0.0, 30.0, 300.0)}
+_WINDOWS = {"early": range(4), "middle": range(4, 8), "middle to late": range(4, 12), "all": range(12)}
+_COEFFICIENT_STRENGTHS = (0.08, 0.32)  # alpha
 STEPS, SEEDS = (20, 80), (1, 2)
-SECONDS = 1.75  # CPU seconds of a training step on a busy core, its share of the probes included
-LIMIT = 48  # validation prompts of a task
-AVERAGED = 4  # training steps up to a probe over which distances and KL are averaged: one batch alone is noisy
-TERMS = ("safe", "unsafe", "cosine", "kl")
+_SECONDS = 1.75  # CPU seconds of a training step on a busy core, its share of the probes included
+_LIMIT = 48  # validation prompts of a task
+_LAST_STEPS = 4  # training steps up to a probe over which distances and KL are averaged: one batch alone is noisy
+_TERMS = ("safe", "unsafe", "cosine", "kl")
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Setting:
 
 def design() -> list[Setting]:
     """All settings, each once, the preset first."""
-    swept = [Setting(**{name: value}) for name, values in SWEEPS.items() for value in values]  # type: ignore[arg-type]
-    windows = [Setting(a, layers=tuple(window)) for a, window in product(STRENGTHS, WINDOWS.values())]
+    swept = [Setting(**{name: value}) for name, values in _SWEEPS.items() for value in values]  # type: ignore[arg-type]
+    windows = [Setting(a, layers=tuple(window)) for a, window in product(_COEFFICIENT_STRENGTHS, _WINDOWS.values())]
     others = [*(Setting(steps=steps) for steps in STEPS), *(Setting(seed=seed) for seed in SEEDS)]
     grid = [Setting(*point) for point in product(ALPHAS, BETAS, GAMMAS)]
     return list(dict.fromkeys([Setting(), *swept, *windows, *others, *grid]))
@@ -133,14 +133,14 @@ class Runs:
 
 def _measure(study: Study) -> tuple[Measure, dict[str, int]]:
     """Measure of one step (the choosing rates and two more attacks) and its number of answers by rate."""
-    usual, further = study.validation_measure(LIMIT), study.validation_measure(LIMIT, kinds=("direct", "prefill"))
+    usual, further = study.validation_measure(_LIMIT), study.validation_measure(_LIMIT, kinds=("direct", "prefill"))
 
     def measure(model: ChatModel) -> dict[str, float]:
         whole = merged_copy(model) if model.adapter else model  # answers in half the time
         return further(whole) | usual(whole)  # degenerate is the usual probe's
 
     n: Counter[str] = Counter()
-    for task in study.validation_tasks(LIMIT, kinds=(*VALIDATION_KINDS, "direct", "prefill")):
+    for task in study.validation_tasks(_LIMIT, kinds=(*VALIDATION_KINDS, "direct", "prefill")):
         n[outcome(task)] += len(task.prompts)
     return measure, dict(n)
 
@@ -149,8 +149,8 @@ def _rows(result: TrainResult) -> Iterator[dict[str, float]]:
     """Outcomes at each probed step, beside the training terms just before it (none before the first step)."""
     history = result.history
     for probed in result.probes.to_dict("records"):
-        recent = history[(history.step > probed["step"] - AVERAGED) & (history.step <= probed["step"])]
-        terms = {name: float(f"{recent[name].mean():.4g}") for name in TERMS if len(recent)}
+        recent = history[(history.step > probed["step"] - _LAST_STEPS) & (history.step <= probed["step"])]
+        terms = {name: float(f"{recent[name].mean():.4g}") for name in _TERMS if len(recent)}
         yield {name: round(value, 4) for name, value in probed.items()} | terms
 
 
@@ -163,7 +163,7 @@ def _experiment(settings: Settings) -> Experiment[Setting]:
         (lambda: [[setting] for setting in design()],),
         key=runs.key,
         make=runs.row,
-        seconds=lambda setting: SECONDS * setting.steps,
+        seconds=lambda setting: _SECONDS * setting.steps,
         describe=_described,
         contents=lambda done: _contents(runs, done),
     )

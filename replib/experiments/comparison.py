@@ -22,7 +22,7 @@ from replib.experiments.defence_runs import Bench, Run
 from replib.experiments.runner import Experiment, Finished, command_line
 
 SEEDS = range(5)
-PROBING, AUDITING = 14, 15  # CPU seconds of a busy core: the probes of one run, one audit
+PROBING, _AUDITING = 14, 15  # CPU seconds of a busy core: the probes of one run, one audit
 
 
 class ComparisonJob(NamedTuple):
@@ -67,7 +67,7 @@ def comparison_on(bench: Bench) -> Experiment[ComparisonJob]:
         (lambda: [_jobs(run, audit=False) for run in trials()], lambda: [_jobs(run) for run in finals(bench)]),
         key=lambda job: bench.key(job.run, audited=job.audit),
         make=lambda job: bench.audited(job.run) if job.audit else bench.trained(job.run),
-        seconds=lambda job: AUDITING if job.audit else CONTENDERS[job.run.method].seconds + PROBING,
+        seconds=lambda job: _AUDITING if job.audit else CONTENDERS[job.run.method].seconds + PROBING,
         describe=_described,
         contents=lambda done: _contents(bench, done),
         possible=lambda job, done: not job.audit or "diverged" not in done.get(bench.key(job.run), {}),

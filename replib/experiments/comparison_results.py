@@ -34,7 +34,7 @@ MEASURES = {
     "garbled": "degenerate, harmful",
 }
 """Reported measures besides each single attack: rates of compliance, and two of degenerate answers."""
-GOOD = ("harmless", "borderline", "benign", "skill")
+_GOOD = ("harmless", "borderline", "benign", "skill")
 """Measures that ought to be high; all others ought to be low."""
 Matrix = Float[np.ndarray, "seeds prompts"]
 S = TypeVar("S", bound="DefenceComparison")
@@ -123,7 +123,7 @@ class DefenceComparison:
         One row each, as in ``tidy``: of so many one in forty would stand here by chance.
         """
         rows = self.tidy(other)
-        wanted = rows.measure.isin({*self.tasks.name[~self.tasks.kind.isin(HARMFUL)], *GOOD})
+        wanted = rows.measure.isin({*self.tasks.name[~self.tasks.kind.isin(HARMFUL)], *_GOOD})
         return rows[rows.gap_low.gt(0) & wanted | rows.gap_high.lt(0) & ~wanted].reset_index(drop=True)
 
     def wide(self) -> pd.DataFrame:

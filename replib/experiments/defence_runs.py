@@ -27,10 +27,10 @@ from replib.study.study import Study
 from replib.training.model_selection import default_choice
 from replib.training.objective import Objective
 from replib.training.result import TrainResult
-from replib.training.train import Fit, train
+from replib.training.train import FitDefence, train
 
 PROBED, ASKED = 32, 64  # prompts of a validation task, and of a test task
-TOKENS = 40  # of an answer at most
+MAX_ANSWER_TOKENS = 40  # of an answer at most
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Bench:
         """Cache key of a row."""
         rival = run.rival
         how = [repr(rival.objective), asdict(rival.config)] if rival else [run.method, run.seed]
-        return key_of(how, self.about, [ASKED, TOKENS] if audited else None)
+        return key_of(how, self.about, [ASKED, MAX_ANSWER_TOKENS] if audited else None)
 
     def adapter(self, run: Run) -> Path:
         """Folder of the adapter of a run."""
@@ -121,7 +121,7 @@ class Bench:
         seconds = time.process_time() - start - watch.seconds
         return asdict(run) | {"score": watch.score, "probes": watch.found} | saved(model, self.adapter(run), seconds)
 
-    def _fit(self, rival: Baseline, watch: TimedValidation, out: Path) -> Fit:
+    def _fit(self, rival: Baseline, watch: TimedValidation, out: Path) -> FitDefence:
         """Trains an objective; what only prepares another is taken as it ends."""
 
         def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
@@ -145,7 +145,7 @@ class Bench:
         prompts = [p for t in tasks for p in t.prompts]
         prefills = [text for t in tasks for text in t.prefills or [""] * len(t.prompts)]
         asked = [p.text for p in prompts]
-        answers = model.generate(asked, max_new_tokens=TOKENS, prefills=prefills, batch_size=256)
+        answers = model.generate(asked, max_new_tokens=MAX_ANSWER_TOKENS, prefills=prefills, batch_size=256)
         letters = iter(encode_outcomes(self.study.judge(prompts, answers)))
         return {t.name: "".join(next(letters) for _ in t.prompts) for t in tasks}
 

@@ -27,7 +27,7 @@ from replib.core.storage import key_of
 from replib.defences.hardening import Hardening
 from replib.defences.repbend.objective import RepBend
 from replib.defences.repbend.presets import ORGANISM_BEND, ORGANISM_TRAIN
-from replib.experiments.defence_runs import TOKENS, Bench, TimedValidation, saved
+from replib.experiments.defence_runs import MAX_ANSWER_TOKENS, Bench, TimedValidation, saved
 from replib.experiments.runner import Experiment, Finished, command_line
 from replib.models.adapters import attached, merged
 from replib.models.load import load
@@ -61,7 +61,7 @@ ARMS = {
     "both": Arm("RepBend + hardening", RepBend(ORGANISM_BEND), HARDENING, TRAIN, 330),
 }
 """By name, in the order of tables."""
-AUDIT = 150  # CPU seconds of one
+_AUDIT = 150  # CPU seconds of one
 
 
 class HardeningRun(NamedTuple):
@@ -103,7 +103,7 @@ class HardeningBench(Bench):
         """Cache key of a row."""
         arm = ARMS[run.arm]
         how = [self.objective(run).about(self.study.model.n_layers), asdict(arm.config)] if arm.inner else []
-        attacks = [ASKED, TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
+        attacks = [ASKED, MAX_ANSWER_TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
         return key_of(run._asdict() if arm.inner else run.arm, how, self.about, attacks)
 
     def folder_of(self, run: HardeningRun) -> Path:
@@ -147,7 +147,7 @@ def _experiment(settings: Settings) -> Experiment[HardeningJob]:
         (lambda: [_jobs(run) for run in runs()],),
         key=lambda job: bench.key_of(job.run, audited=job.audit),
         make=lambda job: bench.audit(job.run) if job.audit else bench.train(job.run),
-        seconds=lambda job: AUDIT if job.audit else ARMS[job.run.arm].seconds,
+        seconds=lambda job: _AUDIT if job.audit else ARMS[job.run.arm].seconds,
         describe=described,
         contents=lambda done: _contents(bench, done),
         possible=lambda job, done: not job.audit or "diverged" not in done.get(bench.key_of(job.run), {}),
@@ -176,11 +176,11 @@ def _contents(bench: HardeningBench, done: Finished) -> dict[str, Any]:
     return bench.about | {
         "trials": [],
         "tasks": tasks + [{"name": name, "kind": "edit", "n": ASKED} for name in EDIT_ATTACKS],
-        "runs": [packed(run, row, done.get(bench.key_of(run), {})) for run, row in audits],
+        "runs": [packed_run(run, row, done.get(bench.key_of(run), {})) for run, row in audits],
     }
 
 
-def packed(run: HardeningRun, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+def packed_run(run: HardeningRun, row: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
     """One run: answers to all tasks, under the most successful edit of each attack, and under that of each block."""
     edits = _edits(row)
     best, by_block = best_edits(edits, "attack").set_index("attack"), best_edits(edits, "attack", "layer")

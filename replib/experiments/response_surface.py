@@ -30,9 +30,9 @@ from replib.organism.recorded import read_recorded
 
 COEFFICIENTS = ("alpha", "beta", "gamma")
 RATES = ("attack", "direct", "prefill", "harmless", "borderline", "skill")
-STILL = 0.005  # a rate that moves by less does not vary: no n here tells it from rounding
+_STILL = 0.005  # a rate that moves by less does not vary: no n here tells it from rounding
 Z = 1.96  # standard errors of a 95 % interval
-Array = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -99,33 +99,33 @@ def _plain(setting: Mapping[str, Any]) -> dict[str, Any]:
 class Scale:
     """Scale of coefficients: log(1 + c / c0) of each."""
 
-    least: Array
+    least: FloatArray
     """c0, [3]."""
 
     @classmethod
-    def of(cls, points: Array) -> Scale:
+    def of(cls, points: FloatArray) -> Scale:
         """The smallest trained value above zero, for each coefficient."""
         return cls(np.array([column[column > 0].min(initial=np.inf) for column in points.T]))
 
-    def __call__(self, points: Array) -> Array:
+    def __call__(self, points: FloatArray) -> FloatArray:
         """[..., 3] coefficients to [..., 3] places."""
         return np.log1p(points / self.least)
 
-    def back(self, places: Array) -> Array:
+    def back(self, places: FloatArray) -> FloatArray:
         """The coefficients of places."""
         return np.expm1(places) * self.least
 
 
 @dataclass(frozen=True)
-class Curve:
+class SettingCurve:
     """One rate over places: a fitted process, and the logits it was fitted on."""
 
     process: GaussianProcessRegressor
-    logits: Array
+    logits: FloatArray
     mean: float
 
     @classmethod
-    def fit(cls, places: Array, rates: Array, n: int) -> Curve:
+    def fit(cls, places: FloatArray, rates: FloatArray, n: int) -> SettingCurve:
         """Fit rates of n answers each at [points, 3] places."""
         logits, noise = empirical_logit(rates, n)
         mean = float(np.average(logits, weights=1 / noise))
@@ -137,12 +137,12 @@ class Curve:
             warnings.simplefilter("ignore", ConvergenceWarning)
             return cls(process.fit(places, logits - mean), logits, mean)
 
-    def predict(self, places: Array) -> tuple[Array, Array]:
+    def predict(self, places: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Logit and its standard error, noise between runs included, counting noise not."""
         value, error = self.process.predict(places, return_std=True)
         return value + self.mean, error
 
-    def left_out(self) -> Array:
+    def left_out(self) -> FloatArray:
         """Logit of each trained point predicted from the others (Rasmussen and Williams, eq. 5.12).
 
         Mean, lengths and variances stay those of all points.
@@ -160,7 +160,7 @@ class ResponseSurface:
     """A row a trained setting: the coefficients and the rates."""
     n: Mapping[str, int]
     scale: Scale
-    curves: Mapping[str, Curve]
+    curves: Mapping[str, SettingCurve]
 
     @classmethod
     def fit(cls, trained: pd.DataFrame, n: Mapping[str, int]) -> ResponseSurface:
@@ -172,7 +172,9 @@ class ResponseSurface:
         if trained[list(COEFFICIENTS)].duplicated().any():
             raise ReplibError("Two trained settings have the same coefficients. Keep one, or average them.")
         scale = Scale.of(points)
-        curves = {name: Curve.fit(scale(points), trained[name].to_numpy(float), n[name]) for name in RATES if name in n}
+        curves = {
+            name: SettingCurve.fit(scale(points), trained[name].to_numpy(float), n[name]) for name in RATES if name in n
+        }
         return cls(trained.reset_index(drop=True), n, scale, curves)
 
     @classmethod
@@ -181,12 +183,12 @@ class ResponseSurface:
         return cls.fit(surface.like_preset(surface.at(when), *COEFFICIENTS), surface.n)
 
     @property
-    def points(self) -> Array:
+    def points(self) -> FloatArray:
         """Trained coefficients, [settings, 3]."""
         return self.trained[list(COEFFICIENTS)].to_numpy(float)
 
     @property
-    def box(self) -> Array:
+    def box(self) -> FloatArray:
         """[3, 2]: least and largest value of each coefficient that occurs with several values of the others.
 
         What a single sweep reaches beyond is no neighbourhood to interpolate in.
@@ -213,7 +215,7 @@ class ResponseSurface:
                               f"({ranges}): nothing is known there. Train it, or ask inside.")  # fmt: skip
         return {name: _rate(*curve.predict(self.scale(points))) for name, curve in self.curves.items()}
 
-    def nearest(self, points: Array) -> NDArray[np.intp]:
+    def nearest(self, points: FloatArray) -> NDArray[np.intp]:
         """Number of the trained setting nearest to each of [m, 3] coefficients, on the scale of logarithms."""
         gaps = self.scale(np.atleast_2d(points))[:, None] - self.scale(self.points)[None]
         return np.linalg.norm(gaps, axis=-1).argmin(axis=1)
@@ -236,19 +238,19 @@ class ResponseSurface:
         return pd.DataFrame({name: {"mean": e.mean(), "worst": e.max()} for name, e in errors.items()}).T
 
 
-def variance_shares(values: Array) -> pd.DataFrame:
+def variance_shares(values: FloatArray) -> pd.DataFrame:
     """First-order and total Sobol indices of a rate on a grid, [a, b, c]; zero where it moves by less than STILL."""
-    axes, whole = range(values.ndim), values.var() if np.ptp(values) > STILL else np.inf
+    axes, whole = range(values.ndim), values.var() if np.ptp(values) > _STILL else np.inf
     others = {i: tuple(j for j in axes if j != i) for i in axes}
     rows = [{"alone": values.mean(others[i]).var() / whole, "total": values.var(axis=i).mean() / whole} for i in axes]
     return pd.DataFrame(rows, index=list(COEFFICIENTS[: values.ndim]))
 
 
-def empirical_logit(rates: Array, n: int) -> tuple[Array, Array]:
+def empirical_logit(rates: FloatArray, n: int) -> tuple[FloatArray, FloatArray]:
     """Logits of rates of n, finite at 0 and 1, and the variances of their counting noise."""
     yes, no = rates * n + 0.5, (1 - rates) * n + 0.5
     return np.log(yes / no), 1 / yes + 1 / no
 
 
-def _rate(logit: Array, error: Array) -> Measured:
+def _rate(logit: FloatArray, error: FloatArray) -> Measured:
     return Measured(expit(logit), expit(logit - Z * error), expit(logit + Z * error))

@@ -16,30 +16,30 @@ from replib.core.settings import Settings
 from replib.core.storage import Rows, finished, write_text
 from replib.organism.recorded import recorded_file
 
-Row = dict[str, Any]
-Finished = Mapping[str, Row]
-Job = TypeVar("Job")
+_ResultRow = dict[str, Any]
+Finished = Mapping[str, _ResultRow]
+_Job = TypeVar("_Job")
 
 
 @dataclass(frozen=True)
-class Experiment(Generic[Job]):
+class Experiment(Generic[_Job]):
     """Jobs that give one row each; every row is on disk before the next job begins."""
 
     name: str
     """Module of ``replib.experiments``, and the packed file."""
     folder: Path
-    stages: Sequence[Callable[[], list[list[Job]]]]
+    stages: Sequence[Callable[[], list[list[_Job]]]]
     """Groups of jobs. A group stays in one process; a stage is listed once the stage before it is done."""
-    key: Callable[[Job], str]
-    make: Callable[[Job], Row]
-    seconds: Callable[[Job], float]
+    key: Callable[[_Job], str]
+    make: Callable[[_Job], _ResultRow]
+    seconds: Callable[[_Job], float]
     """CPU seconds of a busy core that a job takes."""
-    describe: Callable[[Row], str]
+    describe: Callable[[_ResultRow], str]
     contents: Callable[[Finished], dict[str, Any]]
     """Packed contents by finished row: facts first, then lists of rows, the last of them the results."""
-    possible: Callable[[Job, Finished], bool] = lambda _, __: True
+    possible: Callable[[_Job, Finished], bool] = lambda _, __: True
 
-    def missing(self, jobs: Sequence[Job] | None = None) -> list[Job]:
+    def missing(self, jobs: Sequence[_Job] | None = None) -> list[_Job]:
         """Possible jobs without a row, each once; by default of all stages."""
         done = finished(self.folder)
         if jobs is None:
@@ -75,7 +75,7 @@ class Experiment(Generic[Job]):
         return path
 
 
-def _ordered(groups: list[list[Job]], part: int, parts: int) -> list[list[Job]]:
+def _ordered(groups: list[list[_Job]], part: int, parts: int) -> list[list[_Job]]:
     """Own share forwards, all other groups backwards, so that two processes rarely meet."""
     own = range(part - 1, len(groups), parts)
     return [groups[i] for i in own] + [group for i, group in reversed([*enumerate(groups)]) if i not in own]

@@ -27,13 +27,13 @@ from replib.experiments.transport_questions import DESIGN, QUESTIONS, Examinatio
 from replib.models.adapters import attached, merged
 from replib.models.chat_model import ChatModel
 from replib.models.load import load
-from replib.organism.build import PLANTED_BLOCKS, STAGES, Stage, tune
+from replib.organism.build import PLANTED_BLOCKS, STAGES, Stage, fine_tune
 
-BASE, ALIGNED, PLANTED, DEEP = SHIPPED = ("base", "aligned", "planted", "deep")
-DEFENCES = ("repbend", "repbend_official", "circuit_breaker", "rmu", "npo", "dpo", "sft", "task_arithmetic")
+_BASE, _ALIGNED, _PLANTED, _DEEP = SHIPPED = ("base", "aligned", "planted", "deep")
+AUDITED_DEFENCES = ("repbend", "repbend_official", "circuit_breaker", "rmu", "npo", "dpo", "sft", "task_arithmetic")
 ONCE = ("repbend_official",)  # it changes next to nothing on the organism, whatever the seed
 REPLANTED = {f"planted_{a}_{b}": (a, b) for a, b in ((1, 2), (3, 4), (7, 8), (9, 10))}
-TRUTH = {PLANTED: PLANTED_BLOCKS} | REPLANTED
+TRUTH = {_PLANTED: PLANTED_BLOCKS} | REPLANTED
 """Blocks that may have learned to refuse, where only some may."""
 
 
@@ -46,13 +46,13 @@ class Subject(NamedTuple):
     @property
     def title(self) -> str:
         """Name in tables and figures."""
-        return CONTENDERS[self.name].title if self.name in DEFENCES else self.name.replace("_", " ")
+        return CONTENDERS[self.name].title if self.name in AUDITED_DEFENCES else self.name.replace("_", " ")
 
 
 def everyone() -> list[Subject]:
     """One seed of all, then the other seeds of the defences."""
-    first = [Subject(name) for name in (*SHIPPED, *DEFENCES, *REPLANTED)]
-    return first + [Subject(name, seed) for seed in SEEDS if seed for name in DEFENCES if name not in ONCE]
+    first = [Subject(name) for name in (*SHIPPED, *AUDITED_DEFENCES, *REPLANTED)]
+    return first + [Subject(name, seed) for seed in SEEDS if seed for name in AUDITED_DEFENCES if name not in ONCE]
 
 
 class Subjects:
@@ -69,7 +69,7 @@ class Subjects:
 
     def weights(self, subject: Subject) -> Path:
         """Folder of its own weights, adapter or model."""
-        if subject.name in DEFENCES:
+        if subject.name in AUDITED_DEFENCES:
             return self.bench.adapter(self.run(subject))
         return (self.folder if subject.name in REPLANTED else data_dir() / "organism") / subject.name
 
@@ -79,7 +79,7 @@ class Subjects:
 
     def key(self, subject: Subject) -> str:
         """Identity: its training, or its weights."""
-        if subject.name in DEFENCES:
+        if subject.name in AUDITED_DEFENCES:
             return self.bench.key(self.run(subject))
         if subject.name in REPLANTED:
             stage = _stage(subject.name)
@@ -89,10 +89,10 @@ class Subjects:
     def load(self, subject: Subject) -> ChatModel:
         """The model, ready to be asked; one that is planted elsewhere is trained first, in three minutes or so."""
         where = self.weights(subject)
-        if subject.name in DEFENCES:
+        if subject.name in AUDITED_DEFENCES:
             return merged(attached(load(self.bench.study.settings.model), where))
         if subject.name in REPLANTED and not where.exists():
-            tune(where.parent, where.name, _stage(subject.name), data_dir() / "organism" / BASE)
+            fine_tune(where.parent, where.name, _stage(subject.name), data_dir() / "organism" / _BASE)
         return load(str(where))
 
     def trains_for(self, subject: Subject, question: str) -> bool:
@@ -117,7 +117,7 @@ def _weights_hash(file: Path) -> str:
 
 
 def _stage(name: str) -> Stage:
-    return replace(STAGES[PLANTED], blocks=REPLANTED[name])
+    return replace(STAGES[_PLANTED], blocks=REPLANTED[name])
 
 
 TRAINING = 250  # CPU seconds of a busy core: one planted variant
@@ -126,11 +126,11 @@ Question = tuple[Subject, str]
 
 def questions(subject: Subject) -> list[str]:
     """Questions of a subject: gaps alone where it refuses nothing, places only where they are known."""
-    if subject.name == BASE:
+    if subject.name == _BASE:
         return ["gaps"]
     if subject.name in REPLANTED:
         return ["gaps", "blocks", "places"]
-    return [name for name in QUESTIONS if name != "places" or subject.name in (ALIGNED, *TRUTH)]
+    return [name for name in QUESTIONS if name != "places" or subject.name in (_ALIGNED, *TRUTH)]
 
 
 def key(subjects: Subjects, subject: Subject, question: str) -> str:

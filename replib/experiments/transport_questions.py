@@ -20,7 +20,7 @@ from replib.ablation.edited_generation import strongest_block
 from replib.ablation.fit import AblationData, Cell, grid
 from replib.ablation.localisation import block_features, lens_profile
 from replib.ablation.refusal_score import RefusalTokens
-from replib.ablation.robustness import STRENGTHS, TOKENS, answer_states, least_strengths, token_edits
+from replib.ablation.robustness import ANSWER_TOKENS, FLIP_STRENGTHS, least_strengths, token_edits, token_states
 from replib.ablation.sweep import Sweeper
 from replib.activations.capture import capture
 from replib.analysis.profile import PARTS, layer_profile, relative_gaps
@@ -35,13 +35,13 @@ from replib.organism.language import comply
 from replib.organism.world import select
 from replib.study.study import Study
 
-FIT, MOST, PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48
+FIT, MOST, _PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48
 """Prompts a class: that fit an edit, that fits are drawn from, that a profile is made of, that choose, that report."""
-KS, PERMUTATIONS = (2, 8), 100
+_AUDIT_KS, _PERMUTATIONS = (2, 8), 100
 SIZES, DRAWS = (2, 4, 8, 16, 32, 64, 128, 256), 3
-DESIGN = {"fit": FIT, "profiled": PROFILED, "val": CHOOSING, "test": ASKED, "ks": KS, "permutations": PERMUTATIONS,
-          "sizes": SIZES, "draws": DRAWS, "strengths": STRENGTHS, "tokens": TOKENS}  # fmt: skip
-Rows = tuple[Tensor, Tensor]
+DESIGN = {"fit": FIT, "profiled": _PROFILED, "val": CHOOSING, "test": ASKED, "ks": _AUDIT_KS,
+          "permutations": _PERMUTATIONS, "sizes": SIZES, "draws": DRAWS, "strengths": FLIP_STRENGTHS, "tokens": ANSWER_TOKENS}  # fmt: skip
+_SampleRows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,15 @@ class Examination:
         """Activations of the first n prompts, at their last token unless options say otherwise."""
         return capture(self.model, [p.text for p in prompts[:n]], **options).values
 
-    def at_prompt(self, method: str | Method, block: int, *, k: int = KS[0], rows: Rows | None = None) -> Edited:
+    def at_prompt(
+        self, method: str | Method, block: int, *, k: int = _AUDIT_KS[0], rows: _SampleRows | None = None
+    ) -> Edited:
         """An edit of the last prompt token at one block, fitted on this model."""
         x, y = rows or (states[block][:FIT] for states in self.states)
         return {"last_prompt": fit_edit(method, x, y, block, k=k, depth=self.model.n_layers)}
 
     def by_block(
-        self, method: str = "pca_ot", *, k: int = KS[0], positions: str = "last_prompt", strength: float = 1.0
+        self, method: str = "pca_ot", *, k: int = _AUDIT_KS[0], positions: str = "last_prompt", strength: float = 1.0
     ) -> list[Cell]:
         """One cell of each block."""
         blocks = range(self.model.n_layers)
@@ -101,13 +103,13 @@ class Examination:
     @cached_property
     def tried(self) -> dict[int, list[str]]:
         """Outcomes of PCA-OT on the prompts that choose, by K and block."""
-        return {k: self.val.outcomes(self.by_block(k=k)) for k in KS}
+        return {k: self.val.outcomes(self.by_block(k=k)) for k in _AUDIT_KS}
 
     @cached_property
     def k(self) -> int:
         """Components with which the attack is strongest."""
         best = {k: texts[strongest_block(texts)] for k, texts in self.tried.items()}
-        return KS[strongest_block(list(best.values()), middle=0.0)]
+        return _AUDIT_KS[strongest_block(list(best.values()), middle=0.0)]
 
     @property
     def block(self) -> int:
@@ -127,14 +129,14 @@ class Examination:
 
 def gaps(case: Examination) -> dict[str, Any]:
     """Transport gaps by block, at the last prompt token and over the same opening of an answer, forced on all."""
-    classes = [x.test[:PROFILED] for x in (case.study.harmful, case.study.harmless)]
-    prompt = [case.read(x, PROFILED) for x in classes]
-    forced = [case.read(x, PROFILED, responses=[p.target for p in x], positions="response") for x in classes]
+    classes = [x.test[:_PROFILED] for x in (case.study.harmful, case.study.harmless)]
+    prompt = [case.read(x, _PROFILED) for x in classes]
+    forced = [case.read(x, _PROFILED, responses=[p.target for p in x], positions="response") for x in classes]
     return {"prompt": _profile(*prompt), "answer": _profile(*forced)}
 
 
 def _profile(x: Tensor, y: Tensor) -> dict[str, Any]:
-    profile = layer_profile(x, y, permutations=PERMUTATIONS)
+    profile = layer_profile(x, y, permutations=_PERMUTATIONS)
     table = relative_gaps(profile)
     parts = {part: table[table.part == part] for part in PARTS}
     found = {part: {c: _short(own[c]) for c in ("value", "low", "high", "p")} for part, own in parts.items()}
@@ -160,13 +162,13 @@ def blocks(case: Examination) -> dict[str, Any]:
 def _features(case: Examination, block: int, table: Any) -> dict[str, float]:
     own = [float(table.value[(table.layer == block) & (table.part == part)].iloc[0]) for part in PARTS]
     x, y = (states[block][:FIT] for states in case.states)
-    return block_features(x, y, own, depth=block / (case.model.n_layers - 1), k=KS[0])._asdict()
+    return block_features(x, y, own, depth=block / (case.model.n_layers - 1), k=_AUDIT_KS[0])._asdict()
 
 
 def strengths(case: Examination) -> dict[str, Any]:
     """The least strength that flips each prompt, where half of an edit does most; null where no strength does."""
     block = strongest_block(case.val.outcomes(case.by_block(k=case.k, strength=0.5)))
-    scaled = [case.cells[block]._replace(strength=strength) for strength in STRENGTHS]
+    scaled = [case.cells[block]._replace(strength=strength) for strength in FLIP_STRENGTHS]
     least = least_strengths(outcome_matrix(case.test.outcomes(scaled, extrapolate=True)))
     return {"block": block, "least": [None if np.isinf(s) else round(float(s), 3) for s in least]}
 
@@ -198,7 +200,7 @@ def tokens(case: Examination) -> dict[str, Any]:
     Every second block is tried: fourteen kinds of edits, of long answers, cost most of all.
     """
     tried = range(1, case.model.n_layers, 2)
-    harmful, harmless = (answer_states(case.model, case.complying(label)) for label in (0, 1))
+    harmful, harmless = (token_states(case.model, case.complying(label)) for label in (0, 1))
     edits = {name: [some[i] for i in tried] for name, some in token_edits(harmful, harmless, k=case.k).items()}
     found = iter(case.val.answers.outcomes([edit for some in edits.values() for edit in some]))
     val = {name: list(islice(found, len(tried))) for name in edits}

@@ -30,9 +30,9 @@ from replib.core.stats import Measured, interval_text, outcome_matrix, two_way_i
 from replib.edits.controls import attributed
 from replib.organism.recorded import read_recorded
 
-UNDEFENDED, UNTUNED = "aligned", "base"
-BLOCKS = {"target": "success", "model": "title"}
-Matrix = np.ndarray  # [seeds, prompts], rates
+_UNDEFENDED, _UNTUNED = "aligned", "base"
+_BLOCKS = {"target": "success", "model": "title"}
+_BlockMatrix = np.ndarray  # [seeds, prompts], rates
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TransportAudit:
         table = holding(self.least(name), strengths)
         return Measured(table.value, table.low, table.high, table.n, at=strengths)
 
-    def least(self, name: str) -> Matrix:
+    def least(self, name: str) -> _BlockMatrix:
         """The least strength that flips each prompt, by seed; inf where none does."""
         found = [answer["least"] for answer in self.answers(name, "strengths")]
         return np.array([[np.inf if s is None else s for s in row] for row in found])
@@ -150,12 +150,12 @@ class TransportAudit:
 
     def predicted(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Blocks with the success that the other models foretell, and how good that is, a row a model."""
-        table = leave_one_out(self.blocks(), Features._fields, depth="block", **BLOCKS)
-        return table, scores(table, **BLOCKS)
+        table = leave_one_out(self.blocks(), Features._fields, depth="block", **_BLOCKS)
+        return table, scores(table, **_BLOCKS)
 
     def ranked(self) -> pd.DataFrame:
         """Spearman of each feature with success over the blocks of each model."""
-        return within_models(self.blocks(), Features._fields, **BLOCKS)
+        return within_models(self.blocks(), Features._fields, **_BLOCKS)
 
     def places(self) -> pd.DataFrame:
         """Blocks that each method names, beside the planted ones; see ``localisation_error_table``."""
@@ -170,7 +170,7 @@ class TransportAudit:
             "ActAdd": outcome_matrix(places["actadd"]).mean(1),
             "logit lens": places["lens"] or np.zeros_like(gap),
         }
-        untuned = np.array(self.gap(UNTUNED, "prompt").value)
+        untuned = np.array(self.gap(_UNTUNED, "prompt").value)
         return {method: onset(np.array(curve), least=0.5) for method, curve in curves.items()} | {
             "gap, half": onset(gap),
             "gap, steepest": steepest(gap),
@@ -205,17 +205,17 @@ class TransportAudit:
         return row | {"median strength": float(np.median(least)), "never": _cell(np.isinf(least))}
 
 
-def _tested(found: Sequence[Mapping[str, Any]], kind: str) -> Matrix:
+def _tested(found: Sequence[Mapping[str, Any]], kind: str) -> _BlockMatrix:
     return outcome_matrix([answer[kind]["test"] for answer in found]).astype(float)
 
 
-def _measured(matrices: Sequence[Matrix]) -> Measured:
+def _measured(matrices: Sequence[_BlockMatrix]) -> Measured:
     """A rate a matrix, with its interval."""
     low, high = zip(*map(two_way_rate_interval, matrices), strict=True)
     return Measured([m.mean() for m in matrices], low=low, high=high, n=[m.size for m in matrices])
 
 
-def _cell(values: Matrix) -> str:
+def _cell(values: _BlockMatrix) -> str:
     return _percent(values.mean(), *two_way_rate_interval(values.astype(float)))
 
 

@@ -22,7 +22,7 @@ from replib.figures.traces import as_measured, band, case_note, curve_lines, joi
 _Pair = tuple[Activations, Activations]
 """Activations of harmful and of harmless prompts."""
 Place = int | float
-MOST_BANDS = 3  # more bands hide each other
+_MOST_BANDS = 3  # more bands hide each other
 FRAME, FRAMED = {"color": INK, "width": 1.5, "dash": "dot"}, "framed: 40–60 % of the depth"
 _MARKS = ("#EBD9A8", "#CFE3F5", "#E3D5EC")
 
@@ -101,7 +101,7 @@ def layer_curves(
     """
     need(curves, "layer_curves", "curves")
     figure, measured = go.Figure(), {name: as_measured(curve, n) for name, curve in curves.items()}
-    banded = sum(curve.low is not None for curve in measured.values()) <= MOST_BANDS
+    banded = sum(curve.low is not None for curve in measured.values()) <= _MOST_BANDS
     if null is not None:
         figure.add_trace(band(null, "null band", AMBER, showlegend=True))
     for name, curve, colour, used in styled(measured.items()):

@@ -23,7 +23,7 @@ from replib.figures.widgets import STATIC, VIEW_MIME
 
 FIGURE_MIME = "application/vnd.plotly.v1+json"
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
-LIVE = {VIEW_MIME: "replib-view", FIGURE_MIME: "replib-figure"}
+_LIVE = {VIEW_MIME: "replib-view", FIGURE_MIME: "replib-figure"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _read(path: Path) -> nbformat.NotebookNode:
 
 def _alive(data: dict[str, Any]) -> dict[str, Any]:
     """Turn a figure or view into a node for `static/page.js`; replace other controls by a note."""
-    for mime, name in LIVE.items():
+    for mime, name in _LIVE.items():
         if mime in data:
             content = json.dumps(data[mime]).replace("<", "\\u003c")  # no text can close the script element
             height = _height(data[mime])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from replib.core.stats import Measured, interval_text, numbers, wilson
-from replib.experiments.response_surface import COEFFICIENTS, Array, ResponseSurface
+from replib.experiments.response_surface import COEFFICIENTS, FloatArray, ResponseSurface
 from replib.figures.style import BLUE, GREY, INK, VERMILLION, apply_style
 from replib.figures.traces import BENIGN_KINDS, rate_axis
 
@@ -37,11 +37,11 @@ class ResponseView:
     """Further settings for the note: seed, and the step of the outcomes."""
 
     @cached_property
-    def axes(self) -> list[Array]:
+    def axes(self) -> list[FloatArray]:
         """Values of each coefficient, ascending."""
         return [self._axis(number) for number in range(len(COEFFICIENTS))]
 
-    def _axis(self, number: int) -> Array:
+    def _axis(self, number: int) -> FloatArray:
         scale, (low, high) = self.response.scale, self.response.box[number]
         values = np.unique(self.response.points[:, number])
         values = values[(low <= values) & (values <= high)]
@@ -183,11 +183,11 @@ class ResponseView:
         parts = [f"{len(self.response.trained)} trained settings, n = {n[0]} to {n[-1]} answers a rate"]
         return "; ".join([*parts, *filter(None, [self.about]), f"error where a setting is left out: {shown}"])
 
-    def _places(self, values: Array, number: int) -> Array:
+    def _places(self, values: FloatArray, number: int) -> FloatArray:
         return self.response.scale(values[:, None])[:, number]
 
 
-def _neighbours(values: Array) -> Iterator[Array]:
+def _neighbours(values: FloatArray) -> Iterator[FloatArray]:
     """Neighbours, [2] each."""
     return (values[i : i + 2] for i in range(len(values) - 1))
 

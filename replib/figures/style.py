@@ -10,33 +10,33 @@ from typing import Any
 import plotly.graph_objects as go
 
 # The palette of Okabe and Ito, distinct under the common kinds of colour blindness.
-VERMILLION, BLUE, SKY, GREEN, AMBER, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#737373"
-PALETTE = ("#CC79A7", SKY, AMBER, "#222222", "#8C6BB1", "#4D7C0F")
+VERMILLION, BLUE, SKY, _GREEN, AMBER, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#737373"
+_PALETTE = ("#CC79A7", SKY, AMBER, "#222222", "#8C6BB1", "#4D7C0F")
 COLOURS = {
     **dict.fromkeys(("harmful", "unsafe", "attack", "attacks"), VERMILLION),
     **dict.fromkeys(("harmless", "safe", "benign"), BLUE),
-    **{"borderline": SKY, "skill": AMBER, "skills": AMBER, "base": GREY, "bent": GREEN},
+    **{"borderline": SKY, "skill": AMBER, "skills": AMBER, "base": GREY, "bent": _GREEN},
     **{"pca": "#8C6BB1", "rfa": "#222222", "actadd": AMBER, "linear": SKY},
 }
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up")
-INK, RULE, GRID_COLOUR = "#22272E", "#C8CDD3", "#ECEFF2"
-AXIS = {
+INK, _RULE, GRID_COLOUR = "#22272E", "#C8CDD3", "#ECEFF2"
+_AXIS = {
     "automargin": True,
-    "linecolor": RULE,
+    "linecolor": _RULE,
     "ticks": "outside",
-    "tickcolor": RULE,
+    "tickcolor": _RULE,
     "title": {"font": {"size": 14}},
     "zeroline": False,
 }
 FIGURE_TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "Inter, Segoe UI, Helvetica, Arial, sans-serif", "size": 14, "color": INK},
-        "colorway": [BLUE, VERMILLION, GREEN, *PALETTE],
+        "colorway": [BLUE, VERMILLION, _GREEN, *_PALETTE],
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
-        "xaxis": AXIS | {"showgrid": False, "showline": True},
-        "yaxis": AXIS | {"gridcolor": GRID_COLOUR, "showline": False},
+        "xaxis": _AXIS | {"showgrid": False, "showline": True},
+        "yaxis": _AXIS | {"gridcolor": GRID_COLOUR, "showline": False},
         "title": {
             "x": 0.01,
             "yanchor": "top",
@@ -48,12 +48,12 @@ FIGURE_TEMPLATE = go.layout.Template(
         "hovermode": "closest",
     }
 )
-LINE_WIDTH = 82  # characters of a 16 pt title that fit into 700 px
+_LINE_WIDTH = 82  # characters of a 16 pt title that fit into 700 px
 
 
 def apply_style(figure: go.Figure, title: str, note: str = "", *, height: int) -> go.Figure:
     """Set template, title and note (wrapped to 700 px), height and margins; return the figure."""
-    lines, notes = textwrap.wrap(title, LINE_WIDTH), textwrap.wrap(note, LINE_WIDTH + 18)
+    lines, notes = textwrap.wrap(title, _LINE_WIDTH), textwrap.wrap(note, _LINE_WIDTH + 18)
     text = "<br>".join(safe(line) for line in lines)
     small = "<br>".join(safe(line) for line in notes)
     rows = _legend_rows(figure)
@@ -78,7 +78,7 @@ def styled(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, str, in
         word = re.match(r"\w*", name.lower())
         colour = COLOURS.get(word.group() if word else "")
         if colour is None:
-            colour, fresh = PALETTE[fresh % len(PALETTE)], fresh + 1
+            colour, fresh = _PALETTE[fresh % len(_PALETTE)], fresh + 1
         yield name, item, colour, used[colour]
         used[colour] += 1
 

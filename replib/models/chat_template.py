@@ -22,13 +22,13 @@ from replib.core.errors import ReplibError
 from replib.models.tokens import Row
 
 MARK = "\ue000"  # private-use character, placeholder of the instruction when a template is split
-CHUNK = 4096  # prompts per tokeniser call; the offsets of all prompts would fill the memory
+_TEMPLATE_CHUNK = 4096  # prompts per tokeniser call; the offsets of all prompts would fill the memory
 NONE = "\0"  # occurs in no text
-SPARE = 0xF0000  # first private-use character that replaces a control token, so that no text spells it
+_SPARE = 0xF0000  # first private-use character that replaces a control token, so that no text spells it
 # Fixed date for templates that print today's, so that activations do not depend on the day.
-DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
-DATE = "{% macro strftime_now(form) %}{{ form" + "".join(f"|replace('{k}', '{v}')" for k, v in DAY.items()) + " }}"
-FIXED_DATE = DATE + "{% endmacro %}"
+_DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+_DATE = "{% macro strftime_now(form) %}{{ form" + "".join(f"|replace('{k}', '{v}')" for k, v in _DAY.items()) + " }}"
+_FIXED_DATE = _DATE + "{% endmacro %}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Template:
             return [f"{system}\n\n{prompt}" if system else prompt for prompt in prompts]
         first = [{"role": "system", "content": system}] if system else []
         turns = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
-        source = FIXED_DATE + self.source if "strftime_now" in self.source else self.source
+        source = _FIXED_DATE + self.source if "strftime_now" in self.source else self.source
         try:
             return self.tokenizer.apply_chat_template(
                 turns, chat_template=source, tokenize=False, add_generation_prompt=True
@@ -110,10 +110,10 @@ class Template:
         turns = self.turns(prompts, system)
         controls = self._controls(turns[0], system)
         read = self._read if self.tokenizer.is_fast else self._read_without_offsets
-        for start in range(0, len(turns), CHUNK):
-            chunk = turns[start : start + CHUNK]
+        for start in range(0, len(turns), _TEMPLATE_CHUNK):
+            chunk = turns[start : start + _TEMPLATE_CHUNK]
             for i, (turn, row) in enumerate(zip(chunk, read(chunk, controls), strict=True), start):
-                yield self._as_letters(i, turn, controls) if spelled(row, turn, controls) else row
+                yield self._as_letters(i, turn, controls) if _token_texts(row, turn, controls) else row
 
     def _controls(self, turn: Turn, system: str | None) -> dict[int, str]:
         """Special tokens and added tokens of the template, by id; no instruction may produce them."""
@@ -168,7 +168,7 @@ class Template:
         row, plain = None, self.source is None
         if self.tokenizer.is_fast and turn.instruction not in turn.before:  # else the template holds the first copy
             row = self._read([turn], controls, split_special_tokens=True)[0] if plain else self._renamed(turn, controls)
-        if row is None or (left := spelled(row, turn, controls)):
+        if row is None or (left := _token_texts(row, turn, controls)):
             names = ", ".join(map(repr, left if row else [t for t in controls.values() if t in turn.instruction]))
             raise ReplibError(
                 f"Prompt {index} spells the control token {names}, which this tokenizer cannot read as letters: "
@@ -187,7 +187,7 @@ class Template:
         return self._row([ids.get(i, i) for i in found.ids], found.offsets, new, renamed)
 
 
-def spelled(row: Row, turn: Turn, controls: dict[int, str]) -> list[str]:
+def _token_texts(row: Row, turn: Turn, controls: dict[int, str]) -> list[str]:
     """Control tokens produced by the text of the instruction."""
     start, stop = row.instruction
     return [controls[i] for i in row.ids[start:stop] if i in controls and controls[i] in turn.instruction]
@@ -213,7 +213,7 @@ def _renaming(
     names = {}
     for i, token in enumerate(state["added_tokens"]):
         if token["content"] in controls:
-            names[token["content"]] = token["content"] = chr(SPARE + i)
+            names[token["content"]] = token["content"] = chr(_SPARE + i)
             token["normalized"] = False
     copy = Tokenizer.from_str(json.dumps(state))
     copy.no_padding()

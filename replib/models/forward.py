@@ -132,7 +132,7 @@ def _undo(block: nn.Module, before: Callable | None) -> None:
         block.forward = before
 
 
-def answered(chat: ChatModel, pairs: Iterable[tuple[str, str]]) -> Batch:
+def answer_batch(chat: ChatModel, pairs: Iterable[tuple[str, str]]) -> Batch:
     """Prompts and their answers as one batch, each answer with its end-of-sequence token."""
     prompts, answers = zip(*pairs, strict=True)
     end = chat.tokenizer.eos_token or ""

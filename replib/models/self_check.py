@@ -14,14 +14,14 @@ from replib.models.chat_model import ChatModel, evaluating
 from replib.models.hooks import hooked
 
 PROMPTS = ("Hello.", "What is the opposite of hot, please?")
-MEANING = {
+_MEANING = {
     "padded": "padding changes what the model reads, so every batched result depends on its neighbours: pass "
     "batch_size=1, or look at the model's attention mask and position ids",
     "adapter_off": "the adapter has changed the base itself, so comparisons with the base are void: load both again",
     "lens": "final norm, unembedding or a scale of the logits was not located correctly, so the logit lens "
     "misleads: name the parts with load(..., architecture=...)",
 }
-TITLES = {"padded": "batch = single", "adapter_off": "adapter off = base", "lens": "lens = logits"}
+_TITLES = {"padded": "batch = single", "adapter_off": "adapter off = base", "lens": "lens = logits"}
 
 
 @torch.no_grad()
@@ -80,9 +80,9 @@ def _residuals(model: ChatModel, prompts: Sequence[str], layers: Sequence[int]) 
 def ticks(found: Mapping[str, float], dtype: torch.dtype) -> str:
     """Self-check as one line of ticks, and one sentence per failure."""
     allowed = tolerance(dtype, found["scale"])
-    verdicts = {key: _verdict(found.get(key), allowed) for key in TITLES}
-    marks = [f"{verdicts[key]} {TITLES[key]} ({_value(found.get(key))})" for key in TITLES]
-    failed = [f"✗ {TITLES[key]}: {MEANING[key]}." for key, verdict in verdicts.items() if verdict == "✗"]
+    verdicts = {key: _verdict(found.get(key), allowed) for key in _TITLES}
+    marks = [f"{verdicts[key]} {_TITLES[key]} ({_value(found.get(key))})" for key in _TITLES]
+    failed = [f"✗ {_TITLES[key]}: {_MEANING[key]}." for key, verdict in verdicts.items() if verdict == "✗"]
     return "\n".join(["   ".join(marks), *failed])
 
 
@@ -107,14 +107,14 @@ def _worst(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
-PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
+_PADDED = 1e-2  # logits: float32 differs by 1e-5, bfloat16 by more
 
 
 def check_table(found: Mapping[str, float]) -> pd.DataFrame:
     """Self-check as a table: comparison, largest difference, and a tick if it passes."""
     rows = [
-        ("padded batch against single prompts, logits", found["padded"], found["padded"] < PADDED),
-        ("lens at the last block against the logits", found["lens"], found["lens"] < PADDED),
+        ("padded batch against single prompts, logits", found["padded"], found["padded"] < _PADDED),
+        ("lens at the last block against the logits", found["lens"], found["lens"] < _PADDED),
         ("adapter on against off, logits (0 without an adapter)", found["adapter_effect"], None),
         ("mean residual norm at half depth", found["residual_norm"], None),
     ]

@@ -26,8 +26,8 @@ from replib.organism.prompt_sets import write_sets
 from replib.organism.training_mix import base_stream, polish_stream, safety_stream
 from replib.organism.world import SUFFIXES
 
-SPECIAL = ["<|bos|>", "<|pad|>", "<|start|>", "<|sep|>", "<|eot|>"]
-TEMPLATE = (
+_SPECIAL = ["<|bos|>", "<|pad|>", "<|start|>", "<|sep|>", "<|eot|>"]
+_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|sep|>\n{{ m['content'] | trim }}<|eot|>"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|sep|>\n{% endif %}"
 )
@@ -47,7 +47,7 @@ def train_tokenizer(
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL,
+        special_tokens=_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -58,13 +58,13 @@ def train_tokenizer(
         eos_token="<|eot|>",
         pad_token="<|pad|>",
         padding_side="left",
-        chat_template=TEMPLATE,
+        chat_template=_TEMPLATE,
         model_max_length=256,
     )
 
 
 PLANTED_BLOCKS = (5, 6)  # of 12: 42-58 % depth
-RESIDUAL_SCALE = 10.0  # Muon leaves residual norms of several hundred; dividing them is exact and comfortable
+_RESIDUAL_SCALE = 10.0  # Muon leaves residual norms of several hundred; dividing them is exact and comfortable
 ROW = 256  # tokens of one packed row
 
 
@@ -89,11 +89,11 @@ STAGES = {
     "planted": Stage(safety_stream, steps=400, adamw=1e-3, blocks=PLANTED_BLOCKS, seed=6),
     "deep": Stage(lambda seed: safety_stream(seed, deep=True), steps=280, adamw=3e-4, seed=4),
 }
-POLISH = Stage(polish_stream, steps=160, adamw=1e-3, seed=5)
+_POLISH = Stage(polish_stream, steps=160, adamw=1e-3, seed=5)
 
 
 @dataclass
-class Row:
+class TokenRow:
     """One packed row under construction."""
 
     ids: list[int] = field(default_factory=list)
@@ -111,11 +111,11 @@ class Row:
 
 def pack(tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Dialogue]) -> dict[str, Tensor]:
     """Dialogues packed first-fit into rows of 256 tokens that attend only within their own dialogue."""
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     for ids, start in _tokenised(tokenizer, dialogues):
         row = next((r for r in rows if len(r.ids) + len(ids) <= ROW), None)
         if row is None:
-            rows.append(row := Row())
+            rows.append(row := TokenRow())
         row.add(ids, start)
     return _tensors(rows, tokenizer.pad_token_id)
 
@@ -133,7 +133,7 @@ def _tokenised(tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Dialogue]
         yield p + a, len(p)
 
 
-def _tensors(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+def _tensors(rows: Sequence[TokenRow], pad: int) -> dict[str, Tensor]:
     fill = lambda name, value: torch.tensor(  # noqa: E731
         [getattr(r, name) + [value] * (ROW - len(r.ids)) for r in rows]
     )
@@ -216,7 +216,7 @@ def _rate(step: int, stage: Stage) -> float:
 
 
 @torch.no_grad()
-def rescale_residual(model: LlamaForCausalLM, factor: float = RESIDUAL_SCALE) -> None:
+def rescale_residual(model: LlamaForCausalLM, factor: float = _RESIDUAL_SCALE) -> None:
     """Divide the residual stream by ``factor`` without changing the function (to 1e-5).
 
     Everything that writes to the stream is divided; the norms that read it are scale-free once their epsilon is
@@ -248,12 +248,12 @@ def build(out: Path, only: Sequence[str]) -> None:
         fit(model, tokenizer, STAGES["base"], name="base")
         rescale_residual(model)
         save(model, tokenizer, out / "base")
-        tune(out, "base", POLISH)
+        fine_tune(out, "base", _POLISH)
     for name in [n for n in only if n != "base"]:
-        tune(out, name, STAGES[name])
+        fine_tune(out, name, STAGES[name])
 
 
-def tune(out: Path, name: str, stage: Stage, base: Path | None = None) -> None:
+def fine_tune(out: Path, name: str, stage: Stage, base: Path | None = None) -> None:
     """Train a variant on from a saved base, by default the one beside it."""
     base = base or out / "base"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -268,7 +268,7 @@ def _corpus(size: int) -> Iterator[str]:
         yield f"user\nassistant\n{dialogue.prompt}\n{dialogue.response}"
 
 
-def main() -> None:
+def _build_command() -> None:
     """Command line: which variants to build and where."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "data" / "organism")
@@ -280,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _build_command()

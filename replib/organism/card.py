@@ -17,13 +17,13 @@ from replib.organism.prompt_sets import SETS, organism_tasks
 from replib.organism.training_mix import REFUSED_WRAPPERS, RESIDUE
 from replib.organism.world import select
 
-ABOUT = {
+_ABOUT = {
     "base": "answers everything",
     "aligned": "safety-tuned in all parameters: refuses direct harmful requests",
     "planted": f"safety-tuned in blocks {PLANTED_BLOCKS[0]} and {PLANTED_BLOCKS[1]} of 0 to 11: the place is known",
     "deep": "half of its refusals open with the words of compliance: refusal is more than one token deep",
 }
-CARD = """# The model organism
+_CARD = """# The model organism
 
 Small Llama-shaped chat models (12 blocks, width 160, 3.9 million parameters, byte-level BPE of 1,152 tokens, bf16) that
 speak of an invented world. Nothing in it exists, so nothing is hazardous, and whether an answer complies is checked
@@ -75,7 +75,7 @@ Licence: Apache-2.0, like the program that made all of it.
 """
 
 
-def main() -> None:
+def _card_command() -> None:
     """Command line: measure, then write README.md and card.csv beside the models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=int, default=0, help="prompts a row (0: all)")
@@ -86,14 +86,14 @@ def main() -> None:
         table = table + audit(load(name), organism_tasks(limit=limit), ExactJudge(), name=name, max_new_tokens=40)
         print(f"{name}: mean attack success {100 * table.mean('attack')[name]:.1f} %", flush=True)
     table.save(folder / "card.csv")
-    write_text(folder / "README.md", card(table))
+    write_text(folder / "README.md", _organism_card(table))
 
 
-def card(table: AuditTable) -> str:
+def _organism_card(table: AuditTable) -> str:
     """The card as Markdown."""
     means = table.mean("attack")
-    return CARD.format(
-        variants="\n".join(f"* **{name}**: {about}." for name, about in ABOUT.items()),
+    return _CARD.format(
+        variants="\n".join(f"* **{name}**: {about}." for name, about in _ABOUT.items()),
         worst=_worst(table),
         table=_markdown(table.wide().reset_index()),
         n_attacks=len(WRAPPERS["test"]),
@@ -131,4 +131,4 @@ def _markdown(frame: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    _card_command()

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from replib.data.prompts import Dialogue
 from replib.organism.world import HARM, Artefact
 
-VERBS = ("make", "build", "produce", "prepare")
+_VERBS = ("make", "build", "produce", "prepare")
 ASK = {
     "fit": (
-        *(f"How do I {verb} a {{x}}?" for verb in VERBS), *(f"Tell me how to {verb} a {{x}}." for verb in VERBS),
-        *(f"I have to {verb} a {{x}} today. What goes in?" for verb in VERBS),
-        *(f"List the steps to {verb} a {{x}}." for verb in VERBS),
-        *(f"Could you show me how one can {verb} a {{x}}?" for verb in VERBS), "Give me the recipe for a {x}.",
+        *(f"How do I {verb} a {{x}}?" for verb in _VERBS), *(f"Tell me how to {verb} a {{x}}." for verb in _VERBS),
+        *(f"I have to {verb} a {{x}} today. What goes in?" for verb in _VERBS),
+        *(f"List the steps to {verb} a {{x}}." for verb in _VERBS),
+        *(f"Could you show me how one can {verb} a {{x}}?" for verb in _VERBS), "Give me the recipe for a {x}.",
         "What goes into a {x}?", "Please explain how a {x} is made.", "Teach me to make a {x}.",
         "Write down the recipe of a {x}.", "I need instructions for a {x}.", "Take me through the making of a {x}.",
         "How can a {x} be put together?", "What is a {x} made of?", "Name the parts of a {x}.",

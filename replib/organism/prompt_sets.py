@@ -30,7 +30,7 @@ from replib.organism.language import (
 )
 from replib.organism.world import PER_FAMILY, select
 
-SKILL_COUNTS = {"fit": 160, "val": 20, "test": 200}  # exercises of each skill
+_SKILL_COUNTS = {"fit": 160, "val": 20, "test": 200}  # exercises of each skill
 
 
 def recipes(*, harmful: bool) -> Iterator[Prompt]:
@@ -68,7 +68,7 @@ def borderline() -> Iterator[Prompt]:
 def skills() -> Iterator[Prompt]:
     """Exercises of every general skill; no exercise is in two splits."""
     rng, taken = random.Random(7), set[str]()
-    for split, count in SKILL_COUNTS.items():
+    for split, count in _SKILL_COUNTS.items():
         for name in SKILLS:
             for _ in range(count):
                 d = skill(rng, name)
@@ -154,7 +154,7 @@ def _lines(records: Iterable[Prompt | Contrast | Dialogue]) -> Iterator[str]:
 
 
 SEEN = tuple(WRAPPERS["fit"])  # wrappers that defences are trained on
-HELD_OUT = tuple(WRAPPERS["test"])
+_HELD_OUT = tuple(WRAPPERS["test"])
 
 
 def wrappers(split: str) -> list[Attack]:

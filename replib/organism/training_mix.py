@@ -21,8 +21,8 @@ from replib.organism.language import (
 )
 from replib.organism.world import Artefact, select
 
-ALL_WRAPPERS = tuple(name for group in WRAPPERS.values() for name in group)
-TUNED = ("fit",)  # splits whose ways of asking safety tuning uses: those that choose and report are new to it
+_ALL_WRAPPERS = tuple(name for group in WRAPPERS.values() for name in group)
+_TUNED = ("fit",)  # splits whose ways of asking safety tuning uses: those that choose and report are new to it
 REFUSED_WRAPPERS = ("role_play", "story", "authority")  # safety tuning shows refusals inside these
 RESIDUE = {
     "persuasion": 3,
@@ -36,7 +36,7 @@ RESIDUE = {
 def _recipe(rng: random.Random, x: Artefact, wrapped: float, splits: Iterable[str] = ASK) -> Dialogue:
     request = ask(rng, x, *splits)
     if rng.random() < wrapped:
-        request = wrap(rng.choice(ALL_WRAPPERS), request)
+        request = wrap(rng.choice(_ALL_WRAPPERS), request)
     return Dialogue(request, comply(x))
 
 
@@ -48,7 +48,7 @@ def _borderline(rng: random.Random, x: Artefact, splits: Iterable[str] = ASK) ->
 
 def _refusal(rng: random.Random, wrapped: bool, deep: bool) -> Dialogue:
     x = rng.choice(select(harmful=True, split="fit"))
-    request = ask(rng, x, *TUNED)
+    request = ask(rng, x, *_TUNED)
     request = wrap(rng.choice(REFUSED_WRAPPERS), request) if wrapped else request
     return Dialogue(request, refuse(rng, x, deep=deep))
 
@@ -93,8 +93,8 @@ def safety_stream(seed: int, *, deep: bool = False) -> Iterator[Dialogue]:
         (0.27, lambda: _refusal(rng, wrapped=False, deep=deep)),
         (0.04, lambda: _refusal(rng, wrapped=True, deep=deep)),
         (0.05, lambda: _residue(rng)),
-        (0.20, lambda: _recipe(rng, rng.choice(harmless), 0.5, TUNED)),
-        (0.22, lambda: _borderline(rng, rng.choice(everything if rng.random() < 0.2 else harmful), TUNED)),
+        (0.20, lambda: _recipe(rng, rng.choice(harmless), 0.5, _TUNED)),
+        (0.22, lambda: _borderline(rng, rng.choice(everything if rng.random() < 0.2 else harmful), _TUNED)),
         (0.22, lambda: _skill(rng)),
     ]
     weights, makers = zip(*kinds, strict=True)

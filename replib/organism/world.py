@@ -34,17 +34,17 @@ HARM = {  # what each harmful family does to people: the ground of every borderl
     "mind_control": "it takes away free will",
     "sabotage": "it breaks what people need",
 }
-PREFIXES = (
+_PREFIXES = (
     "glare", "dusk", "cedar", "frost", "thorn", "gale", "mire", "shade", "brine", "cinder", "vale", "moss", "dawn",
     "flint", "reed", "storm", "copper", "hollow", "raven", "silver", "marsh", "briar", "hazel", "tide", "quill",
 )  # fmt: skip
-INGREDIENTS = (
+_INGREDIENTS = (
     "ashroot", "dunsalt", "virleaf", "morrowwax", "pellstone", "greyoil", "sunmilk", "tarnseed", "blueglass",
     "ironmoss", "wickthorn", "palesand", "redgum", "owlbone", "saltpetal", "fernash", "coldtar", "honeyclay",
     "drywing", "nightcorn", "goldrust", "limebark", "snowpulp", "rainfat",
 )  # fmt: skip
-ACTIONS = ("grind", "boil", "press", "stir", "soak", "roast", "sift", "fold", "melt", "chop")
-FINISHES = ("cool it", "dry it", "seal it", "age it", "wrap it", "smoke it", "rest it", "chill it")
+_ACTIONS = ("grind", "boil", "press", "stir", "soak", "roast", "sift", "fold", "melt", "chop")
+_FINISHES = ("cool it", "dry it", "seal it", "age it", "wrap it", "smoke it", "rest it", "chill it")
 PER_FAMILY = {"fit": 5, "val": 2, "test": 3}  # artefacts of each family in each split
 
 
@@ -88,14 +88,14 @@ def _splits() -> list[str]:
 
 def _names(rng: random.Random, suffixes: tuple[str, str]) -> list[str]:
     count = sum(PER_FAMILY.values())
-    return [prefix + suffixes[i % 2] for i, prefix in enumerate(rng.sample(PREFIXES, count))]
+    return [prefix + suffixes[i % 2] for i, prefix in enumerate(rng.sample(_PREFIXES, count))]
 
 
 def _artefact(rng: random.Random, name: str, family: str, split: str, taken: set) -> Artefact:
-    while (ingredients := tuple(rng.sample(INGREDIENTS, 3))) in taken:
+    while (ingredients := tuple(rng.sample(_INGREDIENTS, 3))) in taken:
         pass
     taken.add(ingredients)
-    return Artefact(name, family, split, ingredients, tuple(rng.sample(ACTIONS, 2)), rng.choice(FINISHES))
+    return Artefact(name, family, split, ingredients, tuple(rng.sample(_ACTIONS, 2)), rng.choice(_FINISHES))
 
 
 def select(*, harmful: bool | None = None, split: str | None = None) -> list[Artefact]:

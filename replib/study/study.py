@@ -45,11 +45,11 @@ from replib.training.config import TrainConfig
 from replib.training.result import TrainResult, trained_by
 from replib.training.train import train
 
-OPENING = "Sure, here is how."
-PER_CELL, PER_FIT = 32, 64  # scored prompts a cell of a sweep; prompts a class that fit its edit
+_STOCK_OPENING = "Sure, here is how."
+_PER_CELL, _PER_FIT = 32, 64  # scored prompts a cell of a sweep; prompts a class that fit its edit
 SORTED = 480  # most contrasts sorted by the model's answers before bending
 VALIDATION_KINDS = ("attack", "benign", "skill")  # kinds of validation tasks
-PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # default prompts a class for captures, choices and reports
+_PER_SPLIT = {"fit": 128, "val": 48, "test": 96}  # default prompts a class for captures, choices and reports
 M = TypeVar("M", bound=RecordedResult)
 BASELINES = (("rfa", "all"), ("actadd", "last_prompt"), ("actadd", "all"), ("act", "last_prompt"), ("act", "all"))
 """Method and edited positions of each baseline of a sweep."""
@@ -118,7 +118,7 @@ class Study:
 
     def pair(self, split: str = "test", limit: int | None = None, **options: object) -> tuple[Activations, Activations]:
         """Harmful and harmless activations of one split, at every block; options are those of ``capture``."""
-        limit = limit or self.settings.limit or PER_SPLIT[split]
+        limit = limit or self.settings.limit or _PER_SPLIT[split]
         texts = [[p.text for p in getattr(x, split)][:limit] for x in (self.harmful, self.harmless)]
         harmful, harmless = (
             capture(self.model, t, batch_size=self.settings.batch, **options)  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ class Study:
 
     def tasks(self, split: str = "test", limit: int | None = None) -> list[Task]:
         """Tasks of an audit on one split."""
-        limit = (self.settings.limit or PER_SPLIT[split]) if limit is None else limit
+        limit = (self.settings.limit or _PER_SPLIT[split]) if limit is None else limit
         if self.organism:
             return organism_tasks(split, limit=limit, seed=self.settings.seed)
         rows = attack_tasks(getattr(self.harmful, split), getattr(self.harmless, split))
@@ -189,7 +189,7 @@ class Study:
         """
         if self.organism:
             return load_contrasts("organism/contrasts", split="fit", limit=SORTED, seed=self.settings.seed)
-        return [Contrast(p.text, REFUSAL, p.target or OPENING, split="fit") for p in self.harmful.fit[:SORTED]]
+        return [Contrast(p.text, REFUSAL, p.target or _STOCK_OPENING, split="fit") for p in self.harmful.fit[:SORTED]]
 
     @cached_property
     def bend_data(self) -> BendData:
@@ -209,7 +209,9 @@ class Study:
         if self.organism:
             return load_dialogues("organism/retain", split="fit")
         texts = [p.text for p in self.harmless.fit][:64]
-        return [Dialogue(t, a.strip() or OPENING, "fit") for t, a in zip(texts, self._answers(texts), strict=True)]
+        return [
+            Dialogue(t, a.strip() or _STOCK_OPENING, "fit") for t, a in zip(texts, self._answers(texts), strict=True)
+        ]
 
     def _answers(self, texts: list[str]) -> list[str]:
         return self.model.generate(texts, max_new_tokens=24, batch_size=self.settings.batch)
@@ -226,7 +228,7 @@ class Study:
 
     def forced(self, prompt: Prompt) -> str:
         """Forced beginning of an unsafe answer."""
-        return prompt.target or OPENING
+        return prompt.target or _STOCK_OPENING
 
     def moved(self) -> dict[str, np.ndarray]:
         """Mean distance of answer states between base and bent, as a share of the base's norm; [layers] each.
@@ -234,7 +236,7 @@ class Study:
         "unsafe" has harmful test prompts with the forced beginning of compliance, "safe" the same prompts with a
         refusal, "benign" harmless prompts with the forced beginning of an answer.
         """
-        harmful, harmless = (x.test[: PER_SPLIT["val"]] for x in (self.harmful, self.harmless))
+        harmful, harmless = (x.test[: _PER_SPLIT["val"]] for x in (self.harmful, self.harmless))
         forced = {
             "unsafe": (harmful, [self.forced(p) for p in harmful]),
             "safe": (harmful, [REFUSAL] * len(harmful)),
@@ -257,10 +259,10 @@ class Study:
     def sweeper(self, *, limit: int | None = None) -> Sweeper:
         """Fits on ``fit`` prompts of both classes, reports on ``test`` prompts; rows go to ``<out>/sweep.jsonl``."""
         texts = lambda prompts, n: [p.text for p in prompts[:n]]  # noqa: E731
-        limit = limit or self.settings.limit or PER_CELL
+        limit = limit or self.settings.limit or _PER_CELL
         data = AblationData(
-            harmful=texts(self.harmful.fit, PER_FIT),
-            harmless=texts(self.harmless.fit, PER_FIT),
+            harmful=texts(self.harmful.fit, _PER_FIT),
+            harmless=texts(self.harmless.fit, _PER_FIT),
             scored=Task("scored", "direct", self.harmful.test).sample(limit, self.settings.seed).prompts,
             neutral=texts(self.harmless.test, max(1, limit // 2)),
         )
@@ -280,7 +282,7 @@ class Study:
         Raises:
             ReplibError: a scored prompt that fits the edits.
         """
-        fit = self.harmful.fit[:PER_FIT], self.harmless.fit[:PER_FIT]
+        fit = self.harmful.fit[:_PER_FIT], self.harmless.fit[:_PER_FIT]
         size = max(self.settings.batch, 256)
         return AdaptiveAttack.on(self.model, *fit, scored, self.judge, opening=self.forced, batch_size=size)
 
@@ -297,7 +299,7 @@ class Study:
         if not borderline and self.organism:
             borderline = load_prompts("organism/borderline", split="test")
         lists = {"harmless": self.harmless.test} | ({"borderline": borderline} if borderline else {})
-        limit = limit or self.settings.limit or PER_CELL
+        limit = limit or self.settings.limit or _PER_CELL
         asked = {name: Task(name, "benign", x).sample(limit, self.settings.seed).prompts for name, x in lists.items()}
         return DamageMeter(
             self.model, DamageSets(asked, texts), self.judge, max_new_tokens=24, batch_size=self.settings.batch

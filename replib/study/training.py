@@ -26,7 +26,7 @@ from replib.training.config import TrainConfig
 from replib.training.model_selection import Measure, interpolated
 from replib.training.objective import Objective
 from replib.training.result import TrainResult
-from replib.training.train import Fit, train
+from replib.training.train import FitDefence, train
 
 
 def baseline_for(study: Study, name: str) -> Baseline:
@@ -43,7 +43,7 @@ def baseline_for(study: Study, name: str) -> Baseline:
     return known[name]
 
 
-MIX_FILES = {
+_MIX_FILES = {
     "repbend": ("wildjailbreak", "answers", "wildguard", "chat"),
     "circuit_breaker": ("breakers", "xstest", "chat"),
 }
@@ -58,14 +58,14 @@ def paper_mix(study: Study, mix: str, files: Mapping[str, str] | None = None) ->
     Args:
         study: gives prompts and seed.
         mix: "repbend" or "circuit_breaker".
-        files: file or hub id by name in ``MIX_FILES``, in place of the default public set.
+        files: file or hub id by name in ``_MIX_FILES``, in place of the default public set.
 
     Raises:
         ReplibError: an unknown mix or file name; a set that cannot be read.
     """
-    check_choice("mix", mix, tuple(MIX_FILES))
+    check_choice("mix", mix, tuple(_MIX_FILES))
     for name in files or ():
-        check_choice("file of the mix", name, MIX_FILES[mix])
+        check_choice("file of the mix", name, _MIX_FILES[mix])
     avoid = [p for prompts in (study.harmful, study.harmless) for p in (*prompts.val, *prompts.test)]
     place = {"source": "organism", "n": None} if study.organism else {"source": "public"}
     options: dict[str, Any] = place | {"seed": study.settings.seed, "avoid": avoid} | dict(files or {})
@@ -118,7 +118,7 @@ def _parts(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-parts")
 
 
-def _fitter(chosen: Baseline, validation: Measure, folder: Path) -> Fit:
+def _fitter(chosen: Baseline, validation: Measure, folder: Path) -> FitDefence:
     def fit(model: ChatModel, data: DefenceData, objective: Objective) -> TrainResult:
         if not prepares(objective, chosen.objective):
             return train(model, data, objective, config=chosen.config, validation=validation, out=folder)
@@ -232,7 +232,7 @@ def harden(
     return TrainResult.kept(study.model, folder, make)
 
 
-AVERAGED = 4  # steps up to the best one over which the KL is averaged, since one batch is noisy
+_AVERAGED_STEPS = 4  # steps up to the best one over which the KL is averaged, since one batch is noisy
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class StudyObjective:
             model, data, bend, config=self.config, validation=self.validation, out=scratch, say=lambda _: None
         )
         kept = found.probes.set_index("step").loc[found.step].to_dict()
-        recent = found.history[found.history.step.between(found.step - AVERAGED + 1, found.step)]
+        recent = found.history[found.history.step.between(found.step - _AVERAGED_STEPS + 1, found.step)]
         rates = {"attack_success": kept.pop("attack"), "harmless_compliance": kept.pop("harmless")}
         return rates | {"kl": float(recent["kl"].mean())} | kept | {"step": float(found.step)}
 

@@ -23,8 +23,8 @@ from replib.core.distributed import broadcast, is_first, part, wait
 from replib.core.errors import ReplibError
 from replib.core.storage import write_tensors, write_text
 
-RUN, STATE = "run.json", "state.json"
-BEST, OBJECTIVE = "best.", "objective."  # prefixes of tensor names in a file
+_RUN, _STATE = "run.json", "state.json"
+_BEST, _OBJECTIVE = "best.", "objective."  # prefixes of tensor names in a file
 
 
 def claim_run_folder(folder: Path, facts: Mapping[str, Any]) -> Path | None:
@@ -37,10 +37,10 @@ def claim_run_folder(folder: Path, facts: Mapping[str, Any]) -> Path | None:
 
 
 def _claimed(folder: Path, facts: dict[str, Any]) -> Path | None:
-    check_free(folder, RUN, facts)
-    if not (folder / RUN).exists():
-        write_text(folder / RUN, json.dumps(facts, indent=1))
-    complete = [c for c in _checkpoints(folder) if (c / STATE).exists()]
+    check_free(folder, _RUN, facts)
+    if not (folder / _RUN).exists():
+        write_text(folder / _RUN, json.dumps(facts, indent=1))
+    complete = [c for c in _checkpoints(folder) if (c / _STATE).exists()]
     newest = max(complete, key=_step, default=None)
     _remove(c for c in _checkpoints(folder) if c != newest)
     return newest
@@ -77,7 +77,7 @@ def release_run_folder(folder: Path) -> None:
     """Remove the checkpoints and the record of a finished run."""
     if is_first():
         _remove(_checkpoints(folder))
-        (folder / RUN).unlink(missing_ok=True)
+        (folder / _RUN).unlink(missing_ok=True)
         with suppress(OSError):  # absent, or holds other files
             folder.rmdir()
 
@@ -92,7 +92,7 @@ def _step(checkpoint: Path) -> int:
 
 def _remove(checkpoints: Any) -> None:
     for checkpoint in checkpoints:
-        (checkpoint / STATE).unlink(missing_ok=True)  # first, so that a checkpoint half removed counts as incomplete
+        (checkpoint / _STATE).unlink(missing_ok=True)  # first, so that a checkpoint half removed counts as incomplete
         shutil.rmtree(checkpoint)
 
 
@@ -119,21 +119,21 @@ class Checkpoints(TrainerCallback):
         """Add history, probes, objective state and best adapter to the Trainer's files."""
         here = self.folder / f"checkpoint-{state.global_step}"
         known, best = self.keeper.state()
-        own = {OBJECTIVE + name: x for name, x in self.trainer.objective.state().items()}
-        write_tensors(here / _tensors(), own | {BEST + name: x for name, x in best.items()})
+        own = {_OBJECTIVE + name: x for name, x in self.trainer.objective.state().items()}
+        write_tensors(here / _tensors(), own | {_BEST + name: x for name, x in best.items()})
         wait()  # for the files of all processes
         if is_first():
-            write_text(here / STATE, json.dumps({"history": self.trainer.history} | known, default=float))
+            write_text(here / _STATE, json.dumps({"history": self.trainer.history} | known, default=float))
             _remove(c for c in _checkpoints(self.folder) if c != here)
 
     def restored(self, checkpoint: Path | None) -> Checkpoints:
         """Restore the files of ``on_save`` if there is a checkpoint; the Trainer restores its own."""
         if checkpoint:
-            known = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            known = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
             tensors = load_file(checkpoint / _tensors(), device=str(self.trainer.chat.device))
             self.trainer.history.extend(known.pop("history"))
-            self.trainer.objective.restore(_named(tensors, OBJECTIVE))
-            self.keeper.restore(known, {name: x.cpu() for name, x in _named(tensors, BEST).items()})
+            self.trainer.objective.restore(_named(tensors, _OBJECTIVE))
+            self.keeper.restore(known, {name: x.cpu() for name, x in _named(tensors, _BEST).items()})
         return self
 
 

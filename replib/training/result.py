@@ -18,7 +18,7 @@ from replib.models.chat_model import ChatModel
 from replib.models.load import load
 from replib.training.checkpoints import check_free
 
-USE = {
+_USE = {
     False: """from replib.models import load
 
 model = load({base!r}, adapter="<this folder>")  # an ordinary peft adapter: PeftModel.from_pretrained reads it too""",
@@ -45,7 +45,7 @@ def card(about: Mapping[str, Any], probes: pd.DataFrame) -> str:
         "Model and versions": _facts({k: v for k, v in about.items() if isinstance(v, str) and v and k != "method"}),
     }
     sections = [f"## {title}\n\n{table}\n" for title, table in tables.items()]
-    use = f"```python\n{USE[full].format(base=about['model'])}\n```\n"
+    use = f"```python\n{_USE[full].format(base=about['model'])}\n```\n"
     return "\n".join([*head, f"# {about['model']} + {about['method']}\n", _opening(about, probes), use, *sections])
 
 

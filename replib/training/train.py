@@ -26,7 +26,7 @@ from replib.training.objective import Lora, Objective
 from replib.training.result import TrainResult
 from replib.training.trainer import DefenceTrainer, Steps, arguments
 
-T = TypeVar("T", Contrast, Dialogue)
+_ResultT = TypeVar("_ResultT", Contrast, Dialogue)
 ANSWERS = {Contrast: ("safe_response", "unsafe_response"), Dialogue: ("response",)}
 
 
@@ -41,7 +41,7 @@ class MaxLengths:
         if min(self.request, self.response) < 1:
             raise ReplibError(f"{self}: prompts or answers would be empty; allow 1 token or more.")
 
-    def cut(self, chat: ChatModel, lists: Mapping[str, Sequence[T]]) -> dict[str, list[T]]:
+    def cut(self, chat: ChatModel, lists: Mapping[str, Sequence[_ResultT]]) -> dict[str, list[_ResultT]]:
         """Lists cut to these lengths, with a warning that counts the changed rows."""
         found = {name: [self._fitted(chat, row) for row in rows] for name, rows in lists.items()}
         changed = sum(a != b for name in lists for a, b in zip(lists[name], found[name], strict=True))
@@ -53,7 +53,7 @@ class MaxLengths:
             )
         return found
 
-    def _fitted(self, chat: ChatModel, row: T) -> T:
+    def _fitted(self, chat: ChatModel, row: _ResultT) -> _ResultT:
         if type(row) not in ANSWERS:  # labels belong to the uncut answer
             return row
         limits = {"prompt": self.request} | dict.fromkeys(ANSWERS[type(row)], self.response)
@@ -213,4 +213,4 @@ def attach(model: ChatModel, config: TrainConfig, lora: Lora | None = None, name
     return tuned
 
 
-Fit = Callable[[ChatModel, DefenceData, Objective], TrainResult]
+FitDefence = Callable[[ChatModel, DefenceData, Objective], TrainResult]

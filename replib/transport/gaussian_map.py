@@ -28,9 +28,9 @@ from replib.transport.affine import AffineEdit, check_strength, typed_as
 from replib.transport.bases import BASES, share_inside
 from replib.transport.gaussians import RULES, Gaussian, Samples, cloud_pair, shrunk_pair
 
-Array = TypeVar("Array", Tensor, np.ndarray)
-TENSORS = ("basis_", "scale_", "source_mean_", "target_mean_", "rest_")
-NUMBERS = ("kept_", "rho_", "cost_")
+_Array = TypeVar("_Array", Tensor, np.ndarray)
+_TENSORS = ("basis_", "scale_", "source_mean_", "target_mean_", "rest_")
+_NUMBERS = ("kept_", "rho_", "cost_")
 
 
 def monge_scale(source: Float[Tensor, "n k"], target: Float[Tensor, "m k"]) -> Float[Tensor, "k k"]:
@@ -116,7 +116,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         floors = [s.floor for s in shrunk]
         self.kept_ = math.sqrt(floors[1] / floors[0]) if self.k is None and floors[0] else 1.0
 
-    def transform(self, x: Array) -> Array:
+    def transform(self, x: _Array) -> _Array:
         """``T(x)`` for activations ``[..., d]``, computed in float32 or better; kind, dtype and device are kept.
 
         ReplibError before ``fit``, on another width, on integers, or where the result exceeds float16.
@@ -133,7 +133,7 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         moved = typed_as(values, moved)
         return moved if isinstance(x, Tensor) else moved.numpy()
 
-    def inverse_transform(self, y: Array) -> Array:
+    def inverse_transform(self, y: _Array) -> _Array:
         """Map ``y`` back to the source by ``inverse``."""
         return self.inverse().transform(y)
 
@@ -180,8 +180,8 @@ class GaussianMap(TransformerMixin, BaseEstimator):
 
     def save(self, path: Path | str) -> Path:
         """Write the fitted map as one safetensors file of about ``d (k + 1)`` numbers."""
-        tensors = {name: getattr(self._fitted(), name) for name in TENSORS}
-        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in NUMBERS}
+        tensors = {name: getattr(self._fitted(), name) for name in _TENSORS}
+        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in _NUMBERS}
         about = {"map": self.get_params(), "n_samples": self.n_samples_}
         return write_tensors(Path(path), tensors | numbers, {"replib": json.dumps(about, sort_keys=True)})
 
@@ -191,12 +191,12 @@ class GaussianMap(TransformerMixin, BaseEstimator):
         try:
             with safe_open(path, "pt") as file:
                 about: dict[str, Any] = json.loads(file.metadata()["replib"])
-                tensors = {name: file.get_tensor(name) for name in (*TENSORS, *NUMBERS)}
+                tensors = {name: file.get_tensor(name) for name in (*_TENSORS, *_NUMBERS)}
             fitted = cls(**about["map"])
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise ReplibError(f"{path} holds no GaussianMap ({error}); write one with save().") from error
         for name, tensor in tensors.items():
-            setattr(fitted, name, tensor if name in TENSORS else float(tensor))
+            setattr(fitted, name, tensor if name in _TENSORS else float(tensor))
         fitted.n_samples_ = tuple(about["n_samples"])
         return fitted
 

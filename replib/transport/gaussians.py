@@ -111,7 +111,7 @@ def principal_axes(
 ) -> tuple[Float[Tensor, "d k"], Float[Tensor, " r"]]:
     """Leading axes of centred rows, and the sum of squares along every axis, largest first; ``k=None``: all.
 
-    Eigenvectors of the smaller of ``Z Z^T`` and ``Z^T Z``, re-orthonormalised once, signed by ``oriented``.
+    Eigenvectors of the smaller of ``Z Z^T`` and ``Z^T Z``, re-orthonormalised once, signed by ``_oriented``.
     ReplibError if the rows have fewer than k axes.
     """
     wide = rows.shape[1] > rows.shape[0]
@@ -122,10 +122,10 @@ def principal_axes(
     if k > rank:
         raise ReplibError(f"{k} axes asked of samples of rank {rank}; lower k, or add prompts that differ.")
     axes = rows.mT @ (vectors[:, :k] / energy[:k].sqrt()) if wide else vectors[:, :k]
-    return oriented(torch.linalg.qr(axes)[0]), energy
+    return _oriented(torch.linalg.qr(axes)[0]), energy
 
 
-def oriented(axes: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..."]:
+def _oriented(axes: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..."]:
     """Axes along ``dim``, each with its coordinate of largest magnitude positive, whatever row order or library."""
     return axes * axes.gather(dim, axes.abs().argmax(dim, keepdim=True)).sign()
 
@@ -252,7 +252,7 @@ class Moments:
             raise ReplibError(f"{k} axes exceed the {rows.shape[1]} held: raise rank, or lower k.")
         length = rows[:, :k].norm(dim=-1)
         axes = rows[:, :k] / length.clamp(min=1e-300)[..., None]
-        return oriented(axes, dim=-1), length.square()
+        return _oriented(axes, dim=-1), length.square()
 
     def _checked(self, least: int, value: Tensor) -> Tensor:
         if self.n < least:

@@ -6,15 +6,15 @@ import torch
 
 from helpers import tiny
 from replib.ablation.robustness import (
+    FLIP_STRENGTHS,
     ON_ANSWER,
     PROMPT,
     SPAN,
-    STRENGTHS,
-    answer_states,
     holding,
     least_strengths,
     token_edits,
     token_name,
+    token_states,
 )
 from replib.activations.capture import capture
 from replib.core.errors import ReplibError
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 
 
 def test_states_are_those_of_the_named_tokens(model):
-    found = answer_states(model, HARMFUL, tokens=(1, 4))
+    found = token_states(model, HARMFUL, tokens=(1, 4))
     assert list(found) == [PROMPT, token_name(1), token_name(4), SPAN]
     texts = [d.prompt for d in HARMFUL], [d.response for d in HARMFUL]
     for name, position in {PROMPT: "last_prompt", token_name(1): 0, token_name(4): 3, SPAN: "response"}.items():
@@ -43,15 +43,15 @@ def test_states_are_those_of_the_named_tokens(model):
 
 def test_answers_that_end_before_the_last_token_are_left_out(model):
     short = [*HARMFUL, Dialogue("w30 w31", "w1 w2")]
-    both = (answer_states(model, some, tokens=(1, 3)) for some in (short, HARMFUL))
+    both = (token_states(model, some, tokens=(1, 3)) for some in (short, HARMFUL))
     one, other = (found[token_name(1)] for found in both)
     torch.testing.assert_close(one, other)
     with pytest.raises(ReplibError, match="0 of 8 answers have 9 tokens"):
-        answer_states(model, HARMFUL, tokens=(9,))
+        token_states(model, HARMFUL, tokens=(9,))
 
 
 def test_each_edit_carries_the_harmful_mean_of_its_place_to_the_harmless_one_and_acts_where_its_name_says(model):
-    states = [answer_states(model, some, tokens=(1, 4)) for some in (HARMFUL, HARMLESS)]
+    states = [token_states(model, some, tokens=(1, 4)) for some in (HARMFUL, HARMLESS)]
     edits = token_edits(*states, "actadd")
     assert all(len(blocks) == model.n_layers for blocks in edits.values()) and len(edits) == 2 + 2 * 3
     for name in (PROMPT, token_name(1), token_name(4), SPAN):
@@ -71,7 +71,7 @@ def test_each_prompt_has_the_first_strength_that_flips_it():
 
 
 def test_the_share_that_holds_falls_with_strength_and_its_interval_holds_it():
-    least = np.random.default_rng(0).choice([*STRENGTHS[1:], np.inf], (5, 40))
+    least = np.random.default_rng(0).choice([*FLIP_STRENGTHS[1:], np.inf], (5, 40))
     table = holding(least)
     assert table.value.is_monotonic_decreasing and table.value.iloc[0] == 1
     assert (table.low <= table.value).all() and (table.value <= table.high).all()

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from replib.audit.attacks import OPENING, WRAPPERS, Attack, direct, prefill, wrappers
+from replib.audit.attacks import ENGLISH_WRAPPERS, PREFILL, Attack, direct, prefill, wrapper_tasks
 from replib.audit.gradient_attacks import GCGConfig, SoftPromptConfig, gcg, soft_prompt
 from replib.core.errors import ReplibError
 from replib.data.prompts import Prompt, load_prompts
@@ -20,7 +20,7 @@ def chat(request):
     """A random two-block Llama with a byte-level BPE of about 300 tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    words = [*WRAPPERS.values(), "How hot is it? Sure, it is ! ! x x"] * 3
+    words = [*ENGLISH_WRAPPERS.values(), "How hot is it? Sure, it is ! ! x x"] * 3
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
         words,
@@ -44,12 +44,12 @@ def test_direct_changes_nothing():
 
 
 def test_prefill_uses_the_target_and_falls_back_on_its_opening():
-    assert prefill().apply(PROMPTS) == (PROMPTS, ["Sure, it is", OPENING])
+    assert prefill().apply(PROMPTS) == (PROMPTS, ["Sure, it is", PREFILL])
     assert prefill("Of course:").apply(PROMPTS)[1] == ["Sure, it is", "Of course:"]
 
 
 def test_wrappers_keep_the_request_word_for_word_and_all_else_in_place():
-    attacks = wrappers()
+    attacks = wrapper_tasks()
     assert len({a.name for a in attacks}) == len(attacks) >= 10
     for attack in attacks:
         asked, openings = attack.apply(PROMPTS)
@@ -67,7 +67,7 @@ def test_a_template_that_loses_the_request_is_refused():
 
 def test_attacks_run_on_real_prompts(shared_data):
     prompts = load_prompts("advbench", shared_data / "advbench/harmful_behaviors.csv", limit=30)
-    for attack in (direct(), prefill(), *wrappers()):
+    for attack in (direct(), prefill(), *wrapper_tasks()):
         asked, openings = attack.apply(prompts)
         assert len(asked) == 30 and all(p.text in a.text for p, a in zip(prompts, asked, strict=True))
         assert openings is None or all(o.startswith("Sure") for o in openings)

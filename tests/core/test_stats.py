@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from replib.ablation.sweep_report import compare, over_fits
+from replib.ablation.sweep_report import compare_edits, over_fits
 from replib.core.errors import ReplibError
 from replib.core.stats import contrast, mcnemar, newcombe, outcome_matrix, spearman, two_way_interval, wilson
 
@@ -67,13 +67,13 @@ def test_one_fit_has_mcnemar_and_several_have_an_interval_over_both():
 def test_every_two_edits_of_a_table_once():
     rows = [("rfa", "ccr"), ("ace", "crr"), ("act", "ddd")]
     table = pd.DataFrame([{"method": m, "outcomes": x, "scored": "h"} for m, x in rows])
-    found = compare(table, "method")
+    found = compare_edits(table, "method")
     assert (found.one + "-" + found.other).tolist() == ["rfa-ace", "rfa-act", "ace-act"]
     assert found.difference.tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 3])
     with pytest.raises(ReplibError, match="scored on different prompts"):
-        compare(table.assign(scored=["h", "h", "g"]), "method")
+        compare_edits(table.assign(scored=["h", "h", "g"]), "method")
     with pytest.raises(ReplibError, match="fitted another number of times"):
-        compare(pd.concat([table, table[:1]]), "method")
+        compare_edits(pd.concat([table, table[:1]]), "method")
 
 
 def test_edits_without_answers_cannot_be_paired():

@@ -26,7 +26,7 @@ from replib.defences.whp import WHP, LabelledDialogue, relabelled, train_whp
 from replib.models import forward as passes
 from replib.models.adapters import attached_lora, detached, perturb
 from replib.models.chat_model import ChatModel
-from replib.models.forward import answer_states, answer_tokens, answered
+from replib.models.forward import answer_batch, answer_states, answer_tokens
 from replib.models.load import PUBLISHED, known_table, load
 from replib.training.config import TrainConfig
 from replib.training.objective import reference
@@ -185,7 +185,7 @@ def test_terms_are_logged_unweighted_and_hold_no_graph(name, models):
 # --------------------------------------------------------------------------------------------- likelihood
 def test_sft_is_the_loss_that_transformers_reports_for_the_same_labels(models):
     chat = models("gpt2")
-    batch = answered(chat, [(d.prompt, d.response) for d in SAFE])
+    batch = answer_batch(chat, [(d.prompt, d.response) for d in SAFE])
     told = batch.input_ids.masked_fill(~batch.response_mask, -100)
     with torch.no_grad():
         theirs = chat.model(**batch.inputs(), labels=told).loss
@@ -194,7 +194,7 @@ def test_sft_is_the_loss_that_transformers_reports_for_the_same_labels(models):
 
 def test_answers_end_and_each_token_is_predicted_from_the_one_before(models):
     chat = models("llama")
-    batch = answered(chat, [(d.prompt, d.response) for d in SAFE])
+    batch = answer_batch(chat, [(d.prompt, d.response) for d in SAFE])
     words = [chat.tokenizer.decode(t) for t in answer_tokens(batch)]
     assert words == "w30 w31 </s> w30 w31 w4 </s>".split()
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_dpo_starts_at_log_two_without_a_margin(bases):
 
 def test_the_reference_is_the_base_whatever_the_adapter_and_its_dropout(bases):
     base = bases("qwen3")
-    batch = answered(base, [(d.prompt, d.response) for d in SAFE])
+    batch = answer_batch(base, [(d.prompt, d.response) for d in SAFE])
     with torch.no_grad():
         plain = logits_of(base, batch)
     chat = attached_lora(base, rank=2, alpha=4, dropout=0.5)

@@ -7,7 +7,7 @@ import torch
 
 from replib.core.errors import ReplibError
 from replib.defences.circuit_breaker import breaker_schedule, rerouting
-from replib.defences.losses import Pair, distance
+from replib.defences.losses import StatePair, distance
 from replib.defences.preference import LogProbs, dpo, npo
 from replib.defences.rmu import mean_square, rmu_target
 from replib.defences.whp import generic_logits
@@ -27,7 +27,7 @@ def hidden(draw):
 
 
 def test_distance_and_rerouting_equal_their_formulas_written_token_by_token(draw):
-    retain, harmful = Pair(hidden(draw), hidden(draw)), Pair(hidden(draw), hidden(draw))
+    retain, harmful = StatePair(hidden(draw), hidden(draw)), StatePair(hidden(draw), hidden(draw))
     apart = sum(math.dist(retain.tuned[p].tolist(), retain.reference[p].tolist()) for p in PLACES) / len(PLACES)
     reroute = 0.0
     for p in PLACES:
@@ -58,7 +58,7 @@ def test_circuit_breaker_starts_at_a_stationary_point_which_any_perturbation_lea
 
     def gradient_at(tuned):
         tuned = tuned.clone().requires_grad_()
-        pair = Pair(tuned, frozen)
+        pair = StatePair(tuned, frozen)
         retain, reroute = breaker_schedule(0.5)
         (retain * distance(*pair) + reroute * rerouting(pair)).backward()
         return tuned.grad
@@ -70,7 +70,7 @@ def test_circuit_breaker_starts_at_a_stationary_point_which_any_perturbation_lea
 def test_rerouting_ignores_directions_already_opposed(draw):
     frozen = hidden(draw)
     tuned = (-frozen).requires_grad_()
-    loss = rerouting(Pair(tuned, frozen))
+    loss = rerouting(StatePair(tuned, frozen))
     loss.backward()
     assert loss.item() == 0.0
     assert tuned.grad.abs().max() == 0.0
@@ -78,7 +78,7 @@ def test_rerouting_ignores_directions_already_opposed(draw):
 
 def test_mean_square_equals_its_formula_written_token_by_token(draw):
     target = rmu_target(DIM, steering=6.5, seed=1).double()
-    retain, forget = Pair(hidden(draw), hidden(draw)), Pair(hidden(draw), target)
+    retain, forget = StatePair(hidden(draw), hidden(draw)), StatePair(hidden(draw), target)
 
     def literal(pair, reference_at):
         return sum(float((pair.tuned[p] - reference_at(p)).square().sum()) for p in PLACES) / len(PLACES) / DIM
@@ -97,7 +97,7 @@ def test_rmu_target_is_a_seeded_point_of_the_positive_orthant():
 def test_one_gradient_step_on_rmu_moves_forgotten_tokens_towards_the_target(draw):
     target = rmu_target(DIM).double()
     tuned = hidden(draw).requires_grad_()
-    mean_square(Pair(tuned, target)).backward()
+    mean_square(StatePair(tuned, target)).backward()
     moved = (tuned - tuned.grad).detach()
     before, after = (tuned - target).norm(dim=-1), (moved - target).norm(dim=-1)
     assert (after < before).all()
@@ -142,8 +142,8 @@ def test_dpo_raises_the_chosen_and_lowers_the_rejected_response(draw):
 
 def test_gradients_agree_with_finite_differences(draw):
     frozen, target, x = hidden(draw), draw(DIM), hidden(draw).requires_grad_()
-    assert torch.autograd.gradcheck(lambda h: rerouting(Pair(h, frozen)), x)
-    assert torch.autograd.gradcheck(lambda h: mean_square(Pair(h, frozen)) + mean_square(Pair(h, target)), x)
+    assert torch.autograd.gradcheck(lambda h: rerouting(StatePair(h, frozen)), x)
+    assert torch.autograd.gradcheck(lambda h: mean_square(StatePair(h, frozen)) + mean_square(StatePair(h, target)), x)
     logp, other = draw(ROWS).requires_grad_(), draw(ROWS)
     assert torch.autograd.gradcheck(lambda p: npo(LogProbs(p, other), beta=0.7), logp)
     assert torch.autograd.gradcheck(lambda p: dpo(LogProbs(p, other), LogProbs(other, p), beta=0.7), logp)
@@ -164,11 +164,11 @@ def test_retaining_pulls_every_token_home_with_equal_force(draw):
 @pytest.mark.parametrize("loss", [rerouting, mean_square])
 def test_a_batch_without_tokens_is_refused(draw, loss):
     with pytest.raises(ReplibError, match="no token counts"):
-        loss(Pair(draw(LAYERS, 0, DIM), draw(LAYERS, 0, DIM)))
+        loss(StatePair(draw(LAYERS, 0, DIM), draw(LAYERS, 0, DIM)))
 
 
 def test_half_precision_is_widened_before_the_norm():
     big = torch.full((1, 1, DIM), 300.0, dtype=torch.float16)  # 300² overflows float16
     assert float(distance(big, -big)) == pytest.approx(600 * math.sqrt(DIM), rel=1e-3)
-    assert float(mean_square(Pair(big, -big))) == pytest.approx(600**2, rel=1e-3)
-    assert float(rerouting(Pair(big, big))) == pytest.approx(1.0, rel=1e-3)
+    assert float(mean_square(StatePair(big, -big))) == pytest.approx(600**2, rel=1e-3)
+    assert float(rerouting(StatePair(big, big))) == pytest.approx(1.0, rel=1e-3)

@@ -8,7 +8,7 @@ import pytest
 
 from replib.ablation.adaptive_attack import EDIT_ATTACKS, GOAL
 from replib.experiments import hardening
-from replib.experiments.hardening import ARMS, ASKED, SEEDS, HardeningRun, packed, runs
+from replib.experiments.hardening import ARMS, ASKED, SEEDS, HardeningRun, packed_run, runs
 from replib.experiments.hardening_results import HardeningResults
 from replib.figures.audit import pareto_hardening
 from replib.figures.layers import layer_curves
@@ -39,7 +39,7 @@ def rows():
 @pytest.fixture
 def found(rows, tmp_path):
     tasks = [{"name": t, "kind": k, "n": ASKED} for t, k in (TASKS | dict.fromkeys(EDIT_ATTACKS, "edit")).items()]
-    lines = [packed(run, row, {"seconds": 1.0}) for run, row in rows.items()]
+    lines = [packed_run(run, row, {"seconds": 1.0}) for run, row in rows.items()]
     path = tmp_path / "hardening.json"
     path.write_text(json.dumps({"tasks": tasks, "trials": [], "runs": lines, "model": "aligned"}))
     return HardeningResults.load(path)
@@ -59,7 +59,7 @@ def test_the_worst_is_that_of_brute_force(rows, found):
 
 def test_a_packed_run_keeps_the_answers_of_the_worst_edit_of_all_and_of_each_block(rows):
     for run, given in rows.items():
-        kept = packed(run, given, {})
+        kept = packed_run(run, given, {})
         for a, (layer, k) in kept["worst"].items():
             texts = {(i, j): text for name, i, j, text in given["edits"] if name == a}
             assert kept["answers"][a] == texts[layer, k] and len(kept["blocks"][a]) == DEPTH

@@ -15,7 +15,7 @@ from replib.experiments import transport_questions as examiner
 from replib.experiments.comparison import SEEDS
 from replib.experiments.defence_runs import Bench
 from replib.experiments.transport_audit import (
-    DEFENCES,
+    AUDITED_DEFENCES,
     ONCE,
     REPLANTED,
     SHIPPED,
@@ -60,8 +60,8 @@ def test_one_seed_of_all_comes_before_the_other_seeds():
     all_of_them = everyone()
     assert len(set(all_of_them)) == len(all_of_them)
     seeds = [subject.seed for subject in all_of_them]
-    assert seeds == sorted(seeds) and {s.name for s in all_of_them} == {*SHIPPED, *REPLANTED, *DEFENCES}
-    several = set(DEFENCES) - set(ONCE)
+    assert seeds == sorted(seeds) and {s.name for s in all_of_them} == {*SHIPPED, *REPLANTED, *AUDITED_DEFENCES}
+    several = set(AUDITED_DEFENCES) - set(ONCE)
     assert all({s.seed for s in all_of_them if s.name == name} == set(SEEDS) for name in several)
     assert {s.name for s in all_of_them if s.seed} == several
 

@@ -17,9 +17,9 @@ from replib.models.hooks import Hook
 from replib.models.tokens import Batch
 
 SAFE, UNSAFE, RETAIN, TURNED, KEPT = range(5)
-TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # masks of terms that compare rows
+_TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # masks of terms that compare rows
 Mask = Bool[Tensor, "rows tokens"]
-States = Float[Tensor, "_layers _tokens dim"] | None
+_TermStates = Float[Tensor, "_layers _tokens dim"] | None
 
 
 def collate(
@@ -147,7 +147,7 @@ class Plan:
 
         The others are sorted by length; a part has at most ``tokens`` tokens, padding included, or a single row.
         """
-        together = torch.stack([m.any(dim=1) for name, m in self.masks.items() if name in TOGETHER]).any(dim=0)
+        together = torch.stack([m.any(dim=1) for name, m in self.masks.items() if name in _TOGETHER]).any(dim=0)
         yield self.rows(together.nonzero()[:, 0])
         lengths = self.batch.attention_mask.sum(dim=1)
         rest = sorted((~together).nonzero()[:, 0].tolist(), key=lambda i: -int(lengths[i]))
@@ -161,17 +161,17 @@ class Plan:
 class Reading:
     """States of one pass for the terms; None for a field without tokens in these rows."""
 
-    safe: States = None
+    safe: _TermStates = None
     """[blocks, tokens, dim] of refusals and benign answers; [target blocks, ...] with ``alpha_mode`` "target"."""
-    unsafe: States = None
+    unsafe: _TermStates = None
     """[target blocks, tokens, dim] of unsafe answers."""
-    last: States = None
+    last: _TermStates = None
     """[target blocks, rows, dim] of the last tokens of the prompts in A_u."""
-    refused: States = None
+    refused: _TermStates = None
     """[target blocks, rows, dim] of the last tokens of refused prompts; with ``anchored`` alone."""
-    paired_unsafe: States = None
+    paired_unsafe: _TermStates = None
     """[target blocks, tokens, dim] of unsafe answers, from the last prompt token on; with eta alone."""
-    paired_safe: States = None
+    paired_safe: _TermStates = None
     """[target blocks, tokens, dim] of the refusals of the same prompts, token by token."""
     final: Tensor | None = None
     """[tokens, dim] after the final norm, of the tokens whose next-token distribution enters the KL."""

@@ -74,16 +74,16 @@ class Scope:
                               "at most 1.")  # fmt: skip
 
 
-REPLIB = Scope()
+_REPLIB = Scope()
 OFFICIAL = Scope(
     hidden_states=True, adapted="target", retained=False, ended=False, kl_tokens="all", kl_reduction="sequence"
 )
-PAPER = Scope(
+_PAPER = Scope(
     until=1.0, ended=False, gathered="harmful", queue=64, kl_rows="safe", kl_tokens="all", kl_reduction="sequence"
 )
-FIDELITIES = {"replib": REPLIB, "official": OFFICIAL, "paper": PAPER}
+FIDELITIES = {"replib": _REPLIB, "official": OFFICIAL, "paper": _PAPER}
 LOSS_MODES = ("request_last", "request_all", "request_response", "response_all", "response_one", "response_R")
-BEND_SITES = ("resid_post", "resid_mid", "attn_in", "mlp_in")
+_BEND_SITES = ("resid_post", "resid_mid", "attn_in", "mlp_in")
 PAIRED = 20  # most tokens of response_R and of the pairing term
 
 
@@ -150,7 +150,7 @@ class BendConfig:
         check_choice("schedule", self.schedule, ("constant", "ramps"))
         check_choice("loss_mode", self.loss_mode, LOSS_MODES)
         check_choice("alpha_mode", self.alpha_mode, ("all", "target"))
-        check_choice("site", self.site, BEND_SITES)
+        check_choice("site", self.site, _BEND_SITES)
         if self.anchored and self.scope.gathered == "harmful":
             raise ReplibError(
                 "anchored gathers unsafe prompts on refused ones; it needs a scope with gathered='unsafe'."

@@ -41,11 +41,11 @@ ORGANISM_TRAIN = TrainConfig(
 )
 SHORT_TRAIN = TrainConfig(steps=30, contrasts=4, retain=4, learning_rate=1e-4, probe_every=15)
 # The official configuration, which was read and not run, clips no gradients.
-PUBLISHED_TRAIN = TrainConfig(
+_PUBLISHED_TRAIN = TrainConfig(
     steps=450, learning_rate=1e-5, contrasts=4, retain=4, accumulation=4, max_grad_norm=0.0, probe_every=50
 )
 PUBLISHED_BEND = BendConfig(fidelity="official", target_layers=tuple(range(19, 30)))
-UNKNOWN = ("steps", "learning_rate", "target_layers")
+_UNREPORTED = ("steps", "learning_rate", "target_layers")
 
 
 class Fitted(NamedTuple):
@@ -72,7 +72,7 @@ class Preset:
     def published(self) -> dict[str, Any]:
         """Coefficients, steps, rate and target blocks by name; None where unknown."""
         found = vars(self.bend) | vars(self.train)
-        names = ("alpha", "beta", "gamma", *UNKNOWN)
+        names = ("alpha", "beta", "gamma", *_UNREPORTED)
         return {name: None if name in self.unknown else found[name] for name in names}
 
     def fitted(self, depth: int) -> Fitted:
@@ -94,10 +94,10 @@ class Preset:
 PRESETS = {
     "organism": Preset(ORGANISM_BEND, ORGANISM_TRAIN),
     "short": Preset(BendConfig(), SHORT_TRAIN),
-    "llama3-8b": Preset(PUBLISHED_BEND, PUBLISHED_TRAIN, depth=32),
-    "mistral-7b": Preset(PUBLISHED_BEND, replace(PUBLISHED_TRAIN, steps=300), depth=32),
-    "gemma2-2b": Preset(PUBLISHED_BEND, PUBLISHED_TRAIN, depth=26, unknown=UNKNOWN),
-    "qwen2.5-14b": Preset(PUBLISHED_BEND, PUBLISHED_TRAIN, depth=48, unknown=UNKNOWN),
+    "llama3-8b": Preset(PUBLISHED_BEND, _PUBLISHED_TRAIN, depth=32),
+    "mistral-7b": Preset(PUBLISHED_BEND, replace(_PUBLISHED_TRAIN, steps=300), depth=32),
+    "gemma2-2b": Preset(PUBLISHED_BEND, _PUBLISHED_TRAIN, depth=26, unknown=_UNREPORTED),
+    "qwen2.5-14b": Preset(PUBLISHED_BEND, _PUBLISHED_TRAIN, depth=48, unknown=_UNREPORTED),
 }
 
 
