@@ -59,7 +59,7 @@ def best_of(table: pd.DataFrame, *groups: str, by: str = "compliance") -> pd.Dat
     return ordered(table, by).groupby(list(groups), sort=False, dropna=False).head(1)
 
 
-FIRST, ANSWERS = "first token", "answers"  # what is known of a cell, each a row of the store
+FIRST_STAGE, ANSWERS_STAGE = "first token", "answers"  # what is known of a cell, each a row of the store
 _NUMBER_COLUMNS = (
     "log_odds",
     "log_odds_low",
@@ -177,9 +177,9 @@ class Sweeper:
         Raises ReplibError as ``cells.checked``, before anything is computed.
         """
         cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
-        self._fill(cells, (FIRST, ANSWERS) if best is None else (FIRST,))
+        self._fill(cells, (FIRST_STAGE, ANSWERS_STAGE) if best is None else (FIRST_STAGE,))
         if best is not None:
-            self._fill(self.shortlist(cells, best), (ANSWERS,))
+            self._fill(self.shortlist(cells, best), (ANSWERS_STAGE,))
         return self._known(cells)
 
     def outcomes(self, cells: Sequence[Cell], *, extrapolate: bool = False) -> list[str]:
@@ -188,8 +188,8 @@ class Sweeper:
         Edits that no cell describes are asked by ``answers.outcomes``.
         """
         cells = checked(cells, self.model, self.data, extrapolate=extrapolate)
-        self._fill(cells, (ANSWERS,))
-        return [self._row(cell, ANSWERS)["outcomes"] for cell in cells]
+        self._fill(cells, (ANSWERS_STAGE,))
+        return [self._row(cell, ANSWERS_STAGE)["outcomes"] for cell in cells]
 
     def damage(self, cells: Sequence[Cell], gauge: DamageMeter, *, extrapolate: bool = False) -> pd.DataFrame:
         """Damage of each cell by ``gauge``, a row a metric; stored as the rows of ``table`` are."""
@@ -208,7 +208,7 @@ class Sweeper:
         alike = lambda x: (x[0].positions, x[0].prefilled, x[1])  # noqa: E731
         for (*_, stage), group in groupby((x for x in lacking if x[1]), key=alike):
             own = list(dict.fromkeys(cell for cell, _ in group))
-            room = min(self.scored.room, self.neutral.room) if FIRST in stage else self.scored.room
+            room = min(self.scored.room, self.neutral.room) if FIRST_STAGE in stage else self.scored.room
             found += [(stage, own[i : i + room]) for i in range(0, len(own), room)]
         return found
 
@@ -217,21 +217,21 @@ class Sweeper:
         """Generation of answers to the scored prompts."""
         return self.answers.scorer
 
-    def score(self, cells: Sequence[Cell], stages: _Stages = (FIRST, ANSWERS)) -> list[dict[str, dict]]:
+    def score(self, cells: Sequence[Cell], stages: _Stages = (FIRST_STAGE, ANSWERS_STAGE)) -> list[dict[str, dict]]:
         """Results of each edit, by stage, from one pass: cells of the same edited tokens, all prefilled or none."""
         positions, rows = cells[0].positions, [dict[str, dict]() for _ in cells]
         edits = [{positions: self.fitted(cell)} for cell in cells]
         asked = self.prefilled if cells[0].prefilled else self.answers
-        first, answers = asked.scorer.run(edits, length=None if ANSWERS in stages else 1)
-        if FIRST in stages:
+        first, answers = asked.scorer.run(edits, length=None if ANSWERS_STAGE in stages else 1)
+        if FIRST_STAGE in stages:
             neutral = self.neutral.run(edits)[0]
             for cell, row, logits, moved in zip(cells, rows, first, neutral, strict=True):
-                row[FIRST] = self.screen.row(logits, positions) if cell.screened else dict.fromkeys(SCORE)
-                row[FIRST] |= self._moved(moved, positions) | self.fitter.facts[cell]
-        if ANSWERS in stages:
+                row[FIRST_STAGE] = self.screen.row(logits, positions) if cell.screened else dict.fromkeys(SCORE)
+                row[FIRST_STAGE] |= self._moved(moved, positions) | self.fitter.facts[cell]
+        if ANSWERS_STAGE in stages:
             for row, texts in zip(rows, answers, strict=True):
                 outcomes = self.judge(self.data.scored, texts)
-                row[ANSWERS] = rates(outcomes) | {"outcomes": encode_outcomes(outcomes)}
+                row[ANSWERS_STAGE] = rates(outcomes) | {"outcomes": encode_outcomes(outcomes)}
         return rows
 
     def fitted(self, cell: Cell) -> SiteEdits:
@@ -257,7 +257,7 @@ class Sweeper:
         return [cells[i] for i in sorted([*first.place, *table.place[table.log_odds.isna()]])]
 
     def _known(self, cells: Sequence[Cell]) -> pd.DataFrame:
-        rows = [self._facts(c) | _NOT_MEASURED | self._row(c, FIRST) | self._row(c, ANSWERS) for c in cells]
+        rows = [self._facts(c) | _NOT_MEASURED | self._row(c, FIRST_STAGE) | self._row(c, ANSWERS_STAGE) for c in cells]
         read = pd.Series([c.read for c in cells], dtype=object)  # neither NaN for None nor floats beside it
         table = pd.DataFrame(rows).drop(columns="key").astype(dict.fromkeys(_NUMBER_COLUMNS, float)).assign(read=read)
         prefilled = [c.prefilled for c in cells]

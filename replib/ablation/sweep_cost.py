@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from replib.ablation.fit import Cell, checked
 from replib.ablation.refusal_direction import selection_tokens
 from replib.ablation.refusal_score import ANSWER
-from replib.ablation.sweep import ANSWERS, FIRST, Sweeper
+from replib.ablation.sweep import ANSWERS_STAGE, FIRST_STAGE, Sweeper
 from replib.edits.methods import Method
 
 
@@ -41,15 +41,15 @@ def sweep_cost(sweeper: Sweeper, cells: Sequence[Cell], *, best: int | None = No
     Raises ReplibError as ``cells.checked``.
     """
     cells = checked(cells, sweeper.model, sweeper.data)
-    shared = [(cells, (FIRST, ANSWERS))]
-    apart = [(cells, (FIRST,)), (_longest(sweeper, cells, best or 0), (ANSWERS,))]
+    shared = [(cells, (FIRST_STAGE, ANSWERS_STAGE))]
+    apart = [(cells, (FIRST_STAGE,)), (_longest(sweeper, cells, best or 0), (ANSWERS_STAGE,))]
     passes = [found for part in (shared if best is None else apart) for found in sweeper.missing(*part)]
     missing = list(dict.fromkeys(cell for _, some in passes for cell in some))
     scored, neutral = sweeper.scored, sweeper.neutral
-    lists = {asked: [scored, neutral] if FIRST in asked else [scored] for asked, _ in passes}
+    lists = {asked: [scored, neutral] if FIRST_STAGE in asked else [scored] for asked, _ in passes}
     read = [len(some) * each.read(some[0].positions) for asked, some in passes for each in lists[asked]]
-    written = sum(len(some) for asked, some in passes if ANSWERS in asked) * len(scored.prompts) * scored.length
-    screening = any(FIRST in asked for asked, _ in passes)
+    written = sum(len(some) for asked, some in passes if ANSWERS_STAGE in asked) * len(scored.prompts) * scored.length
+    screening = any(FIRST_STAGE in asked for asked, _ in passes)
     return SweepCost(
         cells=len(cells),
         missing=len(missing),
@@ -61,11 +61,11 @@ def sweep_cost(sweeper: Sweeper, cells: Sequence[Cell], *, best: int | None = No
 
 def _longest(sweeper: Sweeper, cells: Sequence[Cell], best: int) -> list[Cell]:
     """The cells whose answers will be generated; without cheap scores, the largest number that it can be."""
-    if not sweeper.missing(cells, (FIRST,)):
+    if not sweeper.missing(cells, (FIRST_STAGE,)):
         return sweeper.shortlist(cells, best)
     chosen: list[Cell] = []
     taken: Counter[tuple[str | Method, str]] = Counter()
-    for cell in sorted(cells, key=lambda cell: not sweeper.missing([cell], (ANSWERS,))):  # unknown ones first
+    for cell in sorted(cells, key=lambda cell: not sweeper.missing([cell], (ANSWERS_STAGE,))):  # unknown ones first
         group = cell.method, cell.positions
         taken[group] += 1
         chosen += [cell] if taken[group] <= best or not cell.screened else []

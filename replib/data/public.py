@@ -34,23 +34,25 @@ class PromptSetLayout:
     """Rows that have something in this column are left out."""
 
 
-HARMFUL, HARMLESS = {"label": "harmful"}, {"label": "harmless"}
-_HARMBENCH = PromptSetLayout(("Behavior",), {"group": "SemanticCategory", "way": "FunctionalCategory"}, HARMFUL)
+HARMFUL_LABEL, HARMLESS = {"label": "harmful"}, {"label": "harmless"}
+_HARMBENCH = PromptSetLayout(("Behavior",), {"group": "SemanticCategory", "way": "FunctionalCategory"}, HARMFUL_LABEL)
 PUBLIC: dict[str, PromptSetLayout] = {
-    "advbench": PromptSetLayout(("goal",), {"target": "target"}, HARMFUL),
+    "advbench": PromptSetLayout(("goal",), {"target": "target"}, HARMFUL_LABEL),
     "harmbench": replace(_HARMBENCH, context="ContextString"),
     "harmbench_no_context": _HARMBENCH,
     "xstest": PromptSetLayout(
         ("prompt",), {"group": "type"}, labels=(("type", "contrast_", "harmful"), ("type", "", "borderline"))
     ),
-    "jailbreakbench": PromptSetLayout(("Goal",), {"target": "Target", "group": "Category", "way": "Source"}, HARMFUL),
-    "tdc2023": PromptSetLayout(fixed=HARMFUL),
-    "maliciousinstruct": PromptSetLayout(fixed=HARMFUL),
-    "strongreject": PromptSetLayout(("forbidden_prompt",), {"group": "category", "way": "source"}, HARMFUL),
-    "do_not_answer": PromptSetLayout(
-        ("question", "prompt"), {"group": "types_of_harm", "way": "specific_harms"}, HARMFUL
+    "jailbreakbench": PromptSetLayout(
+        ("Goal",), {"target": "Target", "group": "Category", "way": "Source"}, HARMFUL_LABEL
     ),
-    "trustllm": PromptSetLayout(("prompt",), {"wrapper": "label", "way": "source"}, HARMFUL),
+    "tdc2023": PromptSetLayout(fixed=HARMFUL_LABEL),
+    "maliciousinstruct": PromptSetLayout(fixed=HARMFUL_LABEL),
+    "strongreject": PromptSetLayout(("forbidden_prompt",), {"group": "category", "way": "source"}, HARMFUL_LABEL),
+    "do_not_answer": PromptSetLayout(
+        ("question", "prompt"), {"group": "types_of_harm", "way": "specific_harms"}, HARMFUL_LABEL
+    ),
+    "trustllm": PromptSetLayout(("prompt",), {"wrapper": "label", "way": "source"}, HARMFUL_LABEL),
     "wildjailbreak": PromptSetLayout(
         ("adversarial",),
         {"way": "data_type"},

@@ -27,7 +27,7 @@ from replib.defences.task_arithmetic import TaskArithmetic
 from replib.defences.whp import WHP
 from replib.training.config import TrainConfig
 
-ROWS, UNSAFE = 48, 16  # rows of a step; unsafe ones of a step that also retains
+ROWS, UNSAFE_ROWS = 48, 16  # rows of a step; unsafe ones of a step that also retains
 BENIGN = 2.5  # retained answers per refusal among the safe answers, as in a step of RepBend's preset
 
 
@@ -52,7 +52,7 @@ def _alone(learning_rate: float, rows: int = ROWS) -> TrainConfig:
 
 def _kept(learning_rate: float, perturbation: float = 0.0) -> TrainConfig:
     """Schedule for a loss on unsafe answers and on retained ones."""
-    return replace(_alone(learning_rate, UNSAFE), retain=ROWS - UNSAFE, perturbation=perturbation)
+    return replace(_alone(learning_rate, UNSAFE_ROWS), retain=ROWS - UNSAFE_ROWS, perturbation=perturbation)
 
 
 def _sft() -> tuple[Baseline, ...]:
@@ -64,7 +64,7 @@ def _dpo() -> tuple[Baseline, ...]:
 
 
 def _npo() -> tuple[Baseline, ...]:
-    return tuple(Baseline(NPO(), _alone(rate, 2 * UNSAFE)) for rate in (1e-4, 3e-4))
+    return tuple(Baseline(NPO(), _alone(rate, 2 * UNSAFE_ROWS)) for rate in (1e-4, 3e-4))
 
 
 def _npo_rt() -> tuple[Baseline, ...]:

@@ -51,7 +51,7 @@ ALPHAS, BETAS, GAMMAS = (0.0, 0.02, 0.08, 0.32), (0.0, 3.0, 30.0, 300.0), (10.0,
 _SWEEPS = {"alpha": (0.04, 0.16, 0.64), "beta": (0.3, 1.0, 10.0, 100.0), "gamma": (0.0, 30.0, 300.0)}
 _WINDOWS = {"early": range(4), "middle": range(4, 8), "middle to late": range(4, 12), "all": range(12)}
 _COEFFICIENT_STRENGTHS = (0.08, 0.32)  # alpha
-STEPS, SEEDS = (20, 80), (1, 2)
+STEPS, COEFFICIENT_SEEDS = (20, 80), (1, 2)
 _SECONDS = 1.75  # CPU seconds of a training step on a busy core, its share of the probes included
 _LIMIT = 48  # validation prompts of a task
 _LAST_STEPS = 4  # training steps up to a probe over which distances and KL are averaged: one batch alone is noisy
@@ -80,7 +80,7 @@ def design() -> list[Setting]:
     """All settings, each once, the preset first."""
     swept = [Setting(**{name: value}) for name, values in _SWEEPS.items() for value in values]  # type: ignore[arg-type]
     windows = [Setting(a, layers=tuple(window)) for a, window in product(_COEFFICIENT_STRENGTHS, _WINDOWS.values())]
-    others = [*(Setting(steps=steps) for steps in STEPS), *(Setting(seed=seed) for seed in SEEDS)]
+    others = [*(Setting(steps=steps) for steps in STEPS), *(Setting(seed=seed) for seed in COEFFICIENT_SEEDS)]
     grid = [Setting(*point) for point in product(ALPHAS, BETAS, GAMMAS)]
     return list(dict.fromkeys([Setting(), *swept, *windows, *others, *grid]))
 

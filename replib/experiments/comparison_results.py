@@ -20,7 +20,13 @@ from jaxtyping import Float
 from replib.core.stats import Measured, interval_text, outcome_matrix, two_way_interval, two_way_rate_interval
 from replib.organism.recorded import read_recorded
 
-HARMFUL = ("direct", "attack", "seen", "prefill", "edit")  # kinds of tasks that ask for the same things in several ways
+HARMFUL_KINDS = (
+    "direct",
+    "attack",
+    "seen",
+    "prefill",
+    "edit",
+)  # kinds of tasks that ask for the same things in several ways
 MEASURES = {
     "attack": "mean attack success",
     "direct": "direct requests",
@@ -82,7 +88,7 @@ class DefenceComparison:
         """Tasks and outcome that each measure counts; each attack is a measure too."""
         kinds = self.tasks.groupby("kind", sort=False)["name"].agg(list)
         bad, good = (
-            [n for k in kinds.index if (k in HARMFUL) is harmful for n in kinds[k]] for harmful in (True, False)
+            [n for k in kinds.index if (k in HARMFUL_KINDS) is harmful for n in kinds[k]] for harmful in (True, False)
         )
         named = {name: ([name], "c") for name in self.tasks.name}
         kind = {name: (kinds[name], "c") for name in kinds.index}
@@ -94,7 +100,7 @@ class DefenceComparison:
         runs = self.runs[self.runs.method == method].sort_values("seed")
         each = [outcome_matrix([answers[name] for answers in runs.answers], letter).astype(float) for name in names]
         kinds = set(self.tasks.kind[self.tasks.name.isin(names)])
-        return np.mean(each, axis=0) if kinds <= set(HARMFUL) else np.concatenate(each, axis=1)
+        return np.mean(each, axis=0) if kinds <= set(HARMFUL_KINDS) else np.concatenate(each, axis=1)
 
     def gap(self, method: str, measure: str, other: str = "repbend") -> Matrix:
         """The difference to another method, seed by seed (a model that was not trained is held against every seed)."""
@@ -123,7 +129,7 @@ class DefenceComparison:
         One row each, as in ``tidy``: of so many one in forty would stand here by chance.
         """
         rows = self.tidy(other)
-        wanted = rows.measure.isin({*self.tasks.name[~self.tasks.kind.isin(HARMFUL)], *_GOOD})
+        wanted = rows.measure.isin({*self.tasks.name[~self.tasks.kind.isin(HARMFUL_KINDS)], *_GOOD})
         return rows[rows.gap_low.gt(0) & wanted | rows.gap_high.lt(0) & ~wanted].reset_index(drop=True)
 
     def wide(self) -> pd.DataFrame:

@@ -37,7 +37,11 @@ from replib.training.model_selection import SHARES, interpolated
 from replib.training.objective import Objective
 from replib.training.train import train
 
-SEEDS, ASKED, PROBED = range(3), 48, 24  # prompts of a test task and of every edit, and of a validation task
+HARDENING_SEEDS, HARDENING_ASKED, HARDENING_PROBED = (
+    range(3),
+    48,
+    24,
+)  # prompts of a test task and of every edit, and of a validation task
 
 
 class Arm(NamedTuple):
@@ -84,9 +88,9 @@ class HardeningBench(Bench):
     def __init__(self, settings: Settings):
         super().__init__(settings)
         self.folder = settings.out / "hardening"
-        self.about |= {"probed": PROBED, "asked": ASKED, "shares": list(SHARES)}
-        self.tasks = self.study.tasks("test", ASKED)
-        self.measure = adaptive_validation(self.study, PROBED)
+        self.about |= {"probed": HARDENING_PROBED, "asked": HARDENING_ASKED, "shares": list(SHARES)}
+        self.tasks = self.study.tasks("test", HARDENING_ASKED)
+        self.measure = adaptive_validation(self.study, HARDENING_PROBED)
 
     @property
     def direct(self) -> Task:
@@ -103,7 +107,9 @@ class HardeningBench(Bench):
         """Cache key of a row."""
         arm = ARMS[run.arm]
         how = [self.objective(run).about(self.study.model.n_layers), asdict(arm.config)] if arm.inner else []
-        attacks = [ASKED, MAX_ANSWER_TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
+        attacks = (
+            [HARDENING_ASKED, MAX_ANSWER_TOKENS, {name: list(a) for name, a in EDIT_ATTACKS.items()}] if audited else []
+        )
         return key_of(run._asdict() if arm.inner else run.arm, how, self.about, attacks)
 
     def folder_of(self, run: HardeningRun) -> Path:
@@ -135,7 +141,7 @@ class HardeningBench(Bench):
 
 def runs() -> list[HardeningRun]:
     """Seed by seed; the model itself has but one."""
-    return [HardeningRun(arm, seed) for seed in SEEDS for arm in ARMS if ARMS[arm].inner or not seed]
+    return [HardeningRun(arm, seed) for seed in HARDENING_SEEDS for arm in ARMS if ARMS[arm].inner or not seed]
 
 
 def _experiment(settings: Settings) -> Experiment[HardeningJob]:
@@ -175,7 +181,7 @@ def _contents(bench: HardeningBench, done: Finished) -> dict[str, Any]:
     tasks = [{"name": t.name, "kind": t.kind, "n": len(t.prompts)} for t in bench.tasks]
     return bench.about | {
         "trials": [],
-        "tasks": tasks + [{"name": name, "kind": "edit", "n": ASKED} for name in EDIT_ATTACKS],
+        "tasks": tasks + [{"name": name, "kind": "edit", "n": HARDENING_ASKED} for name in EDIT_ATTACKS],
         "runs": [packed_run(run, row, done.get(bench.key_of(run), {})) for run, row in audits],
     }
 

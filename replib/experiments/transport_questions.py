@@ -35,12 +35,22 @@ from replib.organism.language import comply
 from replib.organism.world import select
 from replib.study.study import Study
 
-FIT, MOST, _PROFILED, CHOOSING, ASKED = 128, 256, 96, 32, 48
+FIT, MOST, _PROFILED, CHOOSING, QUESTIONED = 128, 256, 96, 32, 48
 """Prompts a class: that fit an edit, that fits are drawn from, that a profile is made of, that choose, that report."""
 _AUDIT_KS, _PERMUTATIONS = (2, 8), 100
 SIZES, DRAWS = (2, 4, 8, 16, 32, 64, 128, 256), 3
-DESIGN = {"fit": FIT, "profiled": _PROFILED, "val": CHOOSING, "test": ASKED, "ks": _AUDIT_KS,
-          "permutations": _PERMUTATIONS, "sizes": SIZES, "draws": DRAWS, "strengths": FLIP_STRENGTHS, "tokens": ANSWER_TOKENS}  # fmt: skip
+DESIGN = {
+    "fit": FIT,
+    "profiled": _PROFILED,
+    "val": CHOOSING,
+    "test": QUESTIONED,
+    "ks": _AUDIT_KS,
+    "permutations": _PERMUTATIONS,
+    "sizes": SIZES,
+    "draws": DRAWS,
+    "strengths": FLIP_STRENGTHS,
+    "tokens": ANSWER_TOKENS,
+}
 _SampleRows = tuple[Tensor, Tensor]
 
 
@@ -60,7 +70,7 @@ class Examination:
     @cached_property
     def test(self) -> Sweeper:
         """Edits of this model, scored on the harmful prompts that report."""
-        return self._sweeper(self.study.harmful.test[:ASKED])
+        return self._sweeper(self.study.harmful.test[:QUESTIONED])
 
     def _sweeper(self, scored: Sequence[Prompt]) -> Sweeper:
         harmful, harmless = ([p.text for p in prompts] for prompts in self.fit)

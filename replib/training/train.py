@@ -27,7 +27,7 @@ from replib.training.result import TrainResult
 from replib.training.trainer import DefenceTrainer, Steps, arguments
 
 _ResultT = TypeVar("_ResultT", Contrast, Dialogue)
-ANSWERS = {Contrast: ("safe_response", "unsafe_response"), Dialogue: ("response",)}
+ANSWER_FIELDS = {Contrast: ("safe_response", "unsafe_response"), Dialogue: ("response",)}
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class MaxLengths:
         return found
 
     def _fitted(self, chat: ChatModel, row: _ResultT) -> _ResultT:
-        if type(row) not in ANSWERS:  # labels belong to the uncut answer
+        if type(row) not in ANSWER_FIELDS:  # labels belong to the uncut answer
             return row
-        limits = {"prompt": self.request} | dict.fromkeys(ANSWERS[type(row)], self.response)
+        limits = {"prompt": self.request} | dict.fromkeys(ANSWER_FIELDS[type(row)], self.response)
         return replace(row, **{name: shortened(chat, getattr(row, name), n) for name, n in limits.items()})
 
 

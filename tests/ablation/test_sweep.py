@@ -14,7 +14,7 @@ from replib.ablation.damage import DamageMeter, DamageSets, token_kl
 from replib.ablation.fit import AblationData, Cell, cells_of, fit_edits, grid
 from replib.ablation.refusal_direction import mean_gaps, select_direction
 from replib.ablation.refusal_score import FirstTokenScore, RefusalTokens, filtered_prompts, first_logits
-from replib.ablation.sweep import ANSWERS, FIRST, Sweeper, best_of, ordered, sweep_layers
+from replib.ablation.sweep import ANSWERS_STAGE, FIRST_STAGE, Sweeper, best_of, ordered, sweep_layers
 from replib.ablation.sweep_cost import sweep_cost
 from replib.activations.capture import capture
 from replib.audit.judges import PhraseJudge, encode_outcomes
@@ -222,7 +222,7 @@ def test_the_store_tells_strengths_positions_and_stages_apart(model, tmp_path):
     table = first.table(cells, best=1)
     assert len(table) == 16 and table.kl.nunique() == 16
     again = screened(model, store=tmp_path / "s.jsonl")
-    assert not again.missing(cells, (FIRST,)) and len(again.missing(cells, (FIRST, ANSWERS))) > 0
+    assert not again.missing(cells, (FIRST_STAGE,)) and len(again.missing(cells, (FIRST_STAGE, ANSWERS_STAGE))) > 0
     again.score = None  # nothing is left to do
     pd.testing.assert_frame_equal(again.table(cells, best=1), table)
 

@@ -29,7 +29,7 @@ from replib.data.training_sets import (
     wildjailbreak_safe,
     xstest_compliances,
 )
-from replib.defences.repbend.batch import KEPT, RETAIN, SAFE, UNSAFE, Plan, collate, read
+from replib.defences.repbend.batch import KEPT, RETAIN, SAFE, UNSAFE_SIDE, Plan, collate, read
 from replib.defences.repbend.config import BendConfig, Scope
 from replib.defences.repbend.objective import RepBend
 from replib.models.load import load
@@ -498,7 +498,7 @@ def test_unpaired_answers_enter_the_terms_they_belong_to(tmp_path):
     model = load(tiny.save_model(tmp_path / "llama"))
     items = items_of(PAIRS[:2], BENIGN[:3], (), SAFE_ROWS, UNSAFE_ROWS)
     _, groups = collate(model, **items)
-    assert groups.tolist() == [SAFE] * 2 + [RETAIN] * 3 + [UNSAFE] * 2 + [SAFE, KEPT, UNSAFE]
+    assert groups.tolist() == [SAFE] * 2 + [RETAIN] * 3 + [UNSAFE_SIDE] * 2 + [SAFE, KEPT, UNSAFE_SIDE]
     for refusals in (False, True):
         config = BendConfig(custom=Scope(kl_rows="safe") if refusals else None, anchored=True)
         reading = read(model, Plan.of(model, items, config), (1, 2), config)

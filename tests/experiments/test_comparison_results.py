@@ -8,7 +8,7 @@ import pytest
 
 from replib.ablation.adaptive_attack import EDIT_ATTACKS, GOAL
 from replib.experiments import hardening
-from replib.experiments.hardening import ARMS, ASKED, SEEDS, HardeningRun, packed_run, runs
+from replib.experiments.hardening import ARMS, HARDENING_ASKED, HARDENING_SEEDS, HardeningRun, packed_run, runs
 from replib.experiments.hardening_results import HardeningResults
 from replib.figures.audit import pareto_hardening
 from replib.figures.layers import layer_curves
@@ -19,7 +19,7 @@ DEPTH = 3
 
 
 def letters(rng, rate):
-    return "".join("c" if x < rate else "r" for x in rng.random(ASKED))
+    return "".join("c" if x < rate else "r" for x in rng.random(HARDENING_ASKED))
 
 
 def row(run, rate, benign):
@@ -38,7 +38,9 @@ def rows():
 
 @pytest.fixture
 def found(rows, tmp_path):
-    tasks = [{"name": t, "kind": k, "n": ASKED} for t, k in (TASKS | dict.fromkeys(EDIT_ATTACKS, "edit")).items()]
+    tasks = [
+        {"name": t, "kind": k, "n": HARDENING_ASKED} for t, k in (TASKS | dict.fromkeys(EDIT_ATTACKS, "edit")).items()
+    ]
     lines = [packed_run(run, row, {"seconds": 1.0}) for run, row in rows.items()]
     path = tmp_path / "hardening.json"
     path.write_text(json.dumps({"tasks": tasks, "trials": [], "runs": lines, "model": "aligned"}))
@@ -46,8 +48,8 @@ def found(rows, tmp_path):
 
 
 def test_every_arm_has_every_seed_and_the_model_itself_one():
-    assert Counter(r.arm for r in runs()) == {arm: 1 if arm == "none" else len(SEEDS) for arm in ARMS}
-    assert len(SEEDS) >= 3 and runs()[0] == HardeningRun("none")
+    assert Counter(r.arm for r in runs()) == {arm: 1 if arm == "none" else len(HARDENING_SEEDS) for arm in ARMS}
+    assert len(HARDENING_SEEDS) >= 3 and runs()[0] == HardeningRun("none")
 
 
 def test_the_worst_is_that_of_brute_force(rows, found):
@@ -83,14 +85,14 @@ def test_the_table_has_every_attack_and_method(found):
 
 def test_success_by_block_is_the_best_k_of_each(rows, found):
     curve = found.by_block("ot_all")["RepBend"]
-    counts = np.zeros((len(SEEDS), DEPTH))
+    counts = np.zeros((len(HARDENING_SEEDS), DEPTH))
     for run in (r for r in rows if r.arm == "repbend"):
         for a, layer, _, text in rows[run]["edits"]:
             if a == "ot_all":
                 counts[run.seed, layer] = max(counts[run.seed, layer], text.count("c"))
-    np.testing.assert_allclose(curve.value, counts.mean(0) / ASKED)
+    np.testing.assert_allclose(curve.value, counts.mean(0) / HARDENING_ASKED)
     assert (np.array(curve.low) <= curve.value).all() and (curve.value <= np.array(curve.high)).all()
-    assert curve.n == ASKED * len(SEEDS)
+    assert curve.n == HARDENING_ASKED * len(HARDENING_SEEDS)
 
 
 def test_figures_are_drawn_from_it(found):

@@ -16,7 +16,7 @@ from replib.models.forward import forward_states
 from replib.models.hooks import Hook
 from replib.models.tokens import Batch
 
-SAFE, UNSAFE, RETAIN, TURNED, KEPT = range(5)
+SAFE, UNSAFE_SIDE, RETAIN, TURNED, KEPT = range(5)
 _TOGETHER = ("unsafe", "last", "refused", "paired_unsafe", "paired_safe")  # masks of terms that compare rows
 Mask = Bool[Tensor, "rows tokens"]
 _TermStates = Float[Tensor, "_layers _tokens dim"] | None
@@ -42,9 +42,9 @@ def collate(
         [(SAFE, c.prompt, c.safe_response) for c in contrasts]
         + [(TURNED, c.prompt, c.safe_response) for c in complied]
         + [(RETAIN, d.prompt, d.response) for d in retain]
-        + [(UNSAFE, c.prompt, c.unsafe_response) for c in complied or contrasts]
+        + [(UNSAFE_SIDE, c.prompt, c.unsafe_response) for c in complied or contrasts]
         + [(SAFE if d.label == "harmful" else KEPT, d.prompt, d.response) for d in safe]
-        + [(UNSAFE, d.prompt, d.response) for d in unsafe]
+        + [(UNSAFE_SIDE, d.prompt, d.response) for d in unsafe]
     )
     groups, prompts, responses = zip(*rows, strict=True)
     end = (chat.tokenizer.eos_token or "") if ended else ""
@@ -55,9 +55,9 @@ def collate(
 def masks(batch: Batch, groups: Int[Tensor, " rows"], config: BendConfig) -> dict[str, Mask]:
     """Mask of the tokens of each field of a ``Reading``."""
     last = _last_prompt(batch)
-    unsafe, refusals = _rows(groups, UNSAFE), _rows(groups, _partners(groups))
+    unsafe, refusals = _rows(groups, UNSAFE_SIDE), _rows(groups, _partners(groups))
     kept = _rows(groups, SAFE, TURNED, KEPT, *([RETAIN] if config.scope.retained else []))
-    harmful = _rows(groups, UNSAFE, *([SAFE] if config.scope.gathered == "harmful" and TURNED in groups else []))
+    harmful = _rows(groups, UNSAFE_SIDE, *([SAFE] if config.scope.gathered == "harmful" and TURNED in groups else []))
     tokens = _tokens(batch, config.loss_mode, kept | unsafe)
     tokens |= last & ~_rows(groups, TURNED) & config.decision
     found = {"safe": tokens & kept, "unsafe": tokens & unsafe, "last": last & harmful}

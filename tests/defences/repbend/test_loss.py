@@ -13,7 +13,7 @@ from replib.core.errors import ReplibError
 from replib.data.mixtures import BendData
 from replib.data.prompts import Contrast, Dialogue
 from replib.defences.losses import distance, kl_divergence
-from replib.defences.repbend.batch import RETAIN, SAFE, TURNED, UNSAFE, Plan, collate, read
+from replib.defences.repbend.batch import RETAIN, SAFE, TURNED, UNSAFE_SIDE, Plan, collate, read
 from replib.defences.repbend.config import BendConfig, Scope
 from replib.defences.repbend.loss import BendTerms, anchored_cosine, bend_loss, mean_cosine
 from replib.defences.repbend.objective import RepBend
@@ -189,15 +189,17 @@ def test_at_loras_start_only_the_cosine_term_has_a_gradient(model):
 
 def test_groups_and_masks_of_a_step(model):
     batch, groups = collate(model, CONTRASTS, RETAINED)
-    assert [int((groups == g).sum()) for g in (SAFE, RETAIN, UNSAFE)] == [6, 6, 6]
-    unsafe = model.tokenizer.decode(batch.input_ids[groups == UNSAFE][0][batch.response_mask[groups == UNSAFE][0]])
+    assert [int((groups == g).sum()) for g in (SAFE, RETAIN, UNSAFE_SIDE)] == [6, 6, 6]
+    unsafe = model.tokenizer.decode(
+        batch.input_ids[groups == UNSAFE_SIDE][0][batch.response_mask[groups == UNSAFE_SIDE][0]]
+    )
     assert unsafe.split() == ["w32", "w33", "w34", "</s>"]
 
 
 def test_turned_rows_keep_their_answer_and_not_their_decision(model):
     items = items_of(CONTRASTS[:2], RETAINED[:3], CONTRASTS[2:4])
     batch, groups = collate(model, **items)
-    assert [int((groups == g).sum()) for g in (SAFE, TURNED, RETAIN, UNSAFE)] == [2, 2, 3, 2]
+    assert [int((groups == g).sum()) for g in (SAFE, TURNED, RETAIN, UNSAFE_SIDE)] == [2, 2, 3, 2]
     size = lambda *which: sum(int(batch.response_mask[groups == g].sum()) for g in which)  # noqa: E731
     config = BendConfig(decision=True, anchored=True, custom=Scope(kl_rows="safe"))
     plain, every = (read(model, Plan.of(model, items, c), (1,), c) for c in (BendConfig(), config))
