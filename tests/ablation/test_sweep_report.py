@@ -62,7 +62,7 @@ def test_edits_of_later_tokens_have_no_cheap_score(positions):
         ),  # half of them begin as answers do
         ([(9, NO)] * 10, [(9, YES)] * 10, "begin with the tokens that its answers begin with"),
         ([(9, YES)] * 10, [(9, YES)] * 10, "nothing can be concluded about its safety"),
-        ([(7, NO)] * 10, [(7, NO)] * 10, "no direction found from the two"),
+        ([(7, NO)] * 10, [(7, NO)] * 10, "no direction between them"),
     ],
 )
 def test_where_the_first_token_says_too_little_there_is_none_and_why_is_said(
