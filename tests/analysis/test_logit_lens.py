@@ -103,7 +103,7 @@ def test_chunks_bound_what_is_decoded_at_once_and_change_nothing(bent, monkeypat
     whole = compare(bent, PROMPT, RESPONSE, span="all")
     sizes = []
     hook = bent.unembed.register_forward_hook(lambda module, args, out: sizes.append(out.shape[:-1].numel()))
-    monkeypatch.setattr(lens, "CHUNK", 4)
+    monkeypatch.setattr(lens, "_LENS_CHUNK", 4)
     chunked = compare(bent, PROMPT, RESPONSE, span="all")
     hook.remove()
     forward_passes = [size for size in sizes if size == 10]

@@ -14,7 +14,7 @@ from replib.study.study import Study
 @pytest.fixture(scope="module")
 def case():
     with pytest.MonkeyPatch.context() as patched:
-        for name, few in {"FIT": 32, "MOST": 32, "CHOOSING": 8, "ASKED": 8, "SIZES": (8, 32)}.items():
+        for name, few in {"FIT": 32, "MOST": 32, "CHOOSING": 8, "QUESTIONED": 8, "SIZES": (8, 32)}.items():
             patched.setattr(examiner, name, few)
         study = Study.open(Settings(model="planted"))
         found = Examination(study.model, study, Examination(load("planted"), study))
