@@ -200,13 +200,6 @@ class DamageMeter:
         return encode_outcomes(self.judge(prompts, answers))
 
 
-def damage(
-    model: ChatModel, edits: Edits, aside: DamageSets, judge: Judge, *, positions: str = "last_prompt", **options: Any
-) -> pd.DataFrame:
-    """Damage of one edit by a ``DamageMeter``; options are those of ``DamageMeter``."""
-    return DamageMeter(model, aside, judge, **options)(edits, positions=positions)
-
-
 def _rates(name: str, before: str, after: str) -> Iterator[dict[str, Any]]:
     """The three shares of outcomes, each against the unedited model on the same prompts."""
     for outcome in Outcome:

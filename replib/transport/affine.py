@@ -228,35 +228,3 @@ class SupportedEdit(Edit):
     def __mul__(self, strength: float | int) -> SupportedEdit:
         """The displacement scaled: 0 edits nothing, 1 is the edit itself."""
         return replace(self, edit=self.edit * strength)
-
-
-@dataclass(frozen=True)
-class Rotation(Edit):
-    """x -> x - P x + |P x| (cos(angle) b1 + sin(angle) b2): the part in a plane is turned to one angle (2510.26243).
-
-    Adaptive, only an x with ``b1^T x > 0`` is turned. At strength 1 lengths stay as they are.
-    """
-
-    plane: Float[Tensor, "d 2"]
-    """``b1, b2``, orthonormal."""
-    angle: float
-    """Degrees from ``b1`` towards ``b2``."""
-    adaptive: bool = True
-    strength: float = 1.0
-
-    @property
-    def width(self) -> int:
-        """Number of coordinates of x."""
-        return len(self.plane)
-
-    def displacement(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """How far x is moved, in float32."""
-        x, plane = x.float(), self.plane.to(x.device, torch.float32)
-        inside, turn = x @ plane, math.radians(self.angle)
-        aim = inside.norm(dim=-1, keepdim=True) * inside.new_tensor([math.cos(turn), math.sin(turn)])
-        moved = self.strength * (aim - inside) @ plane.mT
-        return torch.where(inside[..., :1] > 0, moved, 0.0) if self.adaptive else moved
-
-    def __mul__(self, strength: float | int) -> Rotation:
-        """The displacement scaled: 0 edits nothing, 1 is the edit itself."""
-        return replace(self, strength=self.strength * strength)

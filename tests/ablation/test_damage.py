@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import tiny
-from replib.ablation.damage import DamageMeter, DamageSets, damage
+from replib.ablation.damage import DamageMeter, DamageSets
 from replib.audit.audit import rates
 from replib.audit.judges import Outcome
 from replib.core.errors import ReplibError
@@ -54,7 +54,7 @@ def test_no_edit_is_no_damage(model, gauge):
 
 @pytest.mark.parametrize("positions", ["last_prompt", "all"])
 def test_rates_are_those_of_the_edited_model(model, gauge, positions):
-    table = damage(model, edit(model), ASIDE, ByLength(), positions=positions, max_new_tokens=6).set_index("metric")
+    table = gauge(edit(model), positions=positions).set_index("metric")
     with applied(model, edit(model), positions=positions):
         answers = model.generate([p.text for p in BORDERLINE], max_new_tokens=6)
     expected = rates(ByLength()(BORDERLINE, answers))

@@ -5,7 +5,7 @@ import torch
 
 from helpers.steered import random_edit
 from replib.core.errors import ReplibError
-from replib.transport.affine import AffineEdit, Origin, Rotation, SupportedEdit
+from replib.transport.affine import AffineEdit, Origin, SupportedEdit
 
 
 def test_an_edit_is_the_dense_affine_map():
@@ -75,8 +75,8 @@ def test_edits_that_do_not_belong_together_are_not_combined(combine):
         combine(a, b.bound(Origin("another", "resid_post", 1)))
     with pytest.raises(ReplibError, match="widths 16 and 8"):
         combine(a, random_edit(d=8))
-    turn = Rotation(torch.eye(16)[:, :2], 180.0)
-    for pair in [(a, turn), (turn, a)]:
+    gated = SupportedEdit(random_edit(1), torch.zeros(16), torch.ones(16))
+    for pair in [(a, gated), (gated, a)]:
         with pytest.raises(ReplibError, match="Only affine edits"):
             combine(*pair)
 
@@ -86,20 +86,6 @@ def test_a_support_leaves_coordinates_outside_it_alone():
     x = torch.tensor([[-0.5, 0.0, 1.0], [2.0, 2.1, 0.5]])
     assert torch.equal(edit(x), torch.tensor([[-0.5, 1.0, 3.0], [5.0, 2.1, 2.0]]))
     torch.testing.assert_close((0.5 * edit).displacement(x), 0.5 * edit.displacement(x))
-
-
-def test_a_rotation_keeps_lengths_and_what_is_outside_its_plane():
-    x, plane = torch.randn(50, 16), torch.linalg.qr(torch.randn(16, 2))[0]
-    for angle in (0.0, 37.0, 180.0):
-        edit = Rotation(plane, angle, adaptive=False)
-        torch.testing.assert_close(edit(x).norm(dim=-1), x.norm(dim=-1))
-        inside = edit(x) @ plane
-        found = torch.atan2(inside[:, 1], inside[:, 0])
-        torch.testing.assert_close(found.cos(), torch.tensor(angle).deg2rad().cos().expand(50), atol=1e-3, rtol=0)
-        torch.testing.assert_close(edit(x) - inside @ plane.T, x - x @ plane @ plane.T, atol=1e-5, rtol=1e-4)
-        some = Rotation(plane, angle)(x)
-        along = x @ plane[:, 0] > 0
-        torch.testing.assert_close(some, torch.where(along[:, None], edit(x), x))
 
 
 def test_float16_that_overflows_is_said():
