@@ -2,7 +2,7 @@
 
     python bench/sites.py
 
-The read-out is that of tests/test_sites.py: one unpadded prompt at a time, modules named by hand from each source,
+The read-out is that of tests/models/test_hooks.py: one unpadded prompt at a time, modules named by hand from each source,
 their forward methods wrapped, no hook. Differences are relative to the largest value of the site.
 """
 
@@ -14,9 +14,8 @@ import torch
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import test_sites
-
 from helpers import tiny
+from models import test_hooks  # noqa: E402
 from replib.activations.capture import capture_sites
 from replib.models.hooks import SITES
 from replib.models.load import load
@@ -26,8 +25,8 @@ def differences(kind: str) -> dict[str, float]:
     """Of every site of the middle block of a random three-block model."""
     with tempfile.TemporaryDirectory() as folder:
         model = load(tiny.save_model(Path(folder), kind))
-    expected = test_sites.read_by_hand(model, kind, layer=1)
-    found = capture_sites(model, test_sites.PROMPTS, tuple(expected), layers=[1])
+    expected = test_hooks.read_by_hand(model, kind, layer=1)
+    found = capture_sites(model, test_hooks.PROMPTS, tuple(expected), layers=[1])
     return {s: ((found[s][1] - x).abs().max() / x.abs().max()).item() for s, x in expected.items()}
 
 
