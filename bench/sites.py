@@ -2,8 +2,8 @@
 
     python bench/sites.py
 
-The read-out is that of tests/models/test_hooks.py: one unpadded prompt at a time, modules named by hand from each source,
-their forward methods wrapped, no hook. Differences are relative to the largest value of the site.
+The read-out is that of tests/models/test_hooks.py: one unpadded prompt at a time, modules named by hand from each
+source, their forward methods wrapped, no hook. Differences are relative to the largest value of the site.
 """
 
 import sys
