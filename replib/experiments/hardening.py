@@ -83,7 +83,7 @@ class HardeningJob(NamedTuple):
 
 
 class HardeningBench(Bench):
-    """Trains and besieges on one model."""
+    """Training and edit attacks on one model."""
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
